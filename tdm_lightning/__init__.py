@@ -1,0 +1,53 @@
+"""Token reduction for timm Vision Transformers: TDM's token merger and the prune schedules it stacks on.
+
+The names here need only torch and timm. :class:`TokenReductionClassifier` and :class:`ImageNetDataModule` bring in Lightning and
+Hugging Face ``datasets`` when they are first touched.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tdm_lightning import checkpoints, flops, metrics
+from tdm_lightning.budget import solve_keep_rate
+from tdm_lightning.strategies import TDM, EViT, Strategy, TokenMerger
+from tdm_lightning.tokens import Output, Role, Tokens, Trace
+from tdm_lightning.version import __version__
+from tdm_lightning.vit import TokenReducedViT, attach, detach
+
+if TYPE_CHECKING:
+    from tdm_lightning.data import ImageNetDataModule
+    from tdm_lightning.module import TokenReductionClassifier
+
+
+
+__all__ = [
+    "TDM",
+    "EViT",
+    "ImageNetDataModule",
+    "Output",
+    "Role",
+    "Strategy",
+    "TokenMerger",
+    "TokenReducedViT",
+    "TokenReductionClassifier",
+    "Tokens",
+    "Trace",
+    "__version__",
+    "attach",
+    "checkpoints",
+    "detach",
+    "flops",
+    "metrics",
+    "solve_keep_rate",
+]
+
+_LAZY = {"TokenReductionClassifier": "tdm_lightning.module", "ImageNetDataModule": "tdm_lightning.data"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)

@@ -1,0 +1,219 @@
+"""Multiply-accumulates of a ViT, reduced or not, counted by torch's own counter.
+
+The "FLOPs" of the token-reduction papers are multiply-accumulates (MACs). Counted are the patch embedding, all linear layers, both
+attention products and the head; not counted are biases, softmax, activations, norms, residual sums and gathers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tdm_lightning.strategies.base import Strategy
+from tdm_lightning.vit import TokenReducedViT, attach
+
+#: Stages of a pass in which the timm model works; all others are the strategy's own.
+_BACKBONE = ("embed", "attention", "mlp", "head")
+
+
+@dataclass(frozen=True)
+class BlockMACs:
+    """Multiply-accumulates in one block, per image.
+
+    Attributes:
+        index: the block, counted from 0.
+        tokens: patch tokens after it.
+        attention: its attention half (the whole block where both halves run in parallel).
+        mlp: its MLP half.
+        strategy: the strategy's parameter-free work here: importance, similarities, merging.
+    """
+
+    index: int
+    tokens: int
+    attention: float
+    mlp: float
+    strategy: float
+
+
+@dataclass(frozen=True)
+class MACReport:
+    """Multiply-accumulates per image, part by part.
+
+    Attributes:
+        embed: patch embedding.
+        head: pooling and classifier.
+        blocks: each block.
+        learned: the strategy's own layers with parameters, such as predictors.
+        plain: the same timm model without the strategy.
+    """
+
+    embed: float
+    head: float
+    blocks: list[BlockMACs] = field(repr=False)
+    learned: float
+    plain: float
+
+    @property
+    def backbone(self) -> float:
+        """What the papers count: the timm model's layers and the strategy's learned ones."""
+        return self.embed + self.head + self.learned + sum(block.attention + block.mlp for block in self.blocks)
+
+    @property
+    def strategy(self) -> float:
+        """The strategy's parameter-free work, which the papers leave out."""
+        return sum(block.strategy for block in self.blocks)
+
+    @property
+    def total(self) -> float:
+        """Everything."""
+        return self.backbone + self.strategy
+
+    @property
+    def reduction(self) -> float:
+        """Share of the plain model's multiply-accumulates that is saved, ``1 - backbone/plain``."""
+        return 1 - self.backbone / self.plain
+
+
+class _Counter:
+    """Attributes the flop counter's total to stages of a pass."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        self.counter = counter
+        self.stages: dict[tuple[str, int], int] = defaultdict(int)
+        self.learned: dict[tuple[str, int], int] = defaultdict(int)
+        self.pending = 0
+        self.inside = 0
+        self.last = 0
+
+    def watch(self, stage: str, index: int) -> None:
+        now = self.counter.get_total_flops()
+        self.stages[stage, index] += now - self.last - self.pending
+        self.learned[stage, index] += self.pending
+        self.last, self.pending = now, 0
+
+    def enter(self, *_: object) -> None:
+        self.inside = self.counter.get_total_flops()
+
+    def leave(self, *_: object) -> None:
+        self.pending += self.counter.get_total_flops() - self.inside
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy without storage: every tensor is replaced before it would be copied."""
+    tensors: dict[int, object] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()
+    }
+    tensors |= {id(b): b.to("meta") for b in model.buffers()}
+    return copy.deepcopy(model, tensors).eval()
+
+
+@torch.no_grad()
+def _count(model: nn.Module, images: Tensor) -> _Counter:
+    # The math backend, because the counter does not see the fused CPU kernel.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        stages = _Counter(counter)
+        if isinstance(model, TokenReducedViT):
+            handles = []
+            for layer in model.strategy.children():
+                handles += [layer.register_forward_pre_hook(stages.enter), layer.register_forward_hook(stages.leave)]
+            try:
+                model.run(images, watch=stages.watch)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        else:
+            model(images)
+            stages.watch("embed", -1)
+    return stages
+
+
+def mac_report(
+    model: nn.Module, input_size: tuple[int, int, int] | None = None, images: Tensor | None = None
+) -> MACReport:
+    """Multiply-accumulates of one forward pass, per image and part by part.
+
+    Args:
+        model: a reduced model, or a plain timm ViT.
+        input_size: channels, height and width; the model's own by default.
+        images: real images, B×C×H×W, on the model's device: needed where the number of tokens depends on them; the report is
+            then their mean.
+
+    Returns:
+        The report; for a fixed-budget strategy its numbers are exact integers.
+
+    Raises:
+        ValueError: for an adaptive strategy without images.
+    """
+    reduced = isinstance(model, TokenReducedViT)
+    if images is None:
+        if reduced and model.strategy.adaptive:
+            raise ValueError(
+                f"{type(model.strategy).__name__} keeps a different number of tokens for each image: pass images=… to count real ones"
+            )
+        images = torch.zeros(1, *(input_size or default_input_size(model)), device="meta")
+        counted: nn.Module = _on_meta(model)
+    else:
+        counted = copy.deepcopy(model).eval()
+    per_image = 2 * images.shape[0]  # the counter counts a multiply and an add
+    stages = _count(counted, images)
+    if not reduced:
+        total = stages.stages["embed", -1] / per_image
+        return MACReport(embed=total, head=0, blocks=[], learned=0, plain=total)
+    assert isinstance(counted, TokenReducedViT)
+    counts = _token_counts(counted, images)
+    plain = _count(counted.vit, images).stages["embed", -1] / per_image
+
+    def part(*names: str, index: int) -> float:
+        return sum(stages.stages[name, index] for name in names) / per_image
+
+    blocks = [
+        BlockMACs(
+            index,
+            tokens,
+            attention=part("attention", index=index),
+            mlp=part("mlp", index=index),
+            strategy=part("before_block", "after_attention", "after_block", index=index),
+        )
+        for index, tokens in enumerate(counts)
+    ]
+    head = part("head", "begin", "finish", index=-1)
+    return MACReport(part("embed", index=-1), head, blocks, sum(stages.learned.values()) / per_image, plain)
+
+
+@torch.no_grad()
+def _token_counts(model: TokenReducedViT, images: Tensor) -> list[int]:
+    return model.trace(images)[1].token_counts
+
+
+def count_macs(
+    model: nn.Module, input_size: tuple[int, int, int] | None = None, images: Tensor | None = None
+) -> int:
+    """Multiply-accumulates of the backbone per image, as the papers report them; the merger's own work is left out.
+
+    Counted on the meta device, so it costs no memory and does not depend on the attention kernel. Arguments and errors as
+    :func:`mac_report`.
+
+    >>> import timm
+    >>> count_macs(timm.create_model("deit_small_patch16_224"))
+    4598882304
+    """
+    return round(mac_report(model, input_size, images).backbone)
+
+
+def default_input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width that a timm ViT was made for."""
+    vit = model.vit if isinstance(model, TokenReducedViT) else model
+    embed = vit.patch_embed
+    height, width = embed.img_size or vit.pretrained_cfg["input_size"][1:]
+    return embed.proj.in_channels, height, width
+
+
+def macs_with(vit: nn.Module, strategy: Strategy, input_size: tuple[int, int, int] | None = None) -> int:
+    """:func:`count_macs` of a timm model under a strategy that is not attached to it yet."""
+    return count_macs(attach(vit, strategy), input_size)

@@ -1,0 +1,20 @@
+"""Pure tensor functions: the arithmetic of token reduction, without any model."""
+
+from tdm_lightning.ops.clusters import cluster_density_peaks, pairwise_distances
+from tdm_lightning.ops.importance import QueryKey, class_row, mean_keys, received_attention
+from tdm_lightning.ops.merge import gather_tokens, group_weights, merge_groups, unmerge
+from tdm_lightning.ops.pairs import match_pairs
+
+__all__ = [
+    "QueryKey",
+    "class_row",
+    "cluster_density_peaks",
+    "gather_tokens",
+    "group_weights",
+    "match_pairs",
+    "mean_keys",
+    "merge_groups",
+    "pairwise_distances",
+    "received_attention",
+    "unmerge",
+]

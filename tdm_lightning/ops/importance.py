@@ -1,0 +1,95 @@
+"""How much attention each token gets, computed beside the fused attention kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class QueryKey:
+    """The query and key projections of one attention layer, as views of the model's own weights.
+
+    Shapes: weights (H·d)×C, biases H·d. ``q_norm`` and ``k_norm`` act on the last dimension, d.
+    """
+
+    q_weight: Tensor
+    q_bias: Tensor | None
+    k_weight: Tensor
+    k_bias: Tensor | None
+    heads: int
+    scale: float
+    q_norm: Callable[[Tensor], Tensor] | None = None
+    k_norm: Callable[[Tensor], Tensor] | None = None
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Scaled queries of tokens B×T×C, B×H×T×d."""
+        q = F.linear(x, self.q_weight, self.q_bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return (q if self.q_norm is None else self.q_norm(q)) * self.scale
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Keys of tokens B×T×C, B×H×T×d."""
+        k = F.linear(x, self.k_weight, self.k_bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return k if self.k_norm is None else self.k_norm(k)
+
+
+def class_row(x: Tensor, qk: QueryKey, rows: int = 1, key_bias: Tensor | None = None) -> Tensor:
+    """Attention that the first ``rows`` tokens pay to every token.
+
+    Without a norm on the keys their projection is never formed: ``q·(W_k x) = (qᵀW_k)·x``, and the bias ``q·b_k`` is the same
+    for every key, so the softmax cancels it. That costs ``rows·(2C² + H·T·C)`` multiply-accumulates instead of ``T·C²``.
+
+    Args:
+        x: the attention layer's input (normalised tokens), B×T×C.
+        qk: its query and key projections.
+        rows: number of leading tokens that ask: 1 for the class token, 2 with a distillation token.
+        key_bias: added to the logits, broadcast to B×H×rows×T.
+
+    Returns:
+        Softmax weights, B×H×rows×T, float32.
+    """
+    q = qk.queries(x[:, :rows])
+    if qk.k_norm is None:
+        weight = qk.k_weight.unflatten(0, (qk.heads, -1))
+        asked = torch.einsum("bhrd,hdc->bhrc", q, weight.to(q.dtype))
+        logits = torch.einsum("bhrc,btc->bhrt", asked, x.to(q.dtype))
+    else:
+        logits = q @ qk.keys(x).transpose(-2, -1)
+    logits = logits.float()
+    if key_bias is not None:
+        logits = logits + key_bias
+    return logits.softmax(dim=-1)
+
+
+def received_attention(x: Tensor, qk: QueryKey, prefix: int = 0, key_bias: Tensor | None = None) -> Tensor:
+    """Mean attention that each patch receives from all patches, for models without a class token.
+
+    Args:
+        x: the attention layer's input (normalised tokens), B×T×C.
+        qk: its query and key projections.
+        prefix: leading tokens (registers) that neither ask nor are scored.
+        key_bias: added to the logits, broadcast to B×H×T×T.
+
+    Returns:
+        Mean over heads and asking patches, B×(T-prefix), float32.
+    """
+    logits = (qk.queries(x[:, prefix:]) @ qk.keys(x).transpose(-2, -1)).float()
+    if key_bias is not None:
+        logits = logits + key_bias
+    return logits.softmax(dim=-1)[..., prefix:].mean(dim=(1, 2))
+
+
+def mean_keys(x: Tensor, qk: QueryKey) -> Tensor:
+    """Keys averaged over the heads, B×T×d: the features that ToMe compares (Bolya et al., 2023).
+
+    Where the keys have no norm of their own the projection is averaged instead of the keys, which costs H times less.
+    """
+    if qk.k_norm is not None:
+        return qk.keys(x).mean(dim=1)
+    weight = qk.k_weight.unflatten(0, (qk.heads, -1)).mean(dim=0)
+    bias = None if qk.k_bias is None else qk.k_bias.unflatten(0, (qk.heads, -1)).mean(dim=0)
+    return F.linear(x, weight, bias)

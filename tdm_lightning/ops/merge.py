@@ -1,0 +1,81 @@
+"""Gather tokens, combine groups of them, and spread them out again."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+#: Added to every weight before it is normalised: a group whose attention underflows to zero becomes a plain mean.
+_TINY = 1e-12
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Pick tokens by position.
+
+    Args:
+        x: tokens, B×N×C.
+        index: positions in ``0…N-1``, B×M, int64.
+
+    Returns:
+        The picked tokens, B×M×C, in the order of ``index``.
+
+    >>> gather_tokens(torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[2, 0]])).flatten().tolist()
+    [3.0, 1.0]
+    """
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def group_weights(
+    importance: Tensor,
+    group: Tensor,
+    groups: int,
+    rule: Literal["attention", "mean"] = "attention",
+) -> Tensor:
+    """Weights that sum to one inside every group.
+
+    Args:
+        importance: non-negative scores, B×N.
+        group: the group of each token in ``0…groups-1``, B×N, int64.
+        groups: number of groups.
+        rule: ``"attention"`` weighs a token by its share of the group's importance, ``"mean"`` weighs all alike.
+
+    Returns:
+        Weights, B×N, float32. A token alone in its group weighs exactly 1.
+    """
+    raw = torch.ones_like(importance) if rule == "mean" else importance
+    raw = raw.float() + _TINY
+    total = raw.new_zeros(raw.shape[0], groups).scatter_add(1, group, raw)
+    return raw / total.gather(1, group)
+
+
+def merge_groups(x: Tensor, group: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Combine each group of tokens into one: ``out_g = Σ_{j∈g} w_j x_j``.
+
+    Args:
+        x: tokens, B×N×C.
+        group: the group of each token in ``0…groups-1``, B×N, int64.
+        weight: weight of each token, B×N.
+        groups: number of groups G; an empty group gives a zero token.
+
+    Returns:
+        Combined tokens, B×G×C, in ``x``'s dtype.
+    """
+    weighted = x * weight.to(x.dtype).unsqueeze(-1)
+    index = group.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    return x.new_zeros(x.shape[0], groups, x.shape[-1]).scatter_add(1, index, weighted)
+
+
+def unmerge(x: Tensor, source: Tensor) -> Tensor:
+    """Give every original patch the feature of the token that now holds it.
+
+    Args:
+        x: surviving tokens without prefix tokens, B×M×C.
+        source: the token that holds each patch, B×N0, int64; -1 where the patch was dropped.
+
+    Returns:
+        Dense features, B×N0×C; zero where the patch was dropped.
+    """
+    dense = gather_tokens(x, source.clamp(min=0))
+    return dense.masked_fill((source < 0).unsqueeze(-1), 0)

@@ -1,0 +1,70 @@
+"""Pair matching: finds the attentive tokens that say the same thing."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tdm_lightning.ops.precision import full_precision
+
+Matching = Literal["bipartite", "greedy", "mutual"]
+
+
+@torch.no_grad()
+def match_pairs(x: Tensor, pairs: int, rule: Matching = "bipartite") -> tuple[Tensor, Tensor]:
+    """Fuse the most similar tokens, one fusion per pair, by cosine similarity.
+
+    Args:
+        x: tokens, B×N×C, the most important first.
+        pairs: number of fusions P, ``0 ≤ P ≤ N//2``.
+        rule: ``"bipartite"`` (Bolya et al., 2023, split by importance rank instead of position): even ranks point to their most
+            similar odd rank and the P strongest edges are fused; several tokens may fuse into the same one. ``"greedy"``: P
+            times the most similar pair of free tokens, always disjoint. ``"mutual"``: reciprocal nearest neighbours first, the
+            strongest of them, then greedily; always disjoint.
+
+    Returns:
+        The group of every token in ``0…N-P-1``, B×N, int64, groups in the order of their most important member that was not
+        fused into another; and a mask of the tokens that share their group, B×N, bool.
+    """
+    batch, n, _ = x.shape
+    into = torch.arange(n, device=x.device).expand(batch, -1)  # the token each token is fused into: itself at first
+    if pairs:
+        with full_precision(x.device):
+            unit = F.normalize(x.float(), dim=-1)
+            into = _bipartite(unit, pairs, into) if rule == "bipartite" else _one_to_one(unit, pairs, into, rule)
+    survives = into == torch.arange(n, device=x.device)
+    slot = survives.cumsum(1) - 1
+    group = slot.gather(1, into)
+    received = torch.zeros_like(into).scatter_add(1, into, (~survives).to(into.dtype))
+    return group, ~survives | (received > 0)
+
+
+def _bipartite(unit: Tensor, pairs: int, into: Tensor) -> Tensor:
+    even, odd = unit[:, ::2], unit[:, 1::2]
+    best, partner = (even @ odd.transpose(1, 2)).max(dim=-1)
+    chosen = best.topk(pairs, dim=1).indices
+    return into.scatter(1, 2 * chosen, 2 * partner.gather(1, chosen) + 1)
+
+
+def _one_to_one(unit: Tensor, pairs: int, into: Tensor, rule: Matching) -> Tensor:
+    n = unit.shape[1]
+    similarity = unit @ unit.transpose(1, 2)
+    position = torch.arange(n, device=unit.device)
+    itself = position.unsqueeze(0) == position.unsqueeze(1)
+    similarity = similarity.masked_fill(itself, -torch.inf)
+    if rule == "mutual":
+        best = similarity.argmax(dim=-1)
+        reciprocal = best.gather(1, best) == position
+        bonus = torch.zeros_like(similarity).scatter(2, best.unsqueeze(-1), 3.0 * reciprocal.unsqueeze(-1))
+        similarity = similarity + bonus  # cosines lie in [-1, 1]: 3 lifts every reciprocal pair above all others
+    for _ in range(pairs):
+        flat = similarity.flatten(1).argmax(dim=1, keepdim=True)
+        first, second = flat // n, flat % n
+        first, second = torch.minimum(first, second), torch.maximum(first, second)
+        into = into.scatter(1, second, first)  # the less important token is fused into the more important one
+        taken = (position == first) | (position == second)
+        similarity = similarity.masked_fill(taken.unsqueeze(1) | taken.unsqueeze(2), -torch.inf)
+    return into

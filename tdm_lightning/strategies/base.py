@@ -1,0 +1,94 @@
+"""The interface that every token-reduction method implements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from tdm_lightning.configurable import Configurable
+from tdm_lightning.tokens import Observed, Output, Tokens
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+class Strategy(nn.Module, Configurable):
+    """A set of hooks around a ViT block; the default reduces nothing.
+
+    One pass runs ``begin``, then for every block ``before_block`` → attention → ``after_attention`` → MLP → ``after_block``,
+    then ``finish``. Each hook takes the tokens and returns them, changed or not. A hook keeps nothing on ``self``: what must
+    reach a later hook travels in ``tokens.carry``, so two passes never meet.
+
+    Subclasses store every ``__init__`` argument under its own name (see :class:`Configurable`) and override what they need.
+
+    Attributes:
+        current_keep_rate: set by :class:`tdm_lightning.callbacks.KeepRateWarmup` while the keep rate is annealed; ``None``
+            (the default) means the strategy's own rate.
+    """
+
+    #: Whether the number of tokens depends on the image (then shapes are not static).
+    adaptive: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current_keep_rate: float | None = None
+
+    def bind(self, vit: nn.Module, patches: int) -> None:
+        """Check the settings against a timm model and build what depends on it. Called once by ``attach``.
+
+        Args:
+            vit: the timm model.
+            patches: its number of patch tokens at the default image size.
+        """
+
+    def needs(self, index: int) -> frozenset[str]:
+        """What ``after_attention`` of block ``index`` wants to see: of ``{"importance", "keys", "normed"}``."""
+        return frozenset()
+
+    def tracks_size(self) -> bool:
+        """Whether the method itself needs to know how many patches each token stands for."""
+        return False
+
+    def begin(self, tokens: Tokens) -> Tokens:
+        """Before the first block."""
+        return tokens
+
+    def before_block(self, index: int, tokens: Tokens) -> Tokens:
+        """Before block ``index``."""
+        return tokens
+
+    def after_attention(self, index: int, tokens: Tokens, observed: Observed) -> Tokens:
+        """Between attention and MLP of block ``index``; after the whole block where both run in parallel."""
+        return tokens
+
+    def after_block(self, index: int, tokens: Tokens) -> Tokens:
+        """After block ``index``."""
+        return tokens
+
+    def finish(self, tokens: Tokens) -> Tokens:
+        """After the last block, before the final norm."""
+        return tokens
+
+    def loss(self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None) -> dict[str, Tensor]:
+        """The terms of the training loss by name; their sum is minimised.
+
+        Args:
+            output: the student's pass.
+            target: labels, B, or soft targets, B×classes.
+            criterion: the task loss.
+            teacher: a frozen, unreduced model's pass, for methods that ask for one.
+        """
+        return {"task": criterion(output.logits, target)}
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print(model)``."""
+        arguments: dict[str, Any] = self.config()["init_args"]
+        return ", ".join(f"{name}={_short(value)}" for name, value in arguments.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict) and "class_path" in value:
+        inner = ", ".join(f"{name}={_short(item)}" for name, item in value["init_args"].items())
+        return f"{value['class_path'].rsplit('.', 1)[-1]}({inner})"
+    return repr(value)

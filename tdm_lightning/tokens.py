@@ -1,0 +1,163 @@
+"""What travels through a reduced transformer, and what comes out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Role(IntEnum):
+    """What a reducing layer did with a patch."""
+
+    KEPT = 0  #: passed on as it is
+    MATCHED = 1  #: fused with similar attentive tokens
+    CLUSTERED = 2  #: combined with other inattentive tokens
+    DROPPED = 3  #: gone
+    PARKED = 4  #: waits outside the blocks and comes back
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a block's attention tells a strategy; only what :meth:`Strategy.needs` asked for is there.
+
+    Attributes:
+        importance: B×N, float32: the attention each patch gets from the class token (or tokens), mean over heads; in a
+            model without one, the mean attention from all patches. Not renormalised after the prefix is cut off.
+        keys: B×T×d, keys averaged over the heads.
+        normed: B×T×C, the tokens after attention under the block's second norm.
+    """
+
+    importance: Tensor | None = None
+    keys: Tensor | None = None
+    normed: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """The outcome of one reducing layer for N patch tokens.
+
+    Attributes:
+        x: the M tokens that leave, B×M×C.
+        assignment: the leaving token that now holds each entering one, B×N, int64; -1 where it was dropped.
+        role: :class:`Role` of each entering token, B×N, int64.
+    """
+
+    x: Tensor
+    assignment: Tensor
+    role: Tensor
+
+    def sizes(self, size: Tensor) -> Tensor:
+        """Number of patches in each leaving token, B×M, from that of each entering one, B×N."""
+        held = size.masked_fill(self.assignment < 0, 0)
+        return size.new_zeros(self.x.shape[:2]).scatter_add(1, self.assignment.clamp(min=0), held)
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one reducing layer did with every original patch.
+
+    Attributes:
+        index: the block, counted from 0.
+        importance: B×N_in, the scores it decided by; ``None`` where the method has none.
+        assignment: B×N0, int64: the non-prefix output token, in output order, that now holds each patch; -1: dropped.
+        role: B×N0, int64, :class:`Role` of each patch.
+    """
+
+    index: int
+    importance: Tensor | None
+    assignment: Tensor
+    role: Tensor
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What became of every patch.
+
+    Attributes:
+        token_counts: patch tokens after each block.
+        layers: one :class:`LayerTrace` per reducing block.
+    """
+
+    token_counts: list[int]
+    layers: list[LayerTrace]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens between two steps of a block. Immutable: a step returns a new one, so nothing of a pass stays behind.
+
+    Attributes:
+        x: B×T×C, prefix tokens first.
+        prefix: number of prefix tokens (class, distillation, registers).
+        size: B×(T-prefix), patches each token stands for; ``None`` where nothing asks for it.
+        source: B×N0, int64, the patch token that holds each original patch, -1 dropped; only while tracing.
+        key_bias: added to the attention logits, broadcast to B×H×T×T.
+        layers: what the reducing layers did; only while tracing.
+        carry: the strategy's own tensors for this pass.
+    """
+
+    x: Tensor
+    prefix: int
+    size: Tensor | None = None
+    source: Tensor | None = None
+    key_bias: Tensor | None = None
+    layers: tuple[LayerTrace, ...] = ()
+    carry: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def patches(self) -> Tensor:
+        """The tokens behind the prefix, B×N×C."""
+        return self.x[:, self.prefix :]
+
+    @property
+    def count(self) -> int:
+        """Number of patch tokens N."""
+        return self.x.shape[1] - self.prefix
+
+    def replace(self, **changes: Any) -> Tokens:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def with_size_bias(self) -> Tokens:
+        """Proportional attention: ``log(size)`` added to the logits of every key (Bolya et al., 2023, eq. 1)."""
+        assert self.size is not None
+        bias = torch.nn.functional.pad(self.size.log(), (self.prefix, 0))
+        return self.replace(key_bias=bias[:, None, None, :].to(self.x.dtype))
+
+    def reduced(self, index: int, reduction: Reduction, importance: Tensor | None = None) -> Tokens:
+        """The tokens after block ``index`` replaced its patch tokens; sizes and trace follow along."""
+        changes: dict[str, Any] = {"x": torch.cat((self.x[:, : self.prefix], reduction.x), dim=1)}
+        if self.size is not None:
+            changes["size"] = reduction.sizes(self.size)
+        if self.source is not None:
+            held, alive = self.source.clamp(min=0), self.source >= 0
+            source = torch.where(alive, reduction.assignment.gather(1, held), -1)
+            role = torch.where(alive, reduction.role.gather(1, held), int(Role.DROPPED))
+            scores = None if importance is None else importance.detach()
+            changes["source"] = source
+            changes["layers"] = (*self.layers, LayerTrace(index, scores, source, role))
+        return self.replace(**changes)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Everything one forward pass gives.
+
+    Attributes:
+        logits: what the timm model's head returns, usually B×classes.
+        features: B×T×C after the final norm, prefix tokens first.
+        size: B×(T-prefix), patches each token stands for; ``None`` where nothing asks for it.
+        carry: the strategy's own tensors, for its losses.
+        trace: what became of every patch, if asked for.
+    """
+
+    logits: Tensor
+    features: Tensor
+    size: Tensor | None
+    carry: dict[str, Any]
+    trace: Trace | None = None

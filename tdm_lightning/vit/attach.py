@@ -1,0 +1,86 @@
+"""Put a strategy around a timm ViT, and take it off again."""
+
+from __future__ import annotations
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from tdm_lightning.strategies.base import Strategy
+from tdm_lightning.vit.blocks import UnsupportedBlock, adapter_for
+from tdm_lightning.vit.facts import class_rows
+from tdm_lightning.vit.wrapper import TokenReducedViT
+
+
+def attach(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
+    """Wrap a timm ViT so that it reduces its tokens. The model and its parameters are shared, not copied or changed.
+
+    Args:
+        vit: any model of timm's ``VisionTransformer`` class (DeiT, DINOv2, CLIP, AugReg, registers, …).
+        strategy: a token-reduction method. One with parameters of its own can be attached once.
+
+    Returns:
+        The reduced model; the timm model is its ``vit``.
+
+    Raises:
+        TypeError: if the model cannot be reduced (the message says why), or an argument is of the wrong kind.
+        ValueError: if the model is reduced already, or the strategy's settings do not fit it.
+
+    >>> import timm, tdm_lightning as tdm
+    >>> vit = timm.create_model("test_vit", img_size=96)
+    >>> model = tdm.attach(vit, tdm.TDM(keep_rate=0.5, layers=(1, 3)))
+    >>> model.trace(torch.zeros(1, 3, 96, 96))[1].token_counts
+    [36, 18, 18, 9, 9, 9]
+    """
+    if isinstance(vit, TokenReducedViT):
+        raise ValueError(
+            f"this model is reduced already, by {type(vit.strategy).__name__}; attach to the timm model, `model.vit`, or take the "
+            f"strategy off with detach() first"
+        )
+    if isinstance(vit, type) or not isinstance(vit, nn.Module):
+        raise TypeError(f"attach() takes a timm model, got {vit!r}; make one with timm.create_model(name)")
+    if not isinstance(strategy, Strategy):
+        raise TypeError(f"strategy must be a Strategy such as TDM(keep_rate=0.7), got {strategy!r}")
+    _check_reducible(vit)
+    owned = next(strategy.parameters(), None)
+    if owned is not None:
+        raise ValueError(
+            f"this {type(strategy).__name__} is attached already and owns parameters; make a new one for another model"
+        )
+    strategy.bind(vit, vit.patch_embed.num_patches)
+    return TokenReducedViT(vit, strategy)
+
+
+def detach(model: TokenReducedViT) -> nn.Module:
+    """The timm model again, as it was.
+
+    Raises:
+        TypeError: if the model is not reduced.
+    """
+    if not isinstance(model, TokenReducedViT):
+        raise TypeError(f"detach() takes what attach() returned, got a {type(model).__name__}")
+    return model.vit
+
+
+def _check_reducible(vit: nn.Module) -> None:
+    name = type(vit).__name__
+    if not isinstance(vit, VisionTransformer):
+        raise TypeError(f"cannot reduce the tokens of {name}: {_reason(vit)}")
+    try:
+        for block in vit.blocks:
+            adapter_for(block, class_rows(vit))
+    except UnsupportedBlock as error:
+        raise TypeError(f"cannot reduce the tokens of {name}: {error}") from None
+
+
+def _reason(vit: nn.Module) -> str:
+    """Why a model outside the ``VisionTransformer`` class is refused."""
+    inner = {type(module).__name__ for module in vit.modules()}
+    if any("Window" in kind for kind in inner):
+        return "its attention runs in windows, which need every patch in its place"
+    if getattr(vit, "rope", None) is not None:
+        return "it uses rotary position embeddings (RoPE), which are not supported yet"
+    if any("RelPos" in kind for kind in inner) or getattr(vit, "rel_pos_bias", None) is not None:
+        return "it uses a relative position bias, which is not supported yet"
+    if not hasattr(vit, "blocks"):
+        return "it has no sequence of transformer blocks (`blocks`); only Vision Transformers hold tokens to reduce"
+    return "it is not of timm's VisionTransformer class"

@@ -1,0 +1,271 @@
+"""A timm ViT whose blocks run through a strategy's hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tdm_lightning.ops import unmerge
+from tdm_lightning.strategies.base import Strategy
+from tdm_lightning.tokens import Observed, Output, Tokens, Trace
+from tdm_lightning.vit import heads
+from tdm_lightning.vit.blocks import adapter_for
+from tdm_lightning.vit.facts import class_rows
+
+#: Called with a stage's name and the block's index after each stage of a pass; for counters and clocks.
+Watch = Callable[[str, int], None]
+
+
+class TokenReducedViT(nn.Module):
+    """A timm Vision Transformer that reduces its tokens as it goes. Made by :func:`tdm_lightning.attach`.
+
+    It behaves as the timm model does: ``forward``, ``forward_features``, ``forward_head``, ``forward_intermediates``, and what timm's
+    optimizers and training tools ask for.
+
+    Attributes:
+        vit: the timm model, untouched.
+        strategy: what happens between its layers.
+        taps: one identity module per block, called with the tokens after that block, B×T×C. Register forward hooks here: the
+            blocks' own hooks do not fire, because their halves are run one by one.
+    """
+
+    def __init__(self, vit: nn.Module, strategy: Strategy) -> None:
+        super().__init__()
+        self.vit = vit
+        self.strategy = strategy
+        self.taps = nn.ModuleList(nn.Identity() for _ in vit.blocks)
+
+    def run(self, images: Tensor, trace: bool = False, watch: Watch | None = None) -> Output:
+        """One forward pass with everything it knows.
+
+        Args:
+            images: B×3×H×W.
+            trace: also follow every patch.
+            watch: called after each stage with its name (``embed``, ``begin``, ``before_block``, ``attention``, ``after_attention``,
+                ``mlp``, ``after_block``, ``finish``, ``head``) and the block's index (-1 outside blocks).
+
+        Returns:
+            Logits, features, sizes, the strategy's own tensors, and the trace if asked for.
+
+        Raises:
+            ValueError: if the images have the wrong shape.
+        """
+        tokens, counts, _ = self._encode(images, trace, watch)
+        features = self.vit.norm(tokens.x)
+        logits = self.forward_head(features, tokens.size)
+        if watch is not None:
+            watch("head", -1)
+        found = Trace(counts, list(tokens.layers)) if trace else None
+        return Output(logits, features, tokens.size, tokens.carry, found)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, B×classes, of images, B×3×H×W."""
+        return self.run(images).logits
+
+    def trace(self, images: Tensor) -> tuple[Tensor, Trace]:
+        """Logits, and what became of every patch."""
+        output = self.run(images, trace=True)
+        assert output.trace is not None
+        return output.logits, output.trace
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Tokens after the final norm, B×T×C. For average pooling :meth:`forward_head` also wants ``run(images).size``."""
+        tokens, _, _ = self._encode(images)
+        return self.vit.norm(tokens.x)
+
+    def forward_head(self, features: Tensor, size: Tensor | None = None, pre_logits: bool = False) -> Tensor:
+        """The timm head on reduced tokens; see :func:`tdm_lightning.vit.heads.forward_head`."""
+        return heads.forward_head(self.vit, features, size, pre_logits)
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Dense features of chosen blocks, as timm's method of that name gives them.
+
+        Every original patch gets the feature of the token that holds it after that block, zero where it was dropped, in the
+        original order: B×C×H×W or B×N0×C whatever the strategy did.
+
+        Args:
+            images: B×3×H×W.
+            indices: the last n blocks, chosen ones, or all.
+            return_prefix_tokens: pair every map with its prefix tokens.
+            norm: apply the final norm to the maps.
+            stop_early: accepted for timm's sake; the pass always runs to the end.
+            output_fmt: ``"NCHW"`` or ``"NLC"``.
+            intermediates_only: leave out the final features.
+
+        Returns:
+            The list of maps, or ``(final features B×T×C, list)``.
+
+        Raises:
+            ValueError: for another ``output_fmt``.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        wanted, _ = feature_take_indices(len(self.vit.blocks), indices)
+        tokens, _, states = self._encode(images, trace=True, keep=frozenset(wanted))
+        grid = self.vit.patch_embed.dynamic_feat_size(images.shape[-2:])
+        maps: list[Any] = []
+        for state in states:
+            x = self.vit.norm(state.x) if norm else state.x
+            assert state.source is not None
+            dense = unmerge(x[:, state.prefix :], state.source)
+            if output_fmt == "NCHW":
+                dense = dense.transpose(1, 2).unflatten(2, grid).contiguous()
+            maps.append((dense, x[:, : state.prefix]) if return_prefix_tokens and state.prefix else dense)
+        return maps if intermediates_only else (self.vit.norm(tokens.x), maps)
+
+    def _encode(
+        self, images: Tensor, trace: bool = False, watch: Watch | None = None, keep: frozenset[int] = frozenset()
+    ) -> tuple[Tokens, list[int], list[Tokens]]:
+        """All blocks; the final tokens, the token count after each block, and the tokens after the blocks in ``keep``."""
+        watch = watch or _unwatched
+        tokens = self._embed(images, trace)
+        watch("embed", -1)
+        tokens = self.strategy.begin(tokens)
+        watch("begin", -1)
+        counts, kept = [], []
+        remat = self.vit.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting()
+        for index in range(len(self.vit.blocks)):
+            if remat:
+                tokens = checkpoint(self._block, index, tokens, watch, use_reentrant=False)
+            else:
+                tokens = self._block(index, tokens, watch)
+            tokens = tokens.replace(x=self.taps[index](tokens.x))
+            counts.append(tokens.count)
+            if index in keep:
+                kept.append(tokens)
+        tokens = self.strategy.finish(tokens)
+        watch("finish", -1)
+        return tokens, counts, kept
+
+    def _block(self, index: int, tokens: Tokens, watch: Watch) -> Tokens:
+        block, strategy = self.vit.blocks[index], self.strategy
+        adapter = adapter_for(block, class_rows(self.vit))
+        tokens = strategy.before_block(index, tokens)
+        watch("before_block", index)
+        x, inputs = adapter.attend(block, tokens)
+        watch("attention", index)
+        needs = strategy.needs(index)
+        observed = adapter.observe(block, tokens, inputs, x, needs) if needs else Observed()
+        tokens = strategy.after_attention(index, tokens.replace(x=x), observed)
+        watch("after_attention", index)
+        tokens = tokens.replace(x=adapter.feed_forward(block, tokens.x))
+        watch("mlp", index)
+        tokens = strategy.after_block(index, tokens)
+        watch("after_block", index)
+        return tokens
+
+    def _embed(self, images: Tensor, trace: bool) -> Tokens:
+        vit = self.vit
+        if images.ndim != 4 or images.shape[1] != vit.patch_embed.proj.in_channels:
+            raise ValueError(
+                f"images must have shape B×{vit.patch_embed.proj.in_channels}×H×W for this model, got {tuple(images.shape)}"
+            )
+        expected = vit.patch_embed.img_size
+        if vit.patch_embed.strict_img_size and expected is not None and tuple(images.shape[-2:]) != tuple(expected):
+            raise ValueError(
+                f"images must be {expected[0]}×{expected[1]} for this model, got {images.shape[-2]}×{images.shape[-1]}; resize "
+                f"them, or create the timm model with img_size=… or dynamic_img_size=True"
+            )
+        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        prefix = vit.num_prefix_tokens
+        batch, patches = x.shape[0], x.shape[1] - prefix
+        sized = self.strategy.tracks_size() or heads.needs_sizes(vit)
+        size = torch.ones(batch, patches, device=x.device) if sized else None
+        source = torch.arange(patches, device=x.device).expand(batch, -1) if trace else None
+        return Tokens(x, prefix, size=size, source=source)
+
+    # What timm's tools ask of a model. Parameter names carry the prefix of the attribute they hang on.
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that must not decay, for timm's optimizer factory."""
+        names = getattr(self.vit, "no_weight_decay", set)()
+        own = getattr(self.strategy, "no_weight_decay", set)()
+        return {f"vit.{name}" for name in names} | {f"strategy.{name}" for name in own}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's layer grouping, for layer-wise learning-rate decay; a strategy's own parameters join the last group."""
+        groups = self.vit.group_matcher(coarse=coarse)
+        return {name: _prefixed(pattern) for name, pattern in groups.items()}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade compute for memory: recompute each block in the backward pass."""
+        self.vit.set_grad_checkpointing(enable)
+
+    def get_classifier(self) -> nn.Module:
+        """The timm model's classifier."""
+        return self.vit.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the timm model's classifier."""
+        self.vit.reset_classifier(num_classes, global_pool)
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's description of the weights and their input."""
+        return getattr(self.vit, "pretrained_cfg", {})
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """timm's older name for :attr:`pretrained_cfg`."""
+        return self.pretrained_cfg
+
+    @property
+    def num_features(self) -> int:
+        """Width of the features."""
+        return self.vit.num_features
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of the classifier's input."""
+        return self.vit.head_hidden_size
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the tokens."""
+        return self.vit.embed_dim
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, 0 without a classifier."""
+        return self.vit.num_classes
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class, distillation and register tokens together."""
+        return self.vit.num_prefix_tokens
+
+    @property
+    def feature_info(self) -> Any:
+        """timm's description of the blocks' features."""
+        return self.vit.feature_info
+
+    @property
+    def global_pool(self) -> str:
+        """How the head pools tokens."""
+        return self.vit.global_pool
+
+
+def _unwatched(stage: str, index: int) -> None:
+    pass
+
+
+def _prefixed(pattern: Any) -> Any:
+    """timm's group patterns, ``^blocks…`` and the like, for names that begin with ``vit.``."""
+    if isinstance(pattern, str):
+        # A caret binds only the first of several alternatives, in timm's own patterns too: anchor each.
+        return "|".join(rf"^vit\.{part.lstrip('^')}" for part in pattern.split("|"))
+    return [(_prefixed(item[0]), item[1]) for item in pattern]
