@@ -1,0 +1,6 @@
+"""``python -m tdm_lightning`` is ``tdm``."""
+
+from tdm_lightning.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The ``tdm`` command: LightningCLI's ``fit``, ``validate``, ``test`` and ``predict``, and the library's own subcommands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+#: Our own subcommands: name → (module, function, summary). Imported when called, so that help stays quick.
+COMMANDS = {
+    "visualize": ("tdm_lightning.commands.visualize", "visualize", "Draw what becomes of an image's patches."),
+}
+_TRAINER = {
+    "fit": "Train, and validate after each epoch.",
+    "validate": "Evaluate on the validation split.",
+    "test": "Evaluate on the test split.",
+    "predict": "Write class probabilities to a CSV file.",
+}
+
+
+def main(
+    args: Sequence[str] | None = None, model_class: type | None = None, datamodule_class: type | None = None
+) -> Any:
+    """Run the command line.
+
+    Args:
+        args: the arguments; ``None``: those of the process.
+        model_class: your subclass of :class:`~tdm_lightning.TokenReductionClassifier`, to get this command line for it.
+        datamodule_class: likewise for :class:`~tdm_lightning.ImageNetDataModule`.
+
+    Returns:
+        The ``LightningCLI`` for ``fit`` and its like, or what the library's own subcommand returns.
+
+    Raises:
+        SystemExit: with code 2 if the arguments cannot be parsed, 1 if a setting or the data is wrong.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(_overview())
+        return None
+    if command == "--version":
+        from tdm_lightning.version import __version__
+
+        print(f"tdm-lightning {__version__}")
+        return None
+    try:
+        if command in COMMANDS:
+            return _run_command(command, arguments[1:])
+        return _run_trainer(arguments, model_class, datamodule_class)
+    except (ValueError, TypeError, OSError) as error:
+        # A wrong setting, file or data set: the message says it all. Anything else is a bug and keeps its traceback.
+        print(f"tdm {command}: error: {error}", file=sys.stderr)
+        if args is not None:
+            raise
+        raise SystemExit(1) from error
+
+
+def _run_trainer(arguments: list[str], model_class: type | None, datamodule_class: type | None) -> Any:
+    if arguments[0] not in _TRAINER and not arguments[0].startswith("-"):
+        known = ", ".join([*_TRAINER, *COMMANDS])
+        print(f"tdm: error: unknown command {arguments[0]!r}; the commands are {known}", file=sys.stderr)
+        raise SystemExit(2)
+    from tdm_lightning.trainer_cli import run
+
+    return run(with_named_configs(arguments), model_class, datamodule_class)
+
+
+def _run_command(command: str, arguments: list[str]) -> Any:
+    from jsonargparse import auto_cli
+
+    module, name, summary = COMMANDS[command]
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return auto_cli(function, args=arguments, prog=f"tdm {command}", as_positional=True, description=summary)
+
+
+def _overview() -> str:
+    rows = [*_TRAINER.items(), *((name, summary) for name, (_, _, summary) in COMMANDS.items())]
+    width = max(len(name) for name, _ in rows)
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
+    return (
+        f"usage: tdm COMMAND [--config NAME_OR_FILE …] [--SETTING VALUE …]\n\ncommands:\n{lines}\n\n"
+        f"`tdm COMMAND --help` lists the settings. Named configurations: {', '.join(named_configs())}"
+    )
+
+
+def config_folder() -> Path:
+    """Where the shipped configurations lie, in a checkout or an installed wheel."""
+    from importlib.resources import files
+
+    return Path(str(files("tdm_lightning.configs")))
+
+
+def named_configs() -> list[str]:
+    """Names that ``--config`` understands, such as ``quickstart`` or ``strategies/tdm``."""
+    folder = config_folder()
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def with_named_configs(arguments: list[str]) -> list[str]:
+    """Replace names of shipped configurations behind ``--config`` by their paths; files come first.
+
+    Raises:
+        ValueError: if something is neither a file nor a name.
+    """
+    resolved = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if before in ("--config", "-c"):
+            argument = _resolve(argument)
+        elif argument.startswith("--config="):
+            argument = f"--config={_resolve(argument.removeprefix('--config='))}"
+        resolved.append(argument)
+    return resolved
+
+
+def _resolve(value: str) -> str:
+    if Path(value).is_file() or "\n" in value or value.startswith("{"):  # a file, or YAML itself
+        return value
+    shipped = config_folder() / f"{value.removesuffix('.yaml').removeprefix('configs/')}.yaml"
+    if not shipped.is_file():
+        raise ValueError(f"--config {value}: neither a file nor one of the shipped configurations: {', '.join(named_configs())}")
+    return str(shipped)
