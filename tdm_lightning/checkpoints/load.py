@@ -1,0 +1,174 @@
+"""Fit published weights to a model: all of them or none."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from tdm_lightning.checkpoints.files import read_file
+from tdm_lightning.checkpoints.layouts import LAYOUTS, Weights
+from tdm_lightning.checks import check_choice
+from tdm_lightning.vit import TokenReducedViT
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What :func:`load_official` did.
+
+    Attributes:
+        layout: the name of the file's layout.
+        interpolated: the position grids of file and model, each height and width, if they differ.
+        untouched: names of the model's weights that stayed as they were: a skipped classifier, or a strategy's own layers where
+            the file has none.
+    """
+
+    layout: str
+    interpolated: tuple[Grid, Grid] | None = None
+    untouched: tuple[str, ...] = ()
+
+
+def load_official(
+    model: nn.Module,
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
+    which: Literal["model", "model_ema"] = "model",
+    skip_head: bool = False,
+) -> LoadReport:
+    """Load an official checkpoint into a timm ViT, plain or reduced. All of it or nothing.
+
+    Files are read without running anything they contain. A position grid of another size is interpolated; apart from that,
+    every name and shape must fit.
+
+    Args:
+        model: a timm ViT or what :func:`~tdm_lightning.attach` made of one; changed in place.
+        path_or_state_dict: a ``.safetensors`` or ``torch.save`` file, or what such a file holds: weights by name, or a
+            dictionary with the weights under ``which``, as DeiT's training script writes it.
+        which: the trained weights or their moving average, where a file has both. Published accuracies are of ``"model"``.
+        skip_head: leave the model's classifier as it is, to fine-tune on other classes.
+
+    Returns:
+        What was recognised, interpolated and left alone.
+
+    Raises:
+        ValueError: if the file cannot be read safely, or holds another model; every name that does not fit is in the message.
+        TypeError: if an argument is of the wrong kind.
+        FileNotFoundError: if there is no such file.
+
+    >>> import timm
+    >>> vit, other = timm.create_model("test_vit", img_size=96), timm.create_model("test_vit", img_size=160)
+    >>> load_official(vit, {"model": other.state_dict()})
+    LoadReport(layout='deit', interpolated=((10, 10), (6, 6)), untouched=())
+    """
+    vit: Any = model.vit if isinstance(model, TokenReducedViT) else model
+    if not isinstance(vit, nn.Module) or not hasattr(vit, "patch_embed"):
+        raise TypeError(f"load_official() takes a timm Vision Transformer, plain or reduced, got a {type(model).__name__}")
+    check_choice(which, ("model", "model_ema"), "which")
+    if isinstance(path_or_state_dict, Mapping):
+        origin, content = "the state dict", path_or_state_dict
+    elif isinstance(path_or_state_dict, (str, os.PathLike)):
+        origin, content = str(path_or_state_dict), read_file(path_or_state_dict)
+    else:
+        raise TypeError(f"expected a path or a state dict, got {path_or_state_dict!r}")
+    layout, weights = _translated(_weights(content, which, origin), origin)
+    grids = _fit_position_grid(weights, vit)
+
+    # The timm model's weights go by timm's names, a strategy's own by "strategy.…", whether the model is reduced or not.
+    state = {name.removeprefix("vit."): value for name, value in model.state_dict().items()}
+    head = {name for name in {*weights, *state} if name.split(".")[0] in ("head", "head_dist")}
+    untouched = set(head & state.keys()) if skip_head else set()
+    if skip_head:
+        weights = {name: value for name, value in weights.items() if name not in head}
+    if not any(_is_strategys(name) for name in weights):
+        untouched |= {name for name in state if _is_strategys(name)}
+    _check_fit(weights, {name: value for name, value in state.items() if name not in untouched}, origin, head)
+
+    prefix = "" if model is vit else "vit."
+    # Not strict, because some weights may stay untouched; everything else was compared above.
+    model.load_state_dict({name if _is_strategys(name) else prefix + name: w for name, w in weights.items()}, strict=False)
+    return LoadReport(layout, grids, tuple(sorted(untouched)))
+
+
+def _is_strategys(name: str) -> bool:
+    return name.startswith("strategy.")
+
+
+def _weights(content: Mapping[str, Any], which: str, origin: str) -> Weights:
+    """The weights by name, from under ``which`` or the mapping itself, without DistributedDataParallel's prefix."""
+    found = content
+    if not any(isinstance(value, Tensor) for value in content.values()):
+        found = content.get(which, {})
+        if not isinstance(found, Mapping) or not found:
+            raise ValueError(f"{origin} has no weights under {which!r}; its keys are {_listed(content) or 'none'}")
+    strange = [name for name, value in found.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise ValueError(f"{origin} holds entries that are no tensors: {_listed(strange)}")
+    prefix = "module." if all(name.startswith("module.") for name in found) else ""
+    return {name.removeprefix(prefix): value for name, value in found.items()}
+
+
+def _translated(weights: Weights, origin: str) -> tuple[str, Weights]:
+    for layout in LAYOUTS:
+        if layout.recognises(weights):
+            return layout.name, layout.translate(weights)
+    known = ", ".join(layout.name for layout in LAYOUTS)
+    raise ValueError(f"{origin} is not of a known layout ({known}); its weights are {_listed(weights, most=5)}")
+
+
+def _fit_position_grid(weights: Weights, vit: Any) -> tuple[Grid, Grid] | None:
+    """Resize the position embedding in ``weights`` to the model's grid where only its length differs."""
+    wanted, found = getattr(vit, "pos_embed", None), weights.get("pos_embed")
+    if wanted is None or found is None or found.ndim != 3 or found.shape[1] == wanted.shape[1]:
+        return None
+    height, width = vit.patch_embed.grid_size
+    prefix = wanted.shape[1] - height * width
+    side = math.isqrt(max(0, found.shape[1] - prefix))
+    if found.shape[2] != wanted.shape[2] or side == 0 or side * side + prefix != found.shape[1]:
+        return None  # another width or other prefix tokens: the comparison that follows will say so
+    weights["pos_embed"] = resample_abs_pos_embed(found, [height, width], [side, side], num_prefix_tokens=prefix)
+    return (side, side), (height, width)
+
+
+def _check_fit(weights: Weights, state: Mapping[str, Tensor], origin: str, head: set[str]) -> None:
+    """Raise one ``ValueError`` that names everything that does not fit."""
+    missing, extra = state.keys() - weights.keys(), weights.keys() - state.keys()
+    other = {name for name in weights.keys() & state.keys() if weights[name].shape != state[name].shape}
+    if not missing and not extra and not other:
+        return
+    lines = [f"{origin} does not fit this model; nothing was loaded."]
+    there, here = _kind(weights), _kind(state)
+    if there != here:
+        lines.append(f"It holds another model: {there}; this one has {here}.")
+    shapes = {f"{name} ({_shape(weights[name])} instead of {_shape(state[name])})" for name in other}
+    for title, names in (("Of another shape", shapes), ("Missing from the file", missing), ("Not in the model", extra)):
+        if names:
+            lines.append(f"{title}: {_listed(sorted(names))}.")
+    if head & (missing | extra | other):
+        lines.append("Make the model with the file's number of classes, or pass skip_head=True to keep its own classifier.")
+    if any(_is_strategys(name) for name in extra):
+        lines.append("The file holds layers of a token-reduction method: attach that method before loading.")
+    raise ValueError("\n".join(lines))
+
+
+def _kind(weights: Mapping[str, Tensor]) -> str:
+    """What tells ViTs apart at a glance."""
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    patch = weights.get("patch_embed.proj.weight")
+    if patch is None or patch.ndim != 4:
+        return f"{depth} blocks"
+    return f"{depth} blocks, width {patch.shape[0]}, patches {patch.shape[2]}×{patch.shape[3]}"
+
+
+def _shape(value: Tensor) -> str:
+    return "×".join(map(str, value.shape)) or "scalar"
+
+
+def _listed(names: Mapping[str, Any] | list[str], most: int = 30) -> str:
+    shown, more = list(names)[:most], len(names) - most
+    return ", ".join(map(str, shown)) + (f" and {more} more" if more > 0 else "")
