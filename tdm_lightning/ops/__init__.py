@@ -1,9 +1,11 @@
 """Pure tensor functions: the arithmetic of token reduction, without any model."""
 
+from tdm_lightning.ops.alternating import match_alternating
 from tdm_lightning.ops.clusters import cluster_density_peaks, pairwise_distances
 from tdm_lightning.ops.importance import QueryKey, class_row, mean_keys, received_attention
-from tdm_lightning.ops.merge import gather_tokens, group_weights, merge_groups, unmerge
+from tdm_lightning.ops.merge import gather_tokens, group_weights, inverse_order, merge_groups, rank_order, unmerge
 from tdm_lightning.ops.pairs import match_pairs
+from tdm_lightning.ops.policy import policy_softmax
 
 __all__ = [
     "QueryKey",
@@ -11,10 +13,14 @@ __all__ = [
     "cluster_density_peaks",
     "gather_tokens",
     "group_weights",
+    "inverse_order",
+    "match_alternating",
     "match_pairs",
     "mean_keys",
     "merge_groups",
     "pairwise_distances",
+    "rank_order",
+    "policy_softmax",
     "received_attention",
     "unmerge",
 ]

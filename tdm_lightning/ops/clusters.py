@@ -42,7 +42,7 @@ def _density(distance: Tensor, kernel: Density, cutoff: float, neighbours: int) 
     if kernel == "gaussian":
         return distance.square().neg().exp().sum(-1) - 1  # minus the token itself, at distance 0
     if kernel == "cutoff":
-        rank = max(1, min(n * n - 1, n + round(cutoff * n * (n - 1))))  # the n smallest are the zero diagonal
+        rank = min(n * n, n + max(1, round(cutoff * n * (n - 1))))  # the n smallest are the zero diagonal
         radius = distance.flatten(1).topk(rank, dim=1, largest=False).values[:, -1:].unsqueeze(-1)
         return (distance / radius.clamp(min=1e-6)).square().neg().exp().sum(-1) - 1
     nearest = distance.topk(min(neighbours, n), dim=-1, largest=False).values

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdm_lightning.ops.precision import full_precision
+
 
 @dataclass(frozen=True)
 class QueryKey:
@@ -53,13 +55,14 @@ def class_row(x: Tensor, qk: QueryKey, rows: int = 1, key_bias: Tensor | None = 
         Softmax weights, B×H×rows×T, float32.
     """
     q = qk.queries(x[:, :rows])
-    if qk.k_norm is None:
-        weight = qk.k_weight.unflatten(0, (qk.heads, -1))
-        asked = torch.einsum("bhrd,hdc->bhrc", q, weight.to(q.dtype))
-        logits = torch.einsum("bhrc,btc->bhrt", asked, x.to(q.dtype))
-    else:
-        logits = q @ qk.keys(x).transpose(-2, -1)
-    logits = logits.float()
+    k = None if qk.k_norm is None else qk.keys(x)
+    with full_precision(x.device):  # logits may pass float16's largest number; the fused kernel keeps them in float32 too
+        if k is None:
+            weight = qk.k_weight.unflatten(0, (qk.heads, -1))
+            asked = torch.einsum("bhrd,hdc->bhrc", q.float(), weight.float())
+            logits = torch.einsum("bhrc,btc->bhrt", asked, x.float())
+        else:
+            logits = q.float() @ k.float().transpose(-2, -1)
     if key_bias is not None:
         logits = logits + key_bias
     return logits.softmax(dim=-1)
@@ -77,7 +80,9 @@ def received_attention(x: Tensor, qk: QueryKey, prefix: int = 0, key_bias: Tenso
     Returns:
         Mean over heads and asking patches, B×(T-prefix), float32.
     """
-    logits = (qk.queries(x[:, prefix:]) @ qk.keys(x).transpose(-2, -1)).float()
+    q, k = qk.queries(x[:, prefix:]), qk.keys(x)
+    with full_precision(x.device):
+        logits = q.float() @ k.float().transpose(-2, -1)
     if key_bias is not None:
         logits = logits + key_bias
     return logits.softmax(dim=-1)[..., prefix:].mean(dim=(1, 2))

