@@ -56,7 +56,7 @@ def test_class_attention_is_not_renormalised_over_patches():
 @torch.no_grad()
 def test_half_precision_row_is_as_good_as_its_inputs(dtype):
     """Logits of peaked attention reach tens; rounded to half precision they would spoil the order of the tokens."""
-    layer, exact = layer_and_projections()
+    layer, _ = layer_and_projections()
     x = torch.randn(4, 50, WIDTH).to(dtype)
     layer = layer.to(dtype)
     weight, bias = layer.qkv.weight, layer.qkv.bias

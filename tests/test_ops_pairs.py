@@ -101,7 +101,7 @@ def test_bipartite_may_fuse_several_into_one():
 
 def test_mutual_takes_reciprocal_pairs_before_closer_ones():
     """2 and 3 are close, but 2 prefers 1; 4 and 5 are far apart, but choose each other."""
-    angles = torch.tensor([0.0, 0.10, 0.20, 0.45, 1.20, 1.60])
+    angles = torch.tensor([0.0, 0.10, 0.22, 0.45, 1.20, 1.60])
     x = torch.stack((angles.cos(), angles.sin()), dim=1).unsqueeze(0)
     assert match_pairs(x, 2, "greedy")[0].tolist() == [[0, 0, 1, 1, 2, 3]]
     assert match_pairs(x, 2, "mutual")[0].tolist() == [[0, 0, 1, 2, 3, 3]]
