@@ -87,8 +87,8 @@ class TokenReductionClassifier(LightningModule):
         if isinstance(strategy, Mapping):  # the stored form, from a checkpoint's hyperparameters
             strategy = Strategy.from_config(strategy)
         self.save_hyperparameters(ignore=["strategy"] if isinstance(model, str) else ["strategy", "model"])
+        self.model = self.configure_vit(model, Strategy() if strategy is None else strategy)
         self.save_hyperparameters({"strategy": None if strategy is None else strategy.config()})
-        self.model = self.configure_vit(model, strategy or Strategy())
         self.classes = self.model.num_classes
         self.label_names = label_names
         self.mixing = self.configure_mixing()
@@ -156,13 +156,15 @@ class TokenReductionClassifier(LightningModule):
         else:
             optimizer = create_optimizer_v2(groups, **shared)
         steps = self.trainer.estimated_stepping_batches
-        epochs = self.trainer.max_epochs
         if steps == float("inf"):
             raise ValueError("the cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps")
-        per_epoch = steps / epochs if epochs and epochs > 0 else self.trainer.num_training_batches
-        scheduler = make_cosine(optimizer, int(steps), round(hp.warmup_epochs * per_epoch), hp.warmup_lr, hp.min_lr)
+        warmup = round(hp.warmup_epochs * self._steps_per_epoch()) if hp.warmup_epochs else 0
+        scheduler = make_cosine(optimizer, int(steps), warmup, hp.warmup_lr, hp.min_lr)
         freeze(optimizer.param_groups, self.current_epoch)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _steps_per_epoch(self) -> float:
+        return self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
 
     # Training
 

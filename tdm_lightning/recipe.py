@@ -36,10 +36,11 @@ def make_cosine(
         )
     return CosineLRScheduler(
         optimizer,
-        t_initial=total_steps,
+        t_initial=total_steps - warmup_steps,
         lr_min=min_lr,
         warmup_t=warmup_steps,
         warmup_lr_init=warmup_lr,
+        warmup_prefix=True,  # the cosine begins at its peak, where DeiT's scripts enter it a little later
         t_in_epochs=False,
     )
 

@@ -36,5 +36,17 @@ def _from_deit(weights: Weights) -> Weights:
     return {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name): value for name, value in weights.items()}
 
 
+def _is_ours(weights: Weights) -> bool:
+    return "vit.patch_embed.proj.weight" in weights
+
+
+def _from_ours(weights: Weights) -> Weights:
+    """What :class:`~tdm_lightning.TokenReducedViT` saves."""
+    return {name.removeprefix("vit."): value for name, value in weights.items()}
+
+
 #: Asked in this order, so the most specific come first. EViT and others that add no layer keep DeiT's names.
-LAYOUTS: tuple[Layout, ...] = (Layout("deit", _is_deit, _from_deit),)
+LAYOUTS: tuple[Layout, ...] = (
+    Layout("tdm-lightning", _is_ours, _from_ours),
+    Layout("deit", _is_deit, _from_deit),
+)

@@ -49,7 +49,8 @@ def load_official(
     Args:
         model: a timm ViT or what :func:`~tdm_lightning.attach` made of one; changed in place.
         path_or_state_dict: a ``.safetensors`` or ``torch.save`` file, or what such a file holds: weights by name, or a
-            dictionary with the weights under ``which``, as DeiT's training script writes it.
+            dictionary with the weights under ``which``, as DeiT's training script writes it. A checkpoint of
+            :class:`~tdm_lightning.TokenReductionClassifier` is read too.
         which: the trained weights or their moving average, where a file has both. Published accuracies are of ``"model"``.
         skip_head: leave the model's classifier as it is, to fine-tune on other classes.
 
@@ -102,7 +103,10 @@ def _is_strategys(name: str) -> bool:
 def _weights(content: Mapping[str, Any], which: str, origin: str) -> Weights:
     """The weights by name, from under ``which`` or the mapping itself, without DistributedDataParallel's prefix."""
     found = content
-    if not any(isinstance(value, Tensor) for value in content.values()):
+    if "pytorch-lightning_version" in content:
+        inside = content.get("state_dict", {})
+        found = {name.removeprefix("model."): value for name, value in inside.items() if name.startswith("model.")}
+    elif not any(isinstance(value, Tensor) for value in content.values()):
         found = content.get(which, {})
         if not isinstance(found, Mapping) or not found:
             raise ValueError(f"{origin} has no weights under {which!r}; its keys are {_listed(content) or 'none'}")
