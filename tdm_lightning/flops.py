@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -104,6 +105,15 @@ class _Counter:
         self.pending += self.counter.get_total_flops() - self.inside
 
 
+def _learned_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The strategy's own layers; a list of layers is never called itself, so its items count."""
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _learned_layers(child)
+        else:
+            yield child
+
+
 def _on_meta(model: nn.Module) -> nn.Module:
     """A copy without storage: every tensor is replaced before it would be copied."""
     tensors: dict[int, object] = {
@@ -120,7 +130,7 @@ def _count(model: nn.Module, images: Tensor) -> _Counter:
         stages = _Counter(counter)
         if isinstance(model, TokenReducedViT):
             handles = []
-            for layer in model.strategy.children():
+            for layer in _learned_layers(model.strategy):
                 handles += [layer.register_forward_pre_hook(stages.enter), layer.register_forward_hook(stages.leave)]
             try:
                 model.run(images, watch=stages.watch)

@@ -28,11 +28,13 @@ class Observed:
     Attributes:
         importance: B×N, float32: the attention each patch gets from the class token (or tokens), mean over heads; in a
             model without one, the mean attention from all patches. Not renormalised after the prefix is cut off.
+        heads: how many heads that is the mean of.
         keys: B×T×d, keys averaged over the heads.
         normed: B×T×C, the tokens after attention under the block's second norm.
     """
 
     importance: Tensor | None = None
+    heads: int = 1
     keys: Tensor | None = None
     normed: Tensor | None = None
 
@@ -64,7 +66,8 @@ class LayerTrace:
     Attributes:
         index: the block, counted from 0.
         importance: B×N_in, the scores it decided by; ``None`` where the method has none.
-        assignment: B×N0, int64: the non-prefix output token, in output order, that now holds each patch; -1: dropped.
+        assignment: B×N0, int64: the non-prefix output token, in output order, that now holds each patch; -1: dropped. Parked
+            tokens are numbered behind those that stay in the blocks.
         role: B×N0, int64, :class:`Role` of each patch.
     """
 
@@ -79,7 +82,7 @@ class Trace:
     """What became of every patch.
 
     Attributes:
-        token_counts: patch tokens after each block.
+        token_counts: patch tokens after each block; where some are parked, those that the block updated.
         layers: one :class:`LayerTrace` per reducing block.
     """
 
@@ -93,19 +96,26 @@ class Tokens:
 
     Attributes:
         x: B×T×C, prefix tokens first.
-        prefix: number of prefix tokens (class, distillation, registers).
+        prefix: number of prefix tokens: class, distillation, registers, and what a strategy lets run with them for a while.
+        depth: number of blocks in the model.
         size: B×(T-prefix), patches each token stands for; ``None`` where nothing asks for it.
-        source: B×N0, int64, the patch token that holds each original patch, -1 dropped; only while tracing.
+        source: B×N0, int64, the token of :attr:`held` that holds each original patch, -1 dropped; only while tracing.
         key_bias: added to the attention logits, broadcast to B×H×T×T.
+        policy: B×T, differentiable: how far each token may be attended to; selects the explicit attention of
+            :func:`~tdm_lightning.ops.policy_softmax`.
+        parked: B×P×C, patch tokens that wait outside the blocks.
         layers: what the reducing layers did; only while tracing.
         carry: the strategy's own tensors for this pass.
     """
 
     x: Tensor
     prefix: int
+    depth: int = 0
     size: Tensor | None = None
     source: Tensor | None = None
     key_bias: Tensor | None = None
+    policy: Tensor | None = None
+    parked: Tensor | None = None
     layers: tuple[LayerTrace, ...] = ()
     carry: dict[str, Any] = field(default_factory=dict)
 
@@ -119,9 +129,18 @@ class Tokens:
         """Number of patch tokens N."""
         return self.x.shape[1] - self.prefix
 
+    @property
+    def held(self) -> Tensor:
+        """All patch tokens there are: those in the blocks, then the parked ones, B×(N+P)×C."""
+        return self.patches if self.parked is None else torch.cat((self.patches, self.parked), dim=1)
+
     def replace(self, **changes: Any) -> Tokens:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def carrying(self, **tensors: Any) -> Tokens:
+        """A copy that carries more."""
+        return self.replace(carry={**self.carry, **tensors})
 
     def with_size_bias(self) -> Tokens:
         """Proportional attention: ``log(size)`` added to the logits of every key (Bolya et al., 2023, eq. 1)."""

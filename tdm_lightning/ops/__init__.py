@@ -19,8 +19,8 @@ __all__ = [
     "mean_keys",
     "merge_groups",
     "pairwise_distances",
-    "rank_order",
     "policy_softmax",
+    "rank_order",
     "received_attention",
     "unmerge",
 ]

@@ -14,8 +14,8 @@ def match_alternating(features: Tensor, pairs: int, prefix: int = 1) -> tuple[Te
     """Send the tokens that have the most similar partner into it (Bolya et al., "Token Merging", ICLR 2023).
 
     Patches at even positions of the sequence (the class token is at 0) each propose to their most similar patch at an odd
-    position, by cosine; the ``pairs`` best proposals are accepted. Several may be accepted by the same patch. Prefix tokens take no
-    part.
+    position, by cosine; the ``pairs`` best proposals are accepted. Several may be accepted by the same patch. Prefix tokens
+    take no part.
 
     Args:
         features: what is compared, B×T×D, prefix tokens included.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tdm_lightning.checks import check_keep_rate, check_layers, check_layers_exist
 from tdm_lightning.strategies.base import Strategy
-from tdm_lightning.strategies.merger import TokenMerger
+from tdm_lightning.strategies.merger import TokenMerger, check_merger
 from tdm_lightning.tokens import Observed, Reduction, Tokens
 
 
@@ -23,15 +23,11 @@ class AttentiveStrategy(Strategy):
         super().__init__()
         self.keep_rate = check_keep_rate(keep_rate)
         self.layers = check_layers(layers)
-        if merger is not None and not isinstance(merger, TokenMerger):
-            raise TypeError(f"merger must be a TokenMerger or None, got {merger!r} of type {type(merger).__name__}")
-        self.merger = merger
+        self.merger = check_merger(merger)
 
     def keep_count(self, n: int) -> int:
         """Tokens that are kept of ``n``: ``ceil(keep_rate·n)``, taken literally, with the current rate during warm-up."""
-        # As in the official EViT: a block reduces only if its own rate and the current one are both below 1.
-        rate = self.keep_rate if self.current_keep_rate is None or self.keep_rate == 1 else self.current_keep_rate
-        return math.ceil(rate * n)
+        return math.ceil(self.annealed(self.keep_rate) * n)
 
     def bind(self, vit: nn.Module, patches: int) -> None:
         """Check that the layers exist and that the merger finds a split in each.

@@ -30,6 +30,9 @@ class Strategy(nn.Module, Configurable):
     #: Whether the number of tokens depends on the image (then shapes are not static).
     adaptive: bool = False
 
+    #: Whether :meth:`loss` compares with a frozen, unreduced copy of the model.
+    needs_teacher: bool = False
+
     def __init__(self) -> None:
         super().__init__()
         self.current_keep_rate: float | None = None
@@ -41,6 +44,13 @@ class Strategy(nn.Module, Configurable):
             vit: the timm model.
             patches: its number of patch tokens at the default image size.
         """
+
+    def annealed(self, keep_rate: float) -> float:
+        """The keep rate to use now: ``keep_rate``, or the current one while it is annealed.
+
+        As in the official EViT, nothing is reduced unless both are below 1.
+        """
+        return keep_rate if self.current_keep_rate is None or keep_rate == 1 else self.current_keep_rate
 
     def needs(self, index: int) -> frozenset[str]:
         """What ``after_attention`` of block ``index`` wants to see: of ``{"importance", "keys", "normed"}``."""
@@ -80,6 +90,31 @@ class Strategy(nn.Module, Configurable):
             teacher: a frozen, unreduced model's pass, for methods that ask for one.
         """
         return {"task": criterion(output.logits, target)}
+
+    def param_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
+        """The optimizer groups that the method's recipe asks for; ``None`` (the default): the usual ones.
+
+        Parameters in no group are not trained. Beside what torch optimizers read, a group may hold ``lr_scale``, a factor on
+        the scheduled learning rate, and ``freeze_epochs``: for so many epochs its learning rate is 0.
+
+        Args:
+            model: the reduced model, so that names carry its prefixes.
+            lr: base learning rate.
+            weight_decay: for the parameters that decay.
+        """
+        return None
+
+    def on_progress(self, epoch: int, step: int, total_steps: int) -> None:
+        """Told before every training step where the run stands, for methods with a curriculum.
+
+        Args:
+            epoch: epochs done.
+            step: optimizer steps done.
+            total_steps: optimizer steps in the whole run.
+        """
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Told when the timm model gets another classifier, for methods with a classifier of their own."""
 
     def extra_repr(self) -> str:
         """The settings, for ``print(model)``."""

@@ -152,9 +152,7 @@ class TokenMerger(Configurable):
             weight.append(group_weights(importance[:, : split.attentive], pair, singles, self.match_weights))
             role.append(torch.where(shared, int(Role.MATCHED), int(Role.KEPT)))
         if split.clusters:
-            label, share = self._cluster(
-                compared[:, split.attentive :], importance[:, split.attentive :], split.clusters
-            )
+            label, share = self._cluster(compared[:, split.attentive :], importance[:, split.attentive :], split.clusters)
             group.append(label + singles)
             weight.append(share)
             role.append(torch.full_like(label, int(Role.CLUSTERED)))
@@ -164,7 +162,7 @@ class TokenMerger(Configurable):
         return Reduction(merged, groups.gather(1, back), torch.cat(role, dim=1).gather(1, back))
 
     def represent(self, x: Tensor, importance: Tensor) -> Reduction:
-        """Only the clustering: ``ceil(cluster_fraction·N)`` tokens that stand for all N, for tokens that are set aside, not removed.
+        """Only the clustering: ``ceil(cluster_fraction·N)`` tokens that stand for all N, which are not removed.
 
         Args:
             x: tokens, B×N×C, the most important first.
@@ -190,4 +188,18 @@ def check_merger(merger: TokenMerger | None) -> TokenMerger | None:
     """
     if merger is not None and not isinstance(merger, TokenMerger):
         raise TypeError(f"merger must be a TokenMerger or None, got {merger!r} of type {type(merger).__name__}")
+    return merger
+
+
+def check_early_merger(merger: TokenMerger | None) -> TokenMerger | None:
+    """:func:`check_merger` for strategies that merge before a block, where nothing but the tokens can be compared yet.
+
+    Raises:
+        ValueError: if the merger compares something else.
+    """
+    if check_merger(merger) is not None and merger.features != "tokens":  # type: ignore[union-attr]
+        raise ValueError(
+            f"this strategy merges before a block, so a merger with features={merger.features!r} has nothing to compare; "  # type: ignore[union-attr]
+            f"use features='tokens'"
+        )
     return merger

@@ -1,7 +1,8 @@
 """One small adapter per timm block family: run its attention half, observe it, run its MLP half.
 
-An adapter calls the block's own modules and never re-implements their arithmetic, so LayerScale, drop-path, QK norm, gates and inner
-norms stay timm's. Calling a block's parts fires no forward hook on the block; ``TokenReducedViT.taps`` stands in for those.
+An adapter calls the block's own modules and never re-implements their arithmetic, so LayerScale, drop-path, QK norm, gates
+and inner norms stay timm's. Calling a block's parts fires no forward hook on the block; ``TokenReducedViT.taps`` stands in
+for those.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from timm.layers import Attention, DiffAttention
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from tdm_lightning.ops import QueryKey, class_row, mean_keys, received_attention
+from tdm_lightning.ops import QueryKey, class_row, mean_keys, policy_softmax, received_attention
 from tdm_lightning.tokens import Observed, Tokens
 
 
@@ -46,6 +47,26 @@ def _query_key(attn: nn.Module) -> QueryKey:
 
 def _bias(tokens: Tokens) -> dict[str, Any]:
     return {} if tokens.key_bias is None else {"attn_mask": tokens.key_bias}
+
+
+def _attention(attn: nn.Module, h: Tensor, tokens: Tokens) -> Tensor:
+    """Attention as timm has it, or, under a policy, its explicit form; input and output B×T×C."""
+    if tokens.policy is None:
+        return attn(h, **_bias(tokens))
+    if type(attn) is not Attention:
+        raise UnsupportedBlock(
+            f"training with a policy masks the attention weights one by one, which timm's Attention allows and this model's "
+            f"{type(attn).__name__} does not; take a model with plain attention, or a strategy without a policy (EViT, TDM)"
+        )
+    q, k, v = attn.qkv(h).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    logits = (attn.q_norm(q) * attn.scale) @ attn.k_norm(k).transpose(-2, -1)
+    if tokens.key_bias is not None:
+        logits = logits + tokens.key_bias
+    weights = attn.attn_drop(policy_softmax(logits, tokens.policy)).to(v.dtype)
+    x = attn.norm((weights @ v).transpose(1, 2).flatten(2))
+    if getattr(attn, "gate", None) is not None:
+        x = x * attn.gate(h).sigmoid()
+    return attn.proj_drop(attn.proj(x))
 
 
 class BlockAdapter:
@@ -88,7 +109,7 @@ class BlockAdapter:
             keys = torch.stack([mean_keys(h, qk) for h, qk in seen]).mean(0)
         if "normed" in needs:
             normed = self.normed(block, x)
-        return Observed(importance, keys, normed)
+        return Observed(importance, seen[0][1].heads, keys, normed)
 
     def _importance(self, h: Tensor, qk: QueryKey, tokens: Tokens) -> Tensor:
         if self.class_rows:
@@ -103,7 +124,7 @@ class PreNorm(BlockAdapter):
     def attend(self, block: nn.Module, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
         """See :meth:`BlockAdapter.attend`."""
         h = block.norm1(tokens.x)
-        return tokens.x + block.drop_path1(block.ls1(block.attn(h, **_bias(tokens)))), [h]
+        return tokens.x + block.drop_path1(block.ls1(_attention(block.attn, h, tokens))), [h]
 
     def feed_forward(self, block: nn.Module, x: Tensor) -> Tensor:
         """See :meth:`BlockAdapter.feed_forward`."""
@@ -115,7 +136,7 @@ class ResPost(BlockAdapter):
 
     def attend(self, block: nn.Module, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
         """See :meth:`BlockAdapter.attend`."""
-        return tokens.x + block.drop_path1(block.norm1(block.attn(tokens.x, **_bias(tokens)))), [tokens.x]
+        return tokens.x + block.drop_path1(block.norm1(_attention(block.attn, tokens.x, tokens))), [tokens.x]
 
     def normed(self, block: nn.Module, x: Tensor) -> Tensor:
         """No norm stands before this MLP."""
@@ -131,6 +152,8 @@ class ParallelScaling(BlockAdapter):
 
     def attend(self, block: nn.Module, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
         """Run the whole block; its attention's input is formed again only where :meth:`observe` wants it."""
+        if tokens.policy is not None:
+            raise UnsupportedBlock(f"training with a policy needs timm's Attention; {type(block).__name__} has its own")
         return block(tokens.x, **_bias(tokens)), []
 
     def observe(self, block: nn.Module, tokens: Tokens, inputs: list[Tensor], x: Tensor, needs: frozenset[str]) -> Observed:
@@ -162,7 +185,8 @@ class ParallelThings(BlockAdapter):
         """See :meth:`BlockAdapter.attend`."""
         inputs = [branch.norm(tokens.x) for branch in block.attns]
         outputs = [
-            branch.drop_path(branch.ls(branch.attn(h, **_bias(tokens)))) for branch, h in zip(block.attns, inputs, strict=True)
+            branch.drop_path(branch.ls(_attention(branch.attn, h, tokens)))
+            for branch, h in zip(block.attns, inputs, strict=True)
         ]
         return tokens.x + torch.stack(outputs).sum(dim=0), inputs
 

@@ -12,7 +12,7 @@ def needs_sizes(vit: nn.Module) -> bool:
 
 
 def forward_head(vit: nn.Module, features: Tensor, size: Tensor | None = None, pre_logits: bool = False) -> Tensor:
-    """timm's own head on reduced tokens.
+    """The head of the timm model on reduced tokens.
 
     Average pooling becomes the mean over *patches*, that is over tokens weighted by ``size``; attention pooling adds ``log(size)``
     to the logits, which equals letting each token appear ``size`` times. Class-token and max pooling need no weights.

@@ -24,8 +24,8 @@ Watch = Callable[[str, int], None]
 class TokenReducedViT(nn.Module):
     """A timm Vision Transformer that reduces its tokens as it goes. Made by :func:`tdm_lightning.attach`.
 
-    It behaves as the timm model does: ``forward``, ``forward_features``, ``forward_head``, ``forward_intermediates``, and what timm's
-    optimizers and training tools ask for.
+    It behaves as the timm model does: ``forward``, ``forward_features``, ``forward_head``, ``forward_intermediates``, and
+    what timm's optimizers and training tools ask for.
 
     Attributes:
         vit: the timm model, untouched.
@@ -46,8 +46,8 @@ class TokenReducedViT(nn.Module):
         Args:
             images: B×3×H×W.
             trace: also follow every patch.
-            watch: called after each stage with its name (``embed``, ``begin``, ``before_block``, ``attention``, ``after_attention``,
-                ``mlp``, ``after_block``, ``finish``, ``head``) and the block's index (-1 outside blocks).
+            watch: called after each stage with its name (``embed``, ``begin``, ``before_block``, ``attention``,
+                ``after_attention``, ``mlp``, ``after_block``, ``finish``, ``head``) and the block's index (-1 outside blocks).
 
         Returns:
             Logits, features, sizes, the strategy's own tensors, and the trace if asked for.
@@ -119,12 +119,15 @@ class TokenReducedViT(nn.Module):
         grid = self.vit.patch_embed.dynamic_feat_size(images.shape[-2:])
         maps: list[Any] = []
         for state in states:
-            x = self.vit.norm(state.x) if norm else state.x
             assert state.source is not None
-            dense = unmerge(x[:, state.prefix :], state.source)
+            dense = unmerge(self.vit.norm(state.held) if norm else state.held, state.source)
             if output_fmt == "NCHW":
                 dense = dense.transpose(1, 2).unflatten(2, grid).contiguous()
-            maps.append((dense, x[:, : state.prefix]) if return_prefix_tokens and state.prefix else dense)
+            if return_prefix_tokens and self.num_prefix_tokens:
+                first = state.x[:, : self.num_prefix_tokens]
+                maps.append((dense, self.vit.norm(first) if norm else first))
+            else:
+                maps.append(dense)
         return maps if intermediates_only else (self.vit.norm(tokens.x), maps)
 
     def _encode(
@@ -186,7 +189,7 @@ class TokenReducedViT(nn.Module):
         sized = self.strategy.tracks_size() or heads.needs_sizes(vit)
         size = torch.ones(batch, patches, device=x.device) if sized else None
         source = torch.arange(patches, device=x.device).expand(batch, -1) if trace else None
-        return Tokens(x, prefix, size=size, source=source)
+        return Tokens(x, prefix, depth=len(vit.blocks), size=size, source=source)
 
     # What timm's tools ask of a model. Parameter names carry the prefix of the attribute they hang on.
 
@@ -197,7 +200,7 @@ class TokenReducedViT(nn.Module):
         return {f"vit.{name}" for name in names} | {f"strategy.{name}" for name in own}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's layer grouping, for layer-wise learning-rate decay; a strategy's own parameters join the last group."""
+        """Timm's layer grouping, for layer-wise learning-rate decay; a strategy's own parameters join the last group."""
         groups = self.vit.group_matcher(coarse=coarse)
         return {name: _prefixed(pattern) for name, pattern in groups.items()}
 
@@ -210,17 +213,18 @@ class TokenReducedViT(nn.Module):
         return self.vit.get_classifier()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the timm model's classifier."""
+        """Replace the timm model's classifier, and the strategy's own if it has one."""
         self.vit.reset_classifier(num_classes, global_pool)
+        self.strategy.reset_classifier(num_classes)
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """timm's description of the weights and their input."""
+        """Timm's description of the weights and their input."""
         return getattr(self.vit, "pretrained_cfg", {})
 
     @property
     def default_cfg(self) -> dict[str, Any]:
-        """timm's older name for :attr:`pretrained_cfg`."""
+        """Timm's older name for :attr:`pretrained_cfg`."""
         return self.pretrained_cfg
 
     @property
@@ -250,7 +254,7 @@ class TokenReducedViT(nn.Module):
 
     @property
     def feature_info(self) -> Any:
-        """timm's description of the blocks' features."""
+        """Timm's description of the blocks' features."""
         return self.vit.feature_info
 
     @property
@@ -264,7 +268,7 @@ def _unwatched(stage: str, index: int) -> None:
 
 
 def _prefixed(pattern: Any) -> Any:
-    """timm's group patterns, ``^blocks…`` and the like, for names that begin with ``vit.``."""
+    """Timm's group patterns, ``^blocks…`` and the like, for names that begin with ``vit.``."""
     if isinstance(pattern, str):
         # A caret binds only the first of several alternatives, in timm's own patterns too: anchor each.
         return "|".join(rf"^vit\.{part.lstrip('^')}" for part in pattern.split("|"))
