@@ -1,0 +1,174 @@
+"""From a name or a path to a set's splits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from datasets import DatasetDict, Features, IterableDatasetDict, load_dataset, load_dataset_builder
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
+
+from tdm_lightning.checks import check_choice
+from tdm_lightning.data.digits import load_digits_splits
+
+Location: TypeAlias = str | list[str] | dict[str, str | list[str]]
+Splits: TypeAlias = DatasetDict | IterableDatasetDict
+
+FORMATS = ("hub", "imagefolder", "parquet", "arrow", "webdataset", "digits")
+_SUFFIXES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"} | dict.fromkeys(
+    ImageFolder.EXTENSIONS, "imagefolder"
+)
+_STREAM_SHARDS = 4  # of a set in memory: enough for a few workers
+
+
+def load_splits(
+    location: Location,
+    format: str | None = None,
+    name: str | None = None,
+    streaming: bool = False,
+    cache_dir: str | None = None,
+) -> Splits:
+    """Download or prepare a set and give all its splits.
+
+    Args:
+        location: name on the Hugging Face hub, a folder, files or glob patterns of files, those by split, or ``"digits"``.
+        format: one of :data:`FORMATS`; ``None``: see :func:`detect_format`.
+        name: configuration of a set on the hub.
+        streaming: read while iterating, without preparing a copy first.
+        cache_dir: where copies are kept; ``None``: datasets' own place.
+
+    Raises:
+        ValueError: if there is nothing at this place, it cannot be read as this format, or access is refused.
+    """
+    format = detect_format(location) if format is None else check_choice(format, FORMATS, "format")
+    if format == "digits":
+        splits = load_digits_splits()
+        return _streamed(splits) if streaming else splits
+    options: dict[str, Any] = {"streaming": streaming, "cache_dir": cache_dir}
+    try:
+        if format == "hub":
+            return load_dataset(_hub_name(location), name, **options)
+        if format == "imagefolder":
+            options["drop_labels"] = False  # by itself it would leave the labels out where it finds a single class
+        return load_dataset(format, **_files(location), **options)
+    except (DatasetsError, GatedRepoError, OfflineModeIsEnabled, OSError) as error:
+        raise _explained(error, location, format) from error
+
+
+def hub_features(location: Location, format: str | None, name: str | None, cache_dir: str | None) -> Features | None:
+    """The columns of a set on the hub, without downloading its images; ``None`` where its page does not tell, and for others.
+
+    Raises:
+        ValueError: as :func:`load_splits`.
+    """
+    if (format or detect_format(location)) != "hub":
+        return None
+    try:
+        return load_dataset_builder(_hub_name(location), name, cache_dir=cache_dir).info.features
+    except (DatasetsError, GatedRepoError, OfflineModeIsEnabled, OSError) as error:
+        raise _explained(error, location, "hub") from error
+
+
+def detect_format(location: Location) -> str:
+    """What a location holds, by the first file found there; a name that is no local path is one on the hub.
+
+    Raises:
+        ValueError: if it is a path and there is nothing, or nothing known.
+
+    >>> detect_format("ILSVRC/imagenet-1k")
+    'hub'
+    """
+    if location == "digits":
+        return "digits"
+    if isinstance(location, str) and not _is_local(location):
+        return "hub"
+    patterns = list(_patterns(location))
+    for pattern in patterns:
+        for file in _matches(pattern):
+            known = _SUFFIXES.get(Path(file).suffix.lower())
+            if known is not None and not Path(file).name.startswith("metadata."):
+                return known
+    found = ", ".join(map(repr, patterns))
+    raise ValueError(f"{found}: no images, .parquet, .arrow or .tar files there; a folder of images is laid out {_LAYOUT}")
+
+
+_LAYOUT = "SPLIT/CLASS/IMAGE, such as train/cat/1.jpg and validation/cat/2.jpg"
+
+
+def _is_local(location: str) -> bool:
+    looks_local = location.startswith((".", "~", os.sep)) or "://" in location or "\\" in location or location.count("/") > 1
+    return looks_local or has_magic(location) or Path(location).suffix in _SUFFIXES or Path(location).exists()
+
+
+def _patterns(location: Location) -> Iterator[str]:
+    if isinstance(location, Mapping):
+        location = [
+            pattern for patterns in location.values() for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+        ]
+    yield from [location] if isinstance(location, str) else location
+
+
+def _matches(pattern: str) -> Iterable[str]:
+    """The files that a pattern means, or those in a folder; what lies elsewhere is taken as given."""
+    if "://" in pattern:
+        return [pattern]
+    path = os.path.expanduser(pattern)
+    if os.path.isdir(path):
+        return (os.path.join(folder, file) for folder, _, files in os.walk(path) for file in sorted(files))
+    files = sorted(glob(path, recursive=True))
+    if not files:
+        what = "no file matches this pattern" if has_magic(pattern) else "no such file or folder"
+        raise ValueError(f"{pattern!r}: {what}; expected a folder, .parquet, .arrow or .tar files, or a name on the hub")
+    return files
+
+
+def _files(location: Location) -> dict[str, object]:
+    """The arguments by which ``load_dataset`` finds local files."""
+    for pattern in _patterns(location):
+        _matches(pattern)
+    if isinstance(location, str) and os.path.isdir(os.path.expanduser(location)):
+        return {"data_dir": os.path.expanduser(location)}  # datasets finds the splits by the names of folders and files
+    if isinstance(location, Mapping):
+        return {"data_files": {split: _expanded(patterns) for split, patterns in location.items()}}
+    return {"data_files": _expanded(location)}
+
+
+def _expanded(patterns: str | list[str]) -> list[str]:
+    paths = (os.path.expanduser(pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns))
+    return [os.path.join(path, "**") if os.path.isdir(path) else path for path in paths]
+
+
+def _hub_name(location: Location) -> str:
+    if not isinstance(location, str):
+        raise ValueError(f"format 'hub' takes the name of one data set, got {location!r}")
+    return location
+
+
+def _streamed(splits: DatasetDict) -> IterableDatasetDict:
+    return IterableDatasetDict({name: split.to_iterable_dataset(num_shards=_STREAM_SHARDS) for name, split in splits.items()})
+
+
+def _explained(error: Exception, location: Location, format: str) -> ValueError:
+    """The message for a user: what was refused and how to mend it."""
+    if format != "hub":
+        return ValueError(f"cannot read {location!r} as {format}: {error.__cause__ or error}")
+    if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError) or "gated" in str(error):
+        return ValueError(
+            f"the data set {location!r} is gated and access was refused: accept its terms at "
+            f"https://huggingface.co/datasets/{location}, then log in with `hf auth login` (or set HF_TOKEN); "
+            f"a local copy can be given as a path instead"
+        )
+    if isinstance(error, DatasetNotFoundError):
+        return ValueError(
+            f"{location!r} is neither a file or folder here nor a data set you can see on the Hugging Face hub; check "
+            f"the name, or log in with `hf auth login` if it is private"
+        )
+    return ValueError(
+        f"the data set {location!r} is neither a file or folder here nor in the cache, and the Hugging Face hub "
+        f"cannot be reached ({error}); check the network, or give a local path"
+    )
