@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+
+import tdm_lightning as tdm
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=15)
 settings.load_profile("repeatable")
@@ -31,6 +35,28 @@ def golden() -> Callable[[str], tuple[dict[str, Any], dict[str, torch.Tensor]]]:
         tensors: dict[str, torch.Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
             tensors |= load_file(path)
+        images = [tensors.pop(name) for name in sorted(tensors) if name.startswith("input.")]
+        if images:  # too large for one file
+            tensors["input"] = torch.stack(images)
         return json.loads((folder / "facts.json").read_text()), tensors
 
     return load
+
+
+@pytest.fixture(scope="session")
+def official(golden: Callable[..., Any]) -> Callable[..., tuple[dict[str, Any], dict[str, torch.Tensor], tdm.TokenReducedViT]]:
+    """A golden case's facts and tensors, and a timm model under a strategy with the official weights."""
+
+    def build(
+        name: str, strategy: tdm.Strategy, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor], tdm.TokenReducedViT]:
+        facts, tensors = golden(name)
+        arguments = {key: value for key, value in facts["constructor"].items() if not key.endswith("layernorm_eps")}
+        norm = functools.partial(torch.nn.LayerNorm, eps=facts["constructor"]["layernorm_eps"])
+        model = tdm.attach(VisionTransformer(norm_layer=norm, **arguments, **kwargs), strategy).eval()
+        tdm.checkpoints.load_official(
+            model, {key[11:]: value for key, value in tensors.items() if key.startswith("state_dict.")}
+        )
+        return facts, tensors, model
+
+    return build

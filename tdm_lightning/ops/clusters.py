@@ -36,17 +36,23 @@ def pairwise_distances(x: Tensor) -> Tensor:
     return squared.clamp(min=0).masked_fill(itself, 0).sqrt() / math.sqrt(x.shape[-1])
 
 
-def _density(distance: Tensor, kernel: Density, cutoff: float, neighbours: int) -> Tensor:
-    """Local density of every token, B×N; the three kernels of :func:`cluster_density_peaks`."""
+def _log_density(distance: Tensor, kernel: Density, cutoff: float, neighbours: int) -> Tensor:
+    """Logarithm of every token's local density, B×N, up to a constant; the kernels of :func:`cluster_density_peaks`.
+
+    A logarithm, because densities of tokens that lie far apart would all underflow to zero.
+    """
     n = distance.shape[1]
-    if kernel == "gaussian":
-        return distance.square().neg().exp().sum(-1) - 1  # minus the token itself, at distance 0
+    if kernel == "knn":
+        return distance.topk(min(neighbours, n), dim=-1, largest=False).values.square().mean(-1).neg()
     if kernel == "cutoff":
         rank = min(n * n, n + max(1, round(cutoff * n * (n - 1))))  # the n smallest are the zero diagonal
         radius = distance.flatten(1).topk(rank, dim=1, largest=False).values[:, -1:].unsqueeze(-1)
-        return (distance / radius.clamp(min=1e-6)).square().neg().exp().sum(-1) - 1
-    nearest = distance.topk(min(neighbours, n), dim=-1, largest=False).values
-    return nearest.square().mean(-1).neg().exp()
+        distance = distance / radius.clamp(min=1e-6)
+    itself = torch.eye(n, dtype=torch.bool, device=distance.device)
+    exponent = distance.square().neg().masked_fill(itself, -torch.inf)
+    largest = exponent.amax(-1, keepdim=True).clamp(min=torch.finfo(exponent.dtype).min)  # a token alone has no neighbour
+    # The mean and not the sum: near tokens have means close to 1, where the logarithm is most precise.
+    return largest.squeeze(-1) + (exponent - largest).exp().mean(-1).log()
 
 
 @torch.no_grad()
@@ -93,15 +99,15 @@ def peaks_from_distances(
 ) -> tuple[Tensor, Tensor]:
     """:func:`cluster_density_peaks` for given distances, B×N×N."""
     batch, n, _ = distance.shape
-    rho = _density(distance, density, cutoff, neighbours)
+    log_rho = _log_density(distance, density, cutoff, neighbours)
     position = torch.arange(n, device=distance.device)
     earlier = position.unsqueeze(0) < position.unsqueeze(1)  # [i, j]: j stands before i
-    denser = (rho.unsqueeze(1) > rho.unsqueeze(2)) | ((rho.unsqueeze(1) == rho.unsqueeze(2)) & earlier)
+    denser = (log_rho.unsqueeze(1) > log_rho.unsqueeze(2)) | ((log_rho.unsqueeze(1) == log_rho.unsqueeze(2)) & earlier)
     delta, parent = distance.masked_fill(~denser, torch.inf).min(dim=-1)
     peak = delta.isinf()  # only the densest token has no denser one
     # The densest token has the largest rho and takes its largest distance for delta, so its score is the highest there is;
-    # infinity says so even where all tokens are equal and every score is zero.
-    score = (rho * delta).masked_fill(peak, torch.inf)
+    # infinity says so even where all tokens are equal.
+    score = (log_rho + delta.log()).masked_fill(peak, torch.inf)
     centres = score.topk(clusters, dim=1).indices
     labels = torch.arange(clusters, device=distance.device).expand(batch, -1)
     if assignment == "nearest":

@@ -39,6 +39,11 @@ class TokenReducedViT(nn.Module):
         self.vit = vit
         self.strategy = strategy
         self.taps = nn.ModuleList(nn.Identity() for _ in vit.blocks)
+        # A model that is ready for inference stays so, though the strategy is new; parts of it that were frozen stay frozen.
+        self.training = vit.training
+        strategy.train(vit.training)
+        self.training = vit.training
+        strategy.train(vit.training)
 
     def run(self, images: Tensor, trace: bool = False, watch: Watch | None = None) -> Output:
         """One forward pass with everything it knows.
