@@ -1,0 +1,163 @@
+"""Sheets of titled panels, and their files."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from tdm_lightning.visualize.draw import WHITE
+from tdm_lightning.visualize.images import SIDE, open_image
+from tdm_lightning.visualize.panels import Panels, panels
+from tdm_lightning.vit import TokenReducedViT
+
+Row = Mapping[str, Image.Image]
+
+
+def arrange(rows: Sequence[Row], side: int = SIDE, titles: Mapping[str, str] | None = None) -> Image.Image:
+    """Rows of panels on one white sheet; a row's names stand above it where they differ from those of the row before.
+
+    Args:
+        rows: panels by name.
+        side: pixels of each panel's shorter side.
+        titles: what to print in place of a name.
+
+    Raises:
+        ValueError: if there is nothing to arrange.
+    """
+    if not any(rows):
+        raise ValueError("there are no panels to arrange")
+    gap, font = max(4, side // 28), ImageFont.load_default(max(11, side // 16))
+    line = round(1.7 * font.size)
+    placed: list[tuple[int, int, Image.Image]] = []
+    written: list[tuple[int, int, str]] = []
+    y, right, before = gap, 0, None
+    for row in rows:
+        scaled = {name: _scaled(panel, side) for name, panel in row.items()}
+        x, top = gap, y + (line if list(row) != before else 0)
+        for name, panel in scaled.items():
+            if top > y:
+                written.append((x + panel.width // 2, y + line // 2, (titles or {}).get(name, name)))
+            placed.append((x, top, panel))
+            x += panel.width + gap
+        right, before = max(right, x), list(row)
+        y = top + max(panel.height for panel in scaled.values()) + gap
+    sheet = Image.new("RGB", (right, y), WHITE)
+    for x, top, panel in placed:
+        sheet.paste(panel, (x, top))
+    draw = ImageDraw.Draw(sheet)
+    for x, middle, title in written:
+        draw.text((x, middle), title, fill="black", font=font, anchor="mm")
+    return sheet
+
+
+def save_panels(
+    path: str | Path,
+    rows: Sequence[Row],
+    side: int = SIDE,
+    titles: Mapping[str, str] | None = None,
+    colours: int | None = None,
+) -> Path:
+    """Arrange panels and write them as one PNG.
+
+    Args:
+        path: the file; its folder is made if need be.
+        rows: see :func:`arrange`.
+        side: see :func:`arrange`.
+        titles: see :func:`arrange`.
+        colours: reduce the picture to so many colours, at most 256: a third of the size.
+
+    Raises:
+        ValueError: if the file cannot be written, or there is nothing to write.
+    """
+    path = Path(path)
+    sheet = arrange(rows, side, titles)
+    data = io.BytesIO()
+    (sheet.quantize(colours) if colours else sheet).save(data, "PNG", optimize=True)
+    make_folder(path.parent)
+    try:
+        path.write_bytes(data.getvalue())
+    except OSError as error:
+        raise ValueError(f"cannot write {str(path)!r}: {error}") from error
+    return path
+
+
+def visualize_images(
+    paths: Sequence[str | Path], model: TokenReducedViT, out_dir: str | Path = "panels", layer: int = -1, side: int = SIDE
+) -> list[Path]:
+    """Draw :func:`~tdm_lightning.visualize.panels` of image files, each to a PNG: the schools in a row, the layers below.
+
+    Images go through timm's evaluation transform for the model. Everything is checked before anything is written.
+
+    Args:
+        paths: image files.
+        model: a reduced model.
+        out_dir: folder for the PNGs, named after the images: ``cat.jpg`` → ``cat_panels.png``.
+        layer: see :func:`~tdm_lightning.visualize.panels`.
+        side: pixels of each panel's shorter side.
+
+    Returns:
+        The files written, in the order of ``paths``.
+
+    Raises:
+        TypeError: if the model is not reduced.
+        ValueError: if no image is given, one cannot be read, or the folder cannot be written.
+    """
+    if not paths:
+        raise ValueError("no image to draw: give the path of at least one")
+    for path in paths:
+        open_image(path)
+    folder = make_folder(out_dir)
+    names = _distinct([Path(path).stem for path in paths])
+    return [
+        save_panels(folder / f"{name}_panels.png", split_rows(panels(model, open_image(path), layer)), side, titles(model))
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def titles(model: TokenReducedViT) -> dict[str, str]:
+    """Names of panels where the general one says too little: the strategy's in place of ``reduced``."""
+    return {"reduced": type(model.strategy).__name__}
+
+
+def split_rows(drawn: Panels) -> list[Panels]:
+    """The schools in one row, the layers in the next."""
+    layers = {name: panel for name, panel in drawn.items() if name.startswith("block ")}
+    schools = {name: panel for name, panel in drawn.items() if name not in layers}
+    return [schools, layers] if layers else [schools]
+
+
+def make_folder(path: str | Path) -> Path:
+    """A folder that can be written to, made if need be.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"cannot write to the folder {str(folder)!r}: {reason}; choose another") from error
+    return folder
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Files of one name from several folders must not overwrite each other."""
+    seen: dict[str, int] = {}
+    numbered = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        numbered.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return numbered
+
+
+def _scaled(panel: Image.Image, side: int) -> Image.Image:
+    factor = side / min(panel.size)
+    size = (round(panel.width * factor), round(panel.height * factor))
+    return panel if size == panel.size else panel.resize(size, Image.Resampling.LANCZOS)

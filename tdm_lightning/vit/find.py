@@ -1,0 +1,74 @@
+"""Find the ViT inside any module, and watch its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from tdm_lightning.vit.wrapper import TokenReducedViT
+
+#: Called with a block's index, from 0, and the tokens after it, B×T×C, prefix tokens first.
+See = Callable[[int, Tensor], None]
+
+
+def find_vit(module: nn.Module, path: str | None = None) -> TokenReducedViT | VisionTransformer:
+    """The one ViT inside a module: a reduced model, or a plain timm ``VisionTransformer``.
+
+    A reduced model stands for the timm model inside it, also where that hangs on the module a second time.
+
+    Args:
+        module: any module, such as a LightningModule.
+        path: where to look, as ``module.get_submodule`` takes it, for a module that holds several (student and teacher, say).
+
+    Raises:
+        ValueError: if there is none, or several and no path says which; the message lists their paths.
+
+    >>> import timm
+    >>> type(find_vit(nn.ModuleDict({"encoder": timm.create_model("test_vit")}))).__name__
+    'VisionTransformer'
+    """
+    start = path or ""
+    try:
+        root = module.get_submodule(start)
+    except AttributeError as error:
+        raise ValueError(f"{type(module).__name__} has no submodule {start!r}: {error}") from None
+    reduced = {name: inner for name, inner in root.named_modules() if isinstance(inner, TokenReducedViT)}
+    covered = {id(inner) for model in reduced.values() for inner in model.modules()}
+    plain = {
+        name: inner for name, inner in root.named_modules() if isinstance(inner, VisionTransformer) and id(inner) not in covered
+    }
+    found: dict[str, TokenReducedViT | VisionTransformer] = {**reduced, **plain}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    where = type(module).__name__ + (f".{start}" if start else "")
+    if not found:
+        raise ValueError(
+            f"found no ViT in {where}: expected one timm VisionTransformer, or what attach() returns, among its submodules"
+        )
+    paths = ", ".join(f"{'.'.join(filter(None, (start, name)))!r} ({type(inner).__name__})" for name, inner in found.items())
+    raise ValueError(f"found {len(found)} ViTs in {where}, expected one: {paths}; say which by its path")
+
+
+@contextmanager
+def tap_blocks(vit: TokenReducedViT | VisionTransformer, see: See) -> Iterator[None]:
+    """Show ``see`` the tokens after each block of every pass inside the context; the hooks are removed with it.
+
+    Taps of a reduced model, the blocks themselves of a plain one, give the same tokens in the same place. Code that was compiled
+    before does not know of the hooks and shows nothing.
+    """
+    points: Any = vit.taps if isinstance(vit, TokenReducedViT) else vit.blocks
+    handles = [point.register_forward_hook(partial(_show, see, index)) for index, point in enumerate(points)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _show(see: See, index: int, module: nn.Module, inputs: Any, tokens: Tensor) -> None:
+    see(index, tokens)
