@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 Weights = dict[str, Tensor]
@@ -20,11 +21,14 @@ class Layout:
         recognises: whether a file's names belong to it.
         translate: the file's weights under timm's names; those of a strategy's own layers under ``strategy.…``, as
             :class:`~tdm_lightning.TokenReducedViT` names them. What it leaves out is not loaded.
+        auxiliary: how the names of weights begin, after translation, that only serve training: a model without them does
+            not need them.
     """
 
     name: str
     recognises: Callable[[Weights], bool]
     translate: Callable[[Weights], Weights]
+    auxiliary: tuple[str, ...] = ()
 
 
 def _is_deit(weights: Weights) -> bool:
@@ -36,6 +40,37 @@ def _from_deit(weights: Weights) -> Weights:
     return {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name): value for name, value in weights.items()}
 
 
+def _is_dynamicvit(weights: Weights) -> bool:
+    return _is_deit(weights) and "score_predictor.0.in_conv.1.weight" in weights
+
+
+def _from_dynamicvit(weights: Weights) -> Weights:
+    """DeiT's names; the predictors belong to the strategy."""
+    return {f"strategy.{name}" if name.startswith("score_predictor.") else name: w for name, w in weights.items()}
+
+
+def _is_evovit(weights: Weights) -> bool:
+    return "patch_embed.proj.weight" in weights and "qks.0.qk.weight" in weights
+
+
+def _from_evovit(weights: Weights) -> Weights:
+    """Queries and keys, values, projections and first norms of all blocks are lists beside the blocks there."""
+    renamed = {}
+    for name, value in weights.items():
+        if found := re.fullmatch(r"qks\.(\d+)\.qk\.(weight|bias)", name):
+            block, kind = found.groups()
+            values = weights.get(f"vs.{block}.v.{kind}")
+            # Without its values the name stays as it is, and is reported.
+            whole = name if values is None else f"blocks.{block}.attn.qkv.{kind}"
+            renamed[whole] = value if values is None else torch.cat((value, values))
+        elif not re.fullmatch(r"vs\.(\d+)\.v\.(weight|bias)", name) or f"qks.{name[3:].replace('.v.', '.qk.')}" not in weights:
+            name = re.sub(r"^norms\.(\d+)\.", r"blocks.\1.norm1.", name)
+            name = re.sub(r"^projs\.(\d+)\.", r"blocks.\1.attn.proj.", name)
+            name = re.sub(r"^norm\.", "fc_norm.", name)
+            renamed[re.sub(r"^(head_cls|norm_cls)\.", r"strategy.\1.", name)] = value
+    return renamed
+
+
 def _is_ours(weights: Weights) -> bool:
     return "vit.patch_embed.proj.weight" in weights
 
@@ -45,8 +80,10 @@ def _from_ours(weights: Weights) -> Weights:
     return {name.removeprefix("vit."): value for name, value in weights.items()}
 
 
-#: Asked in this order, so the most specific come first. EViT and others that add no layer keep DeiT's names.
+#: Asked in this order, so the most specific come first. EViT, A-ViT and others that add no layer keep DeiT's names.
 LAYOUTS: tuple[Layout, ...] = (
     Layout("tdm-lightning", _is_ours, _from_ours),
+    Layout("evo-vit", _is_evovit, _from_evovit, auxiliary=("strategy.head_cls.", "strategy.norm_cls.")),
+    Layout("dynamicvit", _is_dynamicvit, _from_dynamicvit),
     Layout("deit", _is_deit, _from_deit),
 )

@@ -12,7 +12,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from tdm_lightning.checkpoints.files import read_file
-from tdm_lightning.checkpoints.layouts import LAYOUTS, Weights
+from tdm_lightning.checkpoints.layouts import LAYOUTS, Layout, Weights
 from tdm_lightning.checks import check_choice
 from tdm_lightning.vit import TokenReducedViT
 
@@ -82,7 +82,8 @@ def load_official(
 
     # The timm model's weights go by timm's names, a strategy's own by "strategy.…", whether the model is reduced or not.
     state = {name.removeprefix("vit."): value for name, value in model.state_dict().items()}
-    head = {name for name in {*weights, *state} if name.split(".")[0] in ("head", "head_dist")}
+    weights = {name: w for name, w in weights.items() if name in state or not name.startswith(layout.auxiliary)}
+    head = {name for name in {*weights, *state} if name.startswith(("head.", "head_dist.", "strategy.head_cls."))}
     untouched = set(head & state.keys()) if skip_head else set()
     if skip_head:
         weights = {name: value for name, value in weights.items() if name not in head}
@@ -93,7 +94,7 @@ def load_official(
     prefix = "" if model is vit else "vit."
     # Not strict, because some weights may stay untouched; everything else was compared above.
     model.load_state_dict({name if _is_strategys(name) else prefix + name: w for name, w in weights.items()}, strict=False)
-    return LoadReport(layout, grids, tuple(sorted(untouched)))
+    return LoadReport(layout.name, grids, tuple(sorted(untouched)))
 
 
 def _is_strategys(name: str) -> bool:
@@ -117,10 +118,10 @@ def _weights(content: Mapping[str, Any], which: str, origin: str) -> Weights:
     return {name.removeprefix(prefix): value for name, value in found.items()}
 
 
-def _translated(weights: Weights, origin: str) -> tuple[str, Weights]:
+def _translated(weights: Weights, origin: str) -> tuple[Layout, Weights]:
     for layout in LAYOUTS:
         if layout.recognises(weights):
-            return layout.name, layout.translate(weights)
+            return layout, layout.translate(weights)
     known = ", ".join(layout.name for layout in LAYOUTS)
     raise ValueError(f"{origin} is not of a known layout ({known}); its weights are {_listed(weights, most=5)}")
 

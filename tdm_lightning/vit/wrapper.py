@@ -42,8 +42,6 @@ class TokenReducedViT(nn.Module):
         # A model that is ready for inference stays so, though the strategy is new; parts of it that were frozen stay frozen.
         self.training = vit.training
         strategy.train(vit.training)
-        self.training = vit.training
-        strategy.train(vit.training)
 
     def run(self, images: Tensor, trace: bool = False, watch: Watch | None = None) -> Output:
         """One forward pass with everything it knows.
