@@ -97,11 +97,13 @@ class CorruptImages:
         self.counts = torch.zeros(slots, dtype=torch.int32).share_memory_()
 
     def report(self, slot: int, count: int, where: str, error: Exception) -> None:
-        """Set a counter, and warn.
+        """Set a counter, and warn where that is news.
 
         Raises:
             ValueError: if there are more than the limit.
         """
+        if self.counts[slot] == count:
+            return
         self.counts[slot] = count
         total = int(self.counts.sum())
         message = f"image {where} of split {self.split!r} cannot be decoded ({error})"

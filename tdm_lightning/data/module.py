@@ -216,8 +216,8 @@ class ImageNetDataModule(LightningDataModule):
         """The rows of ``train``, ``val``, ``test`` or ``predict``, opened once; those to predict need no labels."""
         if part not in self._rows:
             hp = self.hparams
-            held_out = bool(hp.val_holdout) and (part in ("train", "val") or hp.test_split is None)
-            split = self._split_name(part, held_out)
+            held_out = self._held_out(part)
+            split = self._split_name(part)
             labels = hp.label_column if part != "predict" or held_out else None
             rows = encoded(choose_split(self._splits, split), split, hp.image_column, labels)
             if held_out:
@@ -226,15 +226,17 @@ class ImageNetDataModule(LightningDataModule):
             self._rows[part] = rows
         return self._rows[part]
 
-    def _split_name(self, part: str, held_out: bool) -> str:
+    def _held_out(self, part: str) -> bool:
+        """Whether it is one of the two parts of the training split."""
+        return bool(self.hparams.val_holdout) and (part in ("train", "val") or self.hparams.test_split is None)
+
+    def _split_name(self, part: str) -> str:
         hp = self.hparams
-        if part == "train" or held_out:
+        if part == "train" or self._held_out(part):
             return hp.train_split
         split = hp.val_split if part == "val" or hp.test_split is None else hp.test_split
         if split is None:
-            raise ValueError(
-                f"there are no images to {part}: set {'val_split' if part == 'val' else 'test_split or val_split'}"
-            )
+            raise ValueError("there are no images to evaluate on: set val_split or test_split")
         return split
 
     # Loaders
@@ -274,7 +276,7 @@ class ImageNetDataModule(LightningDataModule):
 
     def _map_loader(self, part: str, rows: datasets.Dataset, reader: RowReader) -> ImageLoader:
         hp, training = self.hparams, part == "train"
-        corrupt = CorruptImages(hp.max_corrupt_images, len(rows), part)
+        corrupt = CorruptImages(hp.max_corrupt_images, len(rows), self._described(part))
         images = ImageDataset(rows, reader, corrupt, replace=training)
         rank, processes = self._place()
         sampler = None
@@ -306,13 +308,17 @@ class ImageNetDataModule(LightningDataModule):
         images = ImageStream(
             rows,
             reader,
-            CorruptImages(hp.max_corrupt_images, max(workers, 1), part),
+            CorruptImages(hp.max_corrupt_images, max(workers, 1), self._described(part)),
             hp.batch_size,
             batches=None if size is None else batches_per_process(size, hp.batch_size, processes),
             cycle=training and processes > 1,
             epoch=self.trainer.current_epoch if self.trainer is not None else 0,
         )
         return ImageLoader(images, **self._shared(training, workers))
+
+    def _described(self, part: str) -> str:
+        """What messages call the images of a part."""
+        return self._split_name(part) + (f" ({'kept' if part == 'train' else 'held-out'} part)" if self._held_out(part) else "")
 
     def _place(self) -> tuple[int, int]:
         """This process's number and the number of processes."""

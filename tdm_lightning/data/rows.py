@@ -66,6 +66,6 @@ def hold_out(rows: datasets.Dataset, share: float, label_column: str, seed: int)
         halves = rows.train_test_split(share, stratify_by_column=by_class, seed=seed)
     except ValueError as error:
         raise ValueError(
-            f"val_holdout={share} of {len(rows)} images cannot be split off evenly over the classes: {error}"
+            f"val_holdout={share} of {len(rows)} images cannot hold the same share of every class: {error}"
         ) from error
     return halves["train"], halves["test"]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import DatasetDict, Features, IterableDatasetDict, load_dataset, load_dataset_builder
+from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
+from huggingface_hub.errors import GatedRepoError
 
 from tdm_lightning.checks import check_choice
 from tdm_lightning.data.digits import load_digits_splits
@@ -49,29 +50,27 @@ def load_splits(
     if format == "digits":
         splits = load_digits_splits()
         return _streamed(splits) if streaming else splits
-    options: dict[str, Any] = {"streaming": streaming, "cache_dir": cache_dir}
+    options = {"streaming": streaming, "cache_dir": cache_dir}
+    if format == "hub":
+        return _ask_hub(load_dataset, location, name, **options)
+    files = _files(location, format)
+    if format == "imagefolder":
+        options["drop_labels"] = False  # by itself it would leave the labels out where it finds a single class
     try:
-        if format == "hub":
-            return load_dataset(_hub_name(location), name, **options)
-        if format == "imagefolder":
-            options["drop_labels"] = False  # by itself it would leave the labels out where it finds a single class
-        return load_dataset(format, **_files(location), **options)
-    except (DatasetsError, GatedRepoError, OfflineModeIsEnabled, OSError) as error:
-        raise _explained(error, location, format) from error
+        return load_dataset(format, **files, **options)
+    except (DatasetsError, OSError, ValueError) as error:
+        raise ValueError(f"cannot read {location!r} as {format}: {error.__cause__ or error}") from error
 
 
 def hub_features(location: Location, format: str | None, name: str | None, cache_dir: str | None) -> Features | None:
-    """The columns of a set on the hub, without downloading its images; ``None`` where its page does not tell, and for others.
+    """The columns of a set on the hub, before its images are there; ``None`` where its page does not tell, and for others.
 
     Raises:
         ValueError: as :func:`load_splits`.
     """
     if (format or detect_format(location)) != "hub":
         return None
-    try:
-        return load_dataset_builder(_hub_name(location), name, cache_dir=cache_dir).info.features
-    except (DatasetsError, GatedRepoError, OfflineModeIsEnabled, OSError) as error:
-        raise _explained(error, location, "hub") from error
+    return _ask_hub(load_dataset_builder, location, name, cache_dir=cache_dir).info.features
 
 
 def detect_format(location: Location) -> str:
@@ -107,10 +106,10 @@ def _is_local(location: str) -> bool:
 
 def _patterns(location: Location) -> Iterator[str]:
     if isinstance(location, Mapping):
-        location = [
-            pattern for patterns in location.values() for pattern in ([patterns] if isinstance(patterns, str) else patterns)
-        ]
-    yield from [location] if isinstance(location, str) else location
+        for patterns in location.values():
+            yield from _patterns(patterns)
+    else:
+        yield from [location] if isinstance(location, str) else location
 
 
 def _matches(pattern: str) -> Iterable[str]:
@@ -127,15 +126,28 @@ def _matches(pattern: str) -> Iterable[str]:
     return files
 
 
-def _files(location: Location) -> dict[str, object]:
+def _files(location: Location, format: str) -> dict[str, Any]:
     """The arguments by which ``load_dataset`` finds local files."""
     for pattern in _patterns(location):
         _matches(pattern)
-    if isinstance(location, str) and os.path.isdir(os.path.expanduser(location)):
-        return {"data_dir": os.path.expanduser(location)}  # datasets finds the splits by the names of folders and files
     if isinstance(location, Mapping):
         return {"data_files": {split: _expanded(patterns) for split, patterns in location.items()}}
-    return {"data_files": _expanded(location)}
+    folder = os.path.expanduser(location) if isinstance(location, str) else ""
+    if not os.path.isdir(folder):
+        return {"data_files": _expanded(location)}
+    if format == "imagefolder":
+        return {"data_dir": folder}
+    return {"data_files": _files_by_split(folder, format)}
+
+
+def _files_by_split(folder: str, format: str) -> dict[str, list[str]]:
+    """The files of one format, by the splits that ``datasets`` sees in the names of folders and files."""
+    suffixes = [suffix for suffix, known in _SUFFIXES.items() if known == format]
+    if not any(Path(file).suffix in suffixes for file in _matches(folder)):
+        raise ValueError(f"{folder!r}: no {' or '.join(suffixes)} files there, which format {format!r} expects")
+    patterns = sanitize_patterns(get_data_patterns(folder))
+    found = DataFilesDict.from_patterns(patterns, base_path=folder, allowed_extensions=suffixes)
+    return {split: list(files) for split, files in found.items() if files}
 
 
 def _expanded(patterns: str | list[str]) -> list[str]:
@@ -143,32 +155,35 @@ def _expanded(patterns: str | list[str]) -> list[str]:
     return [os.path.join(path, "**") if os.path.isdir(path) else path for path in paths]
 
 
-def _hub_name(location: Location) -> str:
-    if not isinstance(location, str):
-        raise ValueError(f"format 'hub' takes the name of one data set, got {location!r}")
-    return location
-
-
 def _streamed(splits: DatasetDict) -> IterableDatasetDict:
     return IterableDatasetDict({name: split.to_iterable_dataset(num_shards=_STREAM_SHARDS) for name, split in splits.items()})
 
 
-def _explained(error: Exception, location: Location, format: str) -> ValueError:
-    """The message for a user: what was refused and how to mend it."""
-    if format != "hub":
-        return ValueError(f"cannot read {location!r} as {format}: {error.__cause__ or error}")
+def _ask_hub(function: Callable[..., Any], location: Location, name: str | None, **options: Any) -> Any:
+    """Load from the hub; a refusal says how to mend it."""
+    if not isinstance(location, str):
+        raise ValueError(f"format 'hub' takes the name of one data set, got {location!r}")
+    try:
+        return function(location, name, **options)
+    except (DatasetsError, OSError) as error:  # the hub's own errors are OSErrors
+        raise ValueError(_refusal(error, location)) from error
+
+
+def _refusal(error: Exception, name: str) -> str:
     if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError) or "gated" in str(error):
-        return ValueError(
-            f"the data set {location!r} is gated and access was refused: accept its terms at "
-            f"https://huggingface.co/datasets/{location}, then log in with `hf auth login` (or set HF_TOKEN); "
+        return (
+            f"the data set {name!r} is gated and access was refused: accept its terms at "
+            f"https://huggingface.co/datasets/{name}, then log in with `hf auth login` (or set HF_TOKEN); "
             f"a local copy can be given as a path instead"
         )
     if isinstance(error, DatasetNotFoundError):
-        return ValueError(
-            f"{location!r} is neither a file or folder here nor a data set you can see on the Hugging Face hub; check "
-            f"the name, or log in with `hf auth login` if it is private"
+        return (
+            f"{name!r} is neither a file or folder here nor a data set you can see on the Hugging Face hub; check the name, "
+            f"or log in with `hf auth login` if it is private"
         )
-    return ValueError(
-        f"the data set {location!r} is neither a file or folder here nor in the cache, and the Hugging Face hub "
-        f"cannot be reached ({error}); check the network, or give a local path"
-    )
+    if isinstance(error, ConnectionError):
+        return (
+            f"the data set {name!r} is neither a file or folder here nor in the cache, and the Hugging Face hub cannot be "
+            f"reached ({error}); check the network, or give a local path"
+        )
+    return f"cannot load the data set {name!r}: {error.__cause__ or error}"

@@ -44,10 +44,8 @@ def resolve_config(
     height, width = (size, size) if isinstance(size, int) else size
     if channels not in _MODES:
         raise ValueError(f"images are read as RGB or grey, so a model takes 3 or 1 channels, but in_chans is {channels}")
-    config = resolve_data_config(
-        {"input_size": (channels, height, width), "crop_pct": crop_pct}, pretrained_cfg=_grey(cfg, channels)
-    )
-    return config
+    chosen = {"input_size": (channels, height, width), "crop_pct": crop_pct}
+    return resolve_data_config(chosen, pretrained_cfg=_grey(cfg, channels))
 
 
 def _pretrained_cfg(model: str) -> dict[str, Any]:
