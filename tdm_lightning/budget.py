@@ -32,7 +32,7 @@ def solve_keep_rate(
 
     Raises:
         TypeError: if the strategy has no keep rate.
-        ValueError: if even the smallest keep rate costs more than the budget.
+        ValueError: if the budget is not positive, or even the smallest keep rate costs more.
 
     >>> import timm, tdm_lightning as tdm
     >>> solve_keep_rate(timm.create_model("deit_small_patch16_224"), tdm.TDM(), gmacs=3.0)
@@ -42,6 +42,8 @@ def solve_keep_rate(
     config = strategy.config()
     if "keep_rate" not in config["init_args"]:
         raise TypeError(f"{type(strategy).__name__} has no keep rate to solve for")
+    if not gmacs > 0:  # also refuses NaN
+        raise ValueError(f"gmacs must be a positive number of 10⁹ multiply-accumulates, got {gmacs!r}")
     budget = gmacs * 1e9
     if count_macs(vit, input_size) <= budget:
         return 1.0

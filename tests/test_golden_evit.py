@@ -43,7 +43,7 @@ def test_importance_and_kept_indices(official, layer):
 
 @pytest.mark.parametrize("layer", [3, 6, 9])
 def test_assignment_names_the_official_token_of_every_patch(official, layer):
-    """The n-th official token, if it is still one patch, is where the trace says this patch is; all others are in fused tokens."""
+    """A patch that is the n-th official token is where the trace says it is; all others are in fused tokens."""
     _, tensors, output = official
     seen = next(trace for trace in output.trace.layers if trace.index == layer)
     patches = tensors[f"kept_patch.{layer}"]

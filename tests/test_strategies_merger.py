@@ -65,19 +65,19 @@ def test_default_splits(n, keep, split):
 @given(n=st.integers(2, 196), data=st.data(), fraction=st.floats(0.01, 1), ratio=st.floats(0.01, 1))
 def test_a_split_is_feasible_or_refused(n, data, fraction, ratio):
     keep = data.draw(st.integers(1, n - 1))
-    try:
-        split = split_budget(n, keep, fraction, ratio)
-    except ValueError as error:
-        assert "no feasible split" in str(error)
-        attentive = math.ceil(ratio * n)
-        assert not any(
-            0 <= attentive + clusters - keep <= attentive // 2 and (clusters >= 1 or attentive == n)
-            for clusters in range(n - attentive + 1)
-        )
-    else:
-        assert split.attentive - split.pairs + split.clusters == keep
-        assert 0 <= split.pairs <= split.attentive // 2
-        assert 0 <= split.clusters <= n - split.attentive
+    attentive = math.ceil(ratio * n)
+    feasible = keep == 1 or any(
+        0 <= attentive + clusters - keep <= attentive // 2 and (clusters >= 1 or attentive == n)
+        for clusters in range(n - attentive + 1)
+    )
+    if not feasible:
+        with pytest.raises(ValueError, match="no feasible split"):
+            split_budget(n, keep, fraction, ratio)
+        return
+    split = split_budget(n, keep, fraction, ratio)
+    assert split.attentive - split.pairs + split.clusters == keep
+    assert 0 <= split.pairs <= split.attentive // 2
+    assert 0 <= split.clusters <= n - split.attentive
 
 
 @pytest.mark.parametrize("merger", OPTIONS, ids=str)

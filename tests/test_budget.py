@@ -1,0 +1,56 @@
+"""The keep rate that meets a budget."""
+
+import pytest
+from timm.models.vision_transformer import VisionTransformer
+
+import tdm_lightning as tdm
+
+LAYERS = (0, 1)
+
+
+@pytest.fixture(scope="module")
+def vit():
+    """0.092 GMACs."""
+    return VisionTransformer(img_size=224, embed_dim=64, depth=3, num_heads=2, num_classes=10)
+
+
+@pytest.mark.parametrize("strategy", [tdm.TDM(layers=LAYERS), tdm.EViT(layers=LAYERS, fuse=False)], ids=["tdm", "evit"])
+@pytest.mark.parametrize("gmacs", [0.04, 0.025])
+def test_meets_the_budget_and_no_larger_rate_does(vit, strategy, gmacs):
+    rate = tdm.solve_keep_rate(vit, strategy, gmacs)
+
+    def cost(keep_rate):
+        chosen = type(strategy)(**{**{n: getattr(strategy, n) for n in strategy.config()["init_args"]}, "keep_rate": keep_rate})
+        return tdm.flops.count_macs(tdm.attach(vit, chosen))
+
+    assert cost(rate) <= gmacs * 1e9 < cost(round(rate + 1e-3, 6))
+    assert strategy.keep_rate == 0.7
+
+
+def test_a_reduced_model_counts_as_its_timm_model(vit):
+    reduced = tdm.attach(vit, tdm.EViT(0.3, LAYERS))
+    assert tdm.solve_keep_rate(reduced, tdm.TDM(layers=LAYERS), 0.03) == tdm.solve_keep_rate(vit, tdm.TDM(layers=LAYERS), 0.03)
+
+
+def test_resolution(vit):
+    assert tdm.solve_keep_rate(vit, tdm.TDM(layers=LAYERS), 0.04, resolution=0.25) in (0.5, 0.75)
+
+
+def test_a_generous_budget_reduces_nothing(vit):
+    assert tdm.solve_keep_rate(vit, tdm.TDM(layers=LAYERS), 1.0) == 1.0
+
+
+def test_a_budget_that_cannot_be_met(vit):
+    with pytest.raises(ValueError, match=r"TDM cannot meet 0\.01 GMACs: even a keep rate of 0\.001 costs 0\.0"):
+        tdm.solve_keep_rate(vit, tdm.TDM(layers=LAYERS), 0.01)
+
+
+@pytest.mark.parametrize("gmacs", [0, -1, float("nan")])
+def test_a_budget_that_is_none(vit, gmacs):
+    with pytest.raises(ValueError, match="gmacs must be"):
+        tdm.solve_keep_rate(vit, tdm.TDM(layers=LAYERS), gmacs)
+
+
+def test_a_strategy_without_a_keep_rate(vit):
+    with pytest.raises(TypeError, match="Strategy has no keep rate"):
+        tdm.solve_keep_rate(vit, tdm.Strategy(), 0.9)
