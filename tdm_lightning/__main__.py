@@ -1,6 +1,6 @@
 """``python -m tdm_lightning`` is ``tdm``."""
 
-from tdm_lightning.cli import main
+from tdm_lightning.cli import entry
 
 if __name__ == "__main__":
-    main()
+    entry()

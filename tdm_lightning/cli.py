@@ -58,6 +58,11 @@ def main(
         raise SystemExit(1) from error
 
 
+def entry() -> None:
+    """The console script: :func:`main` on the process's arguments."""
+    main()
+
+
 def _run_trainer(arguments: list[str], model_class: type | None, datamodule_class: type | None) -> Any:
     if arguments[0] not in _TRAINER and not arguments[0].startswith("-"):
         known = ", ".join([*_TRAINER, *COMMANDS])

@@ -41,6 +41,7 @@ class TokenReductionClassifier(LightningModule):
         label_names: what the classes are called, for :meth:`predict_step`.
         pretrained: start from timm's pretrained weights.
         checkpoint: start from the weights in this file: an official checkpoint of a method, of DeiT, or one of this class.
+        global_pool: how timm's head pools tokens, such as ``"avg"``; ``None``: the model's own.
         model_kwargs: passed to ``timm.create_model``, such as ``img_size`` or ``in_chans``.
         drop_path: stochastic depth rate of the last block, rising linearly from 0.
         optimizer: timm's name of the optimizer.
@@ -69,6 +70,7 @@ class TokenReductionClassifier(LightningModule):
         label_names: list[str] | None = None,
         pretrained: bool = False,
         checkpoint: str | None = None,
+        global_pool: str | None = None,
         model_kwargs: dict[str, Any] | None = None,
         drop_path: float = 0.1,
         optimizer: str = "adamw",
@@ -102,11 +104,10 @@ class TokenReductionClassifier(LightningModule):
 
     def configure_vit(self, model: str | nn.Module, strategy: Strategy) -> TokenReducedViT:
         """Create the timm model, load its starting weights and attach the strategy."""
-        hp = self.hparams
+        hp: Any = self.hparams
         if isinstance(model, str):
-            arguments = {"drop_path_rate": hp.drop_path, **(hp.model_kwargs or {})}
-            if hp.num_classes is not None:
-                arguments["num_classes"] = hp.num_classes
+            arguments = {"drop_path_rate": hp.drop_path, "num_classes": hp.num_classes, "global_pool": hp.global_pool}
+            arguments = {name: value for name, value in arguments.items() if value is not None} | (hp.model_kwargs or {})
             model = timm.create_model(model, pretrained=hp.pretrained, **arguments)
         elif hp.num_classes is not None and hp.num_classes != model.num_classes:
             model.reset_classifier(hp.num_classes)
@@ -117,14 +118,14 @@ class TokenReductionClassifier(LightningModule):
 
     def configure_mixing(self) -> Mixup | None:
         """Mixup and cutmix on batches, which also smooth the labels; ``None`` where both are off."""
-        hp = self.hparams
+        hp: Any = self.hparams
         if not (hp.mixup or hp.cutmix):
             return None
         return Mixup(hp.mixup, hp.cutmix, label_smoothing=hp.label_smoothing, num_classes=self.classes)
 
     def configure_criterion(self) -> nn.Module:
         """The task loss of training."""
-        return make_criterion(self.mixing is not None, self.hparams.label_smoothing)
+        return make_criterion(self.mixing is not None, self.hparams["label_smoothing"])
 
     def configure_metrics(self, prefix: str) -> MetricCollection:
         """Top-1 and top-5 accuracy."""
@@ -138,7 +139,7 @@ class TokenReductionClassifier(LightningModule):
         Raises:
             ValueError: if the model started from random weights.
         """
-        if not (self.hparams.pretrained or self.hparams.checkpoint) and "model" in self.hparams:
+        if not (self.hparams["pretrained"] or self.hparams["checkpoint"]) and "model" in self.hparams:
             raise ValueError(
                 f"{type(self.model.strategy).__name__} learns from a trained, unreduced model, but this one starts from random weights; "
                 f"set model.pretrained=true or model.checkpoint=FILE (on resuming too)"
@@ -148,7 +149,7 @@ class TokenReductionClassifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """timm's optimizer with its no-decay and layer-decay groups, and a cosine per step."""
-        hp = self.hparams
+        hp: Any = self.hparams
         groups = self.model.strategy.param_groups(self.model, hp.lr, hp.weight_decay)
         shared = {"opt": hp.optimizer, "lr": hp.lr, "weight_decay": hp.weight_decay}
         if groups is None:
@@ -178,9 +179,12 @@ class TokenReductionClassifier(LightningModule):
             self._teacher = (self.configure_teacher(),)
 
     def on_train_epoch_start(self) -> None:
-        """Tell the strategy where training stands, and keep the ViT in eval mode where asked for."""
-        if self.hparams.train_in_eval_mode:
+        """Keep the ViT in eval mode where asked for; the strategy trains all the same."""
+        if self.hparams["train_in_eval_mode"]:
             self.model.vit.eval()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Tell the strategy where training stands."""
         self.model.strategy.on_progress(self.current_epoch, self.global_step, int(self.trainer.estimated_stepping_batches))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -24,6 +24,10 @@ class TokenReductionCLI(LightningCLI):
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.label_names", "model.label_names", apply_on="instantiate")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """See ``LightningCLI``, which warns about arguments given from Python: here they always are."""
+        self.config = parser.parse_args(args)
+
     def after_predict(self) -> None:
         """Write the predictions as a table."""
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)

@@ -1,0 +1,1 @@
+"""The library's own subcommands, one file each."""

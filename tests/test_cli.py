@@ -1,0 +1,193 @@
+"""The command line, called in-process as a user would call it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from tdm_lightning.cli import config_folder, main, named_configs, with_named_configs
+
+
+def fit(tmp_path, *extra, command="fit"):
+    arguments = [
+        command,
+        "--config",
+        "quickstart",
+        "--trainer.default_root_dir",
+        str(tmp_path),
+        "--trainer.logger",
+        "false",
+        "--trainer.callbacks",
+        "null",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.enable_model_summary",
+        "false",
+        "--trainer.fast_dev_run",
+        "2",
+        "--model.warmup_epochs",
+        "0",
+        *extra,
+    ]
+    return main(arguments)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_commands_run(tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli = fit(tmp_path, command=command)
+    assert cli.trainer.state.finished
+    assert cli.model.classes == 10  # linked from the data
+    assert cli.model.label_names[:2] == ["0", "1"]
+
+
+def test_strategy_by_short_name(tmp_path):
+    cli = fit(tmp_path, "--model.strategy=EViT", "--model.strategy.keep_rate=0.5", "--model.strategy.merger=TokenMerger")
+    strategy = cli.model.model.strategy
+    assert type(strategy).__name__ == "EViT"
+    assert strategy.keep_rate == 0.5
+    assert strategy.merger is not None
+
+
+def test_layers_combine(tmp_path):
+    cli = fit(tmp_path, "--config", "strategies/evit", "--model.strategy.fuse=false")
+    assert type(cli.model.model.strategy).__name__ == "EViT"
+    assert cli.model.model.strategy.fuse is False
+
+
+def test_environment_variables_set_what_the_files_do_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("TDM_FIT__MODEL__MIN_LR", "0.00002")
+    assert fit(tmp_path).model.hparams.min_lr == 2e-5
+
+
+def test_print_config(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "quickstart", "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["model"] == "deit_tiny_patch16_224"
+
+
+def test_checkpoint_restores_the_strategy_in_test(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shared = [
+        "--config=quickstart",
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.limit_test_batches=1",
+    ]
+    main(
+        [
+            "fit",
+            *shared,
+            "--trainer.max_steps=1",
+            "--trainer.max_epochs=1",
+            "--trainer.limit_val_batches=1",
+            "--trainer.check_val_every_n_epoch=1",
+            "--trainer.num_sanity_val_steps=0",
+            "--model.warmup_epochs=0",
+            "--model.strategy=EViT",
+            "--model.strategy.keep_rate=0.6",
+            "--trainer.callbacks=ModelCheckpoint",
+            "--trainer.callbacks.dirpath=kept",
+            "--trainer.callbacks.filename=last",
+        ]
+    )
+    cli = main(["test", *shared, "--trainer.callbacks=null", "--ckpt_path=kept/last.ckpt"])
+    assert type(cli.model.model.strategy).__name__ == "EViT"
+    assert cli.model.model.strategy.keep_rate == 0.6
+
+
+def test_rerun_overwrites_its_saved_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "fit",
+        "--config=quickstart",
+        "--trainer.callbacks=null",
+        "--trainer.max_steps=1",
+        "--trainer.limit_val_batches=0",
+        "--trainer.enable_progress_bar=false",
+        "--model.warmup_epochs=0",
+    ]
+    arguments.append("--trainer.logger.version=same")
+    main(arguments)
+    main([*arguments, "--model.lr=0.5"])
+    saved = yaml.safe_load((tmp_path / "runs/quickstart/same/config.yaml").read_text())
+    assert saved["model"]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["fit", "--config", "quickstart", "--model.strategy=Nonsense"], 2, "Nonsense"),
+        (["fit", "--config", "quickstart", "--model.nonsense=1"], 2, "nonsense"),
+        (["frobnicate"], 2, "unknown command 'frobnicate'"),
+        (["fit", "--config", "quickstart", "--model.strategy.keep_rate=1.5"], None, "(0, 1]"),
+        (["fit", "--config", "quickstart", "--model.strategy.layers=[3,99]"], None, "99"),
+        (["fit", "--config", "no_such_config"], None, "neither a file nor"),
+        (["fit", "--config", "quickstart", "--data.dataset=no/such/folder/at/all"], None, "no/such/folder"),
+        (["fit", "--config", "quickstart", "--model.model=resnet18", "--model.model_kwargs={}"], None, "cannot reduce"),
+    ],
+)
+def test_wrong_arguments_give_one_clear_message(arguments, code, message, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "tdm_lightning", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+        env=_environment(),
+    )
+    assert result.returncode == code if code else result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def _environment():
+    import os
+
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_a_config_with_an_unknown_key(tmp_path, capsys):
+    path = tmp_path / "wrong.yaml"
+    path.write_text("model:\n  keep_raet: 0.5\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "quickstart", "--config", str(path)])
+    assert stop.value.code == 2
+    assert "keep_raet" in capsys.readouterr().err
+
+
+def test_overview_names_commands_and_configurations(capsys):
+    main(["--help"])
+    printed = capsys.readouterr().out
+    for word in ("fit", "test", "visualize", "quickstart", "strategies/tdm"):
+        assert word in printed
+
+
+def test_names_resolve_to_files_and_files_win(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert with_named_configs(["fit", "--config=quickstart"])[1] == f"--config={config_folder() / 'quickstart.yaml'}"
+    (tmp_path / "quickstart").write_text("{}")
+    assert with_named_configs(["fit", "--config", "quickstart"])[2] == "quickstart"
+    assert "strategies/evit_tdm" in named_configs()
+
+
+def test_users_subclass_gets_the_same_command_line(tmp_path):
+    from tdm_lightning import TokenReductionClassifier
+
+    class Mine(TokenReductionClassifier):
+        def __init__(self, twist: float = 1.0, **kwargs):
+            super().__init__(**kwargs)
+            self.twist = twist
+
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"model": {"twist": 3.0}}))
+    arguments = ["fit", "--config=quickstart", f"--config={path}", "--trainer.fast_dev_run=1", "--model.warmup_epochs=0"]
+    cli = main([*arguments, "--trainer.callbacks=null", "--trainer.logger=false"], model_class=Mine)
+    assert isinstance(cli.model, Mine)
+    assert cli.model.twist == 3.0
+    assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
