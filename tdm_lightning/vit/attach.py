@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -46,7 +48,7 @@ def attach(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
         raise ValueError(
             f"this {type(strategy).__name__} is attached already and owns parameters; make a new one for another model"
         )
-    strategy.bind(vit, vit.patch_embed.num_patches)
+    strategy.bind(vit, cast(Any, vit).patch_embed.num_patches)
     return TokenReducedViT(vit, strategy)
 
 
@@ -61,7 +63,7 @@ def detach(model: TokenReducedViT) -> nn.Module:
     return model.vit
 
 
-def _check_reducible(vit: nn.Module) -> None:
+def _check_reducible(vit: Any) -> None:
     name = type(vit).__name__
     if not isinstance(vit, VisionTransformer):
         raise TypeError(f"cannot reduce the tokens of {name}: {_reason(vit)}")
@@ -72,14 +74,14 @@ def _check_reducible(vit: nn.Module) -> None:
         raise TypeError(f"cannot reduce the tokens of {name}: {error}") from None
 
 
-def _reason(vit: nn.Module) -> str:
+def _reason(vit: Any) -> str:
     """Why a model outside the ``VisionTransformer`` class is refused."""
     inner = {type(module).__name__ for module in vit.modules()}
     if any("Window" in kind for kind in inner):
         return "its attention runs in windows, which need every patch in its place"
     if getattr(vit, "rope", None) is not None:
         return "it uses rotary position embeddings (RoPE), which are not supported yet"
-    if any("RelPos" in kind for kind in inner) or getattr(vit, "rel_pos_bias", None) is not None:
+    if any("rel_pos" in name or "relative_position" in name for name, _ in vit.named_parameters()):
         return "it uses a relative position bias, which is not supported yet"
     if not hasattr(vit, "blocks"):
         return "it has no sequence of transformer blocks (`blocks`); only Vision Transformers hold tokens to reduce"

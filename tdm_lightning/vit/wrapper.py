@@ -34,14 +34,15 @@ class TokenReducedViT(nn.Module):
             blocks' own hooks do not fire, because their halves are run one by one.
     """
 
-    def __init__(self, vit: nn.Module, strategy: Strategy) -> None:
+    def __init__(self, vit: Any, strategy: Strategy) -> None:
         super().__init__()
-        self.vit = vit
+        self.vit: Any = vit
         self.strategy = strategy
         self.taps = nn.ModuleList(nn.Identity() for _ in vit.blocks)
         # A model that is ready for inference stays so, though the strategy is new; parts of it that were frozen stay frozen.
         self.training = vit.training
         strategy.train(vit.training)
+        self.taps.train(vit.training)
 
     def run(self, images: Tensor, trace: bool = False, watch: Watch | None = None) -> Output:
         """One forward pass with everything it knows.
@@ -117,7 +118,9 @@ class TokenReducedViT(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        wanted, _ = feature_take_indices(len(self.vit.blocks), indices)
+        wanted, _ = feature_take_indices(
+            len(self.vit.blocks), indices if indices is None or isinstance(indices, int) else list(indices)
+        )
         tokens, _, states = self._encode(images, trace=True, keep=frozenset(wanted))
         grid = self.vit.patch_embed.dynamic_feat_size(images.shape[-2:])
         maps: list[Any] = []
@@ -186,6 +189,12 @@ class TokenReducedViT(nn.Module):
                 f"images must be {expected[0]}×{expected[1]} for this model, got {images.shape[-2]}×{images.shape[-1]}; resize "
                 f"them, or create the timm model with img_size=… or dynamic_img_size=True"
             )
+        patch = vit.patch_embed.patch_size
+        if not vit.patch_embed.dynamic_img_pad and (images.shape[-2] % patch[0] or images.shape[-1] % patch[1]):
+            raise ValueError(
+                f"images must be a multiple of the patch size {patch[0]}×{patch[1]} for this model, got "
+                f"{images.shape[-2]}×{images.shape[-1]}; resize them, or create the timm model with dynamic_img_pad=True"
+            )
         x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         prefix = vit.num_prefix_tokens
         batch, patches = x.shape[0], x.shape[1] - prefix
@@ -198,8 +207,8 @@ class TokenReducedViT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that must not decay, for timm's optimizer factory."""
-        names = getattr(self.vit, "no_weight_decay", set)()
-        own = getattr(self.strategy, "no_weight_decay", set)()
+        names: set[str] = getattr(self.vit, "no_weight_decay", set)()
+        own: set[str] = getattr(self.strategy, "no_weight_decay", set)()
         return {f"vit.{name}" for name in names} | {f"strategy.{name}" for name in own}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
