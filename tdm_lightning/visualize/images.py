@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdm_lightning.flops import default_input_size
 from tdm_lightning.visualize.draw import Picture
-from tdm_lightning.vit import TokenReducedViT
+from tdm_lightning.vit.find import inner_vit
 
 #: Shortest side of a panel, in pixels.
 SIDE = 448
@@ -29,7 +29,7 @@ def data_config(model: nn.Module, size: tuple[int, int] | None = None) -> dict[s
     from timm.data import resolve_model_data_config
 
     channels, *own = default_input_size(model)
-    config = resolve_model_data_config(model.vit if isinstance(model, TokenReducedViT) else model)
+    config = resolve_model_data_config(inner_vit(model))
     statistics = {name: config[name] for name in ("mean", "std")}
     if len(config["mean"]) != channels:  # a grey image has the statistics of the colours on average
         statistics = {name: (sum(values) / len(values),) * channels for name, values in statistics.items()}
@@ -47,7 +47,7 @@ def open_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"cannot read {str(path)!r} as an image: {error}; give the path of a PNG, JPEG or other picture"
+            f"cannot read {str(path)!r} as an image: {error}; give the path of a picture (PNG, JPEG, …)"
         ) from error
 
 

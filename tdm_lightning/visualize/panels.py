@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tdm_lightning.ops import cluster_density_peaks
@@ -31,7 +31,7 @@ def panels(model: TokenReducedViT, image: Tensor | Image.Image, layer: int = -1)
       their own are shown as they are, dropped ones are blank, parked ones pale.
 
     Then ``block 4`` and so on, for each reducing layer: ``reduced`` up to there, blocks counted from 1 as the papers do.
-    Where nothing was reduced there is only the original, and for a method that ranks nothing by importance that panel is left out.
+    Where nothing was reduced there is only the original; a method that ranks nothing by importance has no such panel.
 
     Args:
         model: a reduced model; its mode and gradients are left alone.
@@ -55,10 +55,11 @@ def panels(model: TokenReducedViT, image: Tensor | Image.Image, layer: int = -1)
     batch = image.unsqueeze(0).to(next(model.parameters()).device)
     with _evaluating(model):
         _, trace = model.trace(batch)
-        grid = model.vit.patch_embed.dynamic_feat_size(batch.shape[-2:])
+        vit: Any = model.vit
+        grid = vit.patch_embed.dynamic_feat_size(batch.shape[-2:])
         drawn = {"original": Image.fromarray(picture)}
         if trace.layers:
-            drawn |= _schools(model.vit, batch, trace, picture, grid, layer)
+            drawn |= _schools(vit, batch, trace, picture, grid, layer)
     return drawn | strip(picture, trace, grid)
 
 
@@ -91,9 +92,7 @@ def inattentive(trace: Trace, layer: int, grid: tuple[int, int]) -> Mask:
     return np.any([np.isin(role, (Role.CLUSTERED, Role.DROPPED)) for role in until], axis=0) | (until[-1] == Role.PARKED)
 
 
-def _schools(
-    vit: VisionTransformer, batch: Tensor, trace: Trace, picture: Picture, grid: tuple[int, int], layer: int
-) -> Panels:
+def _schools(vit: Any, batch: Tensor, trace: Trace, picture: Picture, grid: tuple[int, int], layer: int) -> Panels:
     if not -len(trace.layers) <= layer < len(trace.layers):
         raise ValueError(f"layer must choose one of the {len(trace.layers)} reducing layers, got {layer}")
     shown = trace.layers[layer]

@@ -30,8 +30,8 @@ def arrange(rows: Sequence[Row], side: int = SIDE, titles: Mapping[str, str] | N
     """
     if not any(rows):
         raise ValueError("there are no panels to arrange")
-    gap, font = max(4, side // 28), ImageFont.load_default(max(11, side // 16))
-    line = round(1.7 * font.size)
+    gap, letters = max(4, side // 28), max(11, side // 16)
+    line, font = round(1.7 * letters), ImageFont.load_default(letters)
     placed: list[tuple[int, int, Image.Image]] = []
     written: list[tuple[int, int, str]] = []
     y, right, before = gap, 0, None

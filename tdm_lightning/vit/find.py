@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
@@ -54,15 +53,20 @@ def find_vit(module: nn.Module, path: str | None = None) -> TokenReducedViT | Vi
     raise ValueError(f"found {len(found)} ViTs in {where}, expected one: {paths}; say which by its path")
 
 
+def inner_vit(model: nn.Module) -> Any:
+    """The timm model of a reduced one; a plain one is its own."""
+    return model.vit if isinstance(model, TokenReducedViT) else model
+
+
 @contextmanager
 def tap_blocks(vit: TokenReducedViT | VisionTransformer, see: See) -> Iterator[None]:
     """Show ``see`` the tokens after each block of every pass inside the context; the hooks are removed with it.
 
-    Taps of a reduced model, the blocks themselves of a plain one, give the same tokens in the same place. Code that was compiled
-    before does not know of the hooks and shows nothing.
+    The taps of a reduced model and the blocks of a plain one give the same tokens in the same place. Code that was compiled
+    before does not know of the hooks and shows nothing; copies of the model show nothing either.
     """
     points: Any = vit.taps if isinstance(vit, TokenReducedViT) else vit.blocks
-    handles = [point.register_forward_hook(partial(_show, see, index)) for index, point in enumerate(points)]
+    handles = [point.register_forward_hook(_hook(point, see, index)) for index, point in enumerate(points)]
     try:
         yield
     finally:
@@ -70,5 +74,9 @@ def tap_blocks(vit: TokenReducedViT | VisionTransformer, see: See) -> Iterator[N
             handle.remove()
 
 
-def _show(see: See, index: int, module: nn.Module, inputs: Any, tokens: Tensor) -> None:
-    see(index, tokens)
+def _hook(point: nn.Module, see: See, index: int) -> Callable[[nn.Module, Any, Tensor], None]:
+    def show(module: nn.Module, inputs: Any, tokens: Tensor) -> None:
+        if module is point:  # a copy of the model takes its hooks along
+            see(index, tokens)
+
+    return show

@@ -1,0 +1,46 @@
+"""What callbacks want to know of a loader's batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def first_images(batch: Any) -> Tensor:
+    """The images of a batch, B×C×H×W: its first floating-point tensor of four dimensions, in nested tuples, lists and mappings.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for leaf in _leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim == 4 and leaf.is_floating_point():
+            return leaf
+    raise ValueError(
+        f"found no images in a batch of type {type(batch).__name__}: expected a floating-point tensor B×C×H×W, alone or inside "
+        f"tuples, lists and dicts"
+    )
+
+
+def is_sampled(index: int, total: float, most: int) -> bool:
+    """Whether a batch is among ``most`` that are spread evenly over a loader.
+
+    Args:
+        index: the batch, from 0.
+        total: batches in the loader; infinite where it does not tell its length: then the first ones are taken.
+        most: how many to take.
+    """
+    if total <= most or total == float("inf"):
+        return index < most
+    return index * most % int(total) < most
+
+
+def _leaves(batch: Any) -> Iterator[Any]:
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, (list, tuple)):
+        for item in batch:
+            yield from _leaves(item)
+    else:
+        yield batch

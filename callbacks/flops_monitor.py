@@ -1,0 +1,139 @@
+"""What a forward pass costs, in the run's own image size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tdm_lightning.callbacks.batches import first_images, is_sampled
+from torch import Tensor, nn
+
+from tdm_lightning.checks import check_count
+from tdm_lightning.flops import mac_report
+from tdm_lightning.vit import TokenReducedViT
+from tdm_lightning.vit.find import find_vit
+
+
+class FLOPsMonitor(Callback):
+    """Prints and logs multiply-accumulates and token counts of the module's ViT, for inference on images of the batches' size.
+
+    Printed when the first batch of ``fit``, ``validate`` or ``test`` arrives; logged once per epoch, since a keep rate may be
+    warming up: ``flops/gmacs`` (what the papers call GFLOPs), ``flops/reduction`` (the share saved against the plain model, 0
+    for a plain one) and ``tokens/block_XX``, the patch tokens after each block, from 0. Counted on the meta device: it costs no
+    memory, and about as much time as the Python of one pass.
+
+    Where a strategy decides image by image how many tokens it keeps, real images are counted: the mean over a few batches
+    spread evenly over the loader, printed at the end of the first epoch.
+
+    Args:
+        max_batches: how many batches to count for such strategies, per epoch and process.
+        vit: path of the ViT in the LightningModule, where it holds several.
+
+    Attributes:
+        costs: the latest figures, as they are logged.
+
+    Raises:
+        TypeError, ValueError: if an argument is of the wrong kind or out of range; at the start of the run, if the module does
+            not hold exactly one ViT; with the first batch, if that holds no images.
+    """
+
+    def __init__(self, max_batches: int = 8, vit: str | None = None) -> None:
+        self.max_batches = check_count(max_batches, "max_batches")
+        self.vit = vit
+        self.costs: dict[str, float] = {}
+        self._costs: list[dict[str, float]] = []
+        self._told = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that there is one ViT."""
+        find_vit(pl_module, self.vit)
+        self._costs, self._told = [], False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count."""
+        self._count(pl_module, batch, batch_idx, trainer.num_training_batches)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log."""
+        self._log(pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Count, where training does not."""
+        if trainer.state.fn == "validate":
+            self._count(pl_module, batch, batch_idx, trainer.num_val_batches[dataloader_idx])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log, where training does not."""
+        if trainer.state.fn == "validate":
+            self._log(pl_module)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Count."""
+        self._count(pl_module, batch, batch_idx, trainer.num_test_batches[dataloader_idx])
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log."""
+        self._log(pl_module)
+
+    def _count(self, pl_module: LightningModule, batch: Any, index: int, total: float) -> None:
+        vit = find_vit(pl_module, self.vit)
+        if _adaptive(vit):
+            if is_sampled(index, total, self.max_batches):
+                self._costs.append(cost(vit, images=first_images(batch)))
+            return
+        if self._costs:
+            return
+        shape = first_images(batch).shape[1:]
+        self._costs.append(cost(vit, input_size=(shape[0], shape[1], shape[2])))
+        self._tell(pl_module, vit)
+
+    def _log(self, pl_module: LightningModule) -> None:
+        if self._costs:
+            self._tell(pl_module, find_vit(pl_module, self.vit))
+            self.costs, self._costs = _mean(self._costs), []
+            pl_module.log_dict(self.costs, sync_dist=True)
+
+    def _tell(self, pl_module: LightningModule, vit: nn.Module) -> None:
+        if not self._told:
+            self._told = True
+            pl_module.print(describe(_mean(self._costs), vit))
+
+
+def cost(vit: nn.Module, input_size: tuple[int, int, int] | None = None, images: Tensor | None = None) -> dict[str, float]:
+    """What is logged for a ViT: ``flops/gmacs``, ``flops/reduction`` and ``tokens/block_XX``; arguments as ``mac_report``."""
+    report = mac_report(vit, input_size, images)
+    counts: list[float] = [block.tokens for block in report.blocks]
+    if not counts:  # a plain model keeps all
+        size = input_size[1:] if images is None else images.shape[-2:]  # type: ignore[index]
+        counts = [math.prod(vit.patch_embed.dynamic_feat_size(size))] * len(vit.blocks)  # type: ignore[union-attr,operator,arg-type]
+    tokens = {f"tokens/block_{index:02d}": float(count) for index, count in enumerate(counts)}
+    return {"flops/gmacs": report.backbone / 1e9, "flops/reduction": report.reduction, **tokens}
+
+
+def describe(costs: dict[str, float], vit: nn.Module) -> str:
+    """Costs in words, for a ViT in its present state."""
+    gmacs, reduction = costs["flops/gmacs"], costs["flops/reduction"]
+    tokens = " ".join(f"{count:g}" for key, count in costs.items() if key.startswith("tokens/"))
+    if not isinstance(vit, TokenReducedViT):
+        return f"{type(vit).__name__}: {gmacs:.4g} GMACs per image; patch tokens after each block: {tokens}"
+    rate = vit.strategy.current_keep_rate
+    now = "" if rate is None else f" at the current keep rate {rate:.3g}"
+    return (
+        f"{type(vit.strategy).__name__}: {gmacs:.4g} GMACs per image{now}, {reduction:.1%} less than the plain model's "
+        f"{gmacs / (1 - reduction):.4g}; patch tokens after each block: {tokens}"
+    )
+
+
+def _adaptive(vit: nn.Module) -> bool:
+    return isinstance(vit, TokenReducedViT) and vit.strategy.adaptive
+
+
+def _mean(costs: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: fmean(each[name] for each in costs) for name in costs[0]}
