@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
+
+Choice = TypeVar("Choice", bound=str)
 
 
 def check_keep_rate(value: Any, name: str = "keep_rate") -> float:
@@ -17,7 +19,7 @@ def check_keep_rate(value: Any, name: str = "keep_rate") -> float:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number in (0, 1], got {value!r} of type {type(value).__name__}")
-    if math.isnan(value) or not 0 < value <= 1:
+    if math.isnan(value) or not 0 < float(value) <= 1:
         raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
     return float(value)
 
@@ -51,7 +53,7 @@ def check_layers_exist(layers: Sequence[int], depth: int) -> None:
         raise ValueError(f"layers {beyond} do not exist: the model has {depth} blocks, so layers must lie in 0…{depth - 1}")
 
 
-def check_choice(value: Any, choices: Sequence[str], name: str) -> str:
+def check_choice(value: Choice, choices: Sequence[str], name: str) -> Choice:
     """One of a few words.
 
     Raises:

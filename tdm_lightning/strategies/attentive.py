@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdm_lightning.checks import check_keep_rate, check_layers, check_layers_exist
 from tdm_lightning.strategies.base import Strategy
@@ -29,13 +30,13 @@ class AttentiveStrategy(Strategy):
         """Tokens that are kept of ``n``: ``ceil(keep_rate·n)``, taken literally, with the current rate during warm-up."""
         return math.ceil(self.annealed(self.keep_rate) * n)
 
-    def bind(self, vit: nn.Module, patches: int) -> None:
+    def bind(self, vit: Any, patches: int) -> None:
         """Check that the layers exist and that the merger finds a split in each.
 
         Raises:
             ValueError: if a layer is out of range or a split is not feasible.
         """
-        check_layers_exist(self.layers, len(vit.blocks))  # type: ignore[arg-type]
+        check_layers_exist(self.layers, len(vit.blocks))
         for _ in self.layers if self.merger is not None else ():
             keep = self.keep_count(patches)
             if keep < patches:

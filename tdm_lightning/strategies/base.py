@@ -37,7 +37,7 @@ class Strategy(nn.Module, Configurable):
         super().__init__()
         self.current_keep_rate: float | None = None
 
-    def bind(self, vit: nn.Module, patches: int) -> None:
+    def bind(self, vit: Any, patches: int) -> None:
         """Check the settings against a timm model and build what depends on it. Called once by ``attach``.
 
         Args:
@@ -91,7 +91,7 @@ class Strategy(nn.Module, Configurable):
         """
         return {"task": criterion(output.logits, target)}
 
-    def param_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
+    def param_groups(self, model: Any, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
         """The optimizer groups that the method's recipe asks for; ``None`` (the default): the usual ones.
 
         Parameters in no group are not trained. Beside what torch optimizers read, a group may hold ``lr_scale``, a factor on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,11 +46,11 @@ class DPCKNN(StagedStrategy):
         self.learned_weights = bool(learned_weights)
         self.scorers = nn.ModuleList()
 
-    def bind(self, vit: nn.Module, patches: int) -> None:
+    def bind(self, vit: Any, patches: int) -> None:
         """Check the layers; make one scorer for each if weights are learned."""
         super().bind(vit, patches)
         if self.learned_weights:
-            width: int = vit.embed_dim  # type: ignore[assignment]
+            width: int = vit.embed_dim
             device = next(vit.parameters()).device
             self.scorers.extend(nn.Linear(width, 1, device=device) for _ in self.layers)
 

@@ -77,7 +77,7 @@ class DyViT(StagedStrategy):
         self.needs_teacher = self.distill_weight > 0 or self.token_weight > 0
         self.score_predictor = nn.ModuleList()
 
-    def bind(self, vit: nn.Module, patches: int) -> None:
+    def bind(self, vit: Any, patches: int) -> None:
         """Check the schedule and make a predictor for each stage."""
         super().bind(vit, patches)
         for stage in range(1, len(self.layers) + 1) if self.merger is not None else ():
@@ -86,7 +86,7 @@ class DyViT(StagedStrategy):
                 self.merger.split(patches, keep)  # type: ignore[union-attr]
             patches = keep
         device = next(vit.parameters()).device
-        self.score_predictor.extend(KeepPredictor(vit.embed_dim).to(device) for _ in self.layers)  # type: ignore[arg-type]
+        self.score_predictor.extend(KeepPredictor(vit.embed_dim).to(device) for _ in self.layers)
 
     def tracks_size(self) -> bool:
         """Only for proportional attention."""
@@ -185,11 +185,11 @@ class DyViT(StagedStrategy):
             "tokens": self.token_weight * (distance * kept).sum() / kept.sum().clamp(min=1),
         }
 
-    def param_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
+    def param_groups(self, model: Any, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
         """Predictors at full rate; the backbone slower and frozen at first; class token and positions never trained."""
         if self.backbone_lr_scale is None:
             return None
-        fixed = model.no_weight_decay()  # type: ignore[operator]
+        fixed = model.no_weight_decay()
         slow = {"lr_scale": self.backbone_lr_scale, "freeze_epochs": self.freeze_epochs}
         fast = {"lr_scale": 1.0, "freeze_epochs": 0}
         groups: list[dict[str, Any]] = [
@@ -227,6 +227,6 @@ def _check_teacher(output: Output, teacher: Output | None, initial: int) -> Outp
 def _check_weight(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number of at least 0, got {value!r} of type {type(value).__name__}")
-    if not (value >= 0 and math.isfinite(value)):
+    if not 0 <= float(value) < math.inf:
         raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
     return float(value)

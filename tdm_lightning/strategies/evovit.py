@@ -74,14 +74,14 @@ class EvoViT(Strategy):
         if self.representative and merger is not None:
             raise ValueError("representative=True and a merger are two ways to run for the waiting tokens; choose one")
 
-    def bind(self, vit: nn.Module, patches: int) -> None:
+    def bind(self, vit: Any, patches: int) -> None:
         """Check the settings against the model; make the second classifier.
 
         Raises:
             ValueError: if layers or trade-offs do not fit its depth, no token would be updated, it does not pool over its
                 patches, or has no class token for ``class_head``.
         """
-        depth = len(vit.blocks)  # type: ignore[arg-type]
+        depth = len(vit.blocks)
         check_layers_exist(self.layers, depth)
         if isinstance(self.tradeoff, tuple) and len(self.tradeoff) != depth:
             raise ValueError(f"tradeoff needs one number per block, {depth} here, got {len(self.tradeoff)}")
@@ -94,13 +94,13 @@ class EvoViT(Strategy):
         if self.class_head:
             self._make_class_head(vit)
 
-    def _make_class_head(self, vit: nn.Module) -> None:
+    def _make_class_head(self, vit: Any) -> None:
         if getattr(vit, "cls_token", None) is None or not vit.num_classes:
             raise ValueError("class_head=True needs a model with a class token and a classifier; use class_head=False")
         width = vit.embed_dim
         device = next(vit.parameters()).device
-        self.norm_cls = nn.LayerNorm(width, eps=1e-6, device=device)  # type: ignore[arg-type]
-        self.head_cls = _classifier(width, vit.num_classes, device)  # type: ignore[arg-type]
+        self.norm_cls = nn.LayerNorm(width, eps=1e-6, device=device)
+        self.head_cls = _classifier(width, vit.num_classes, device)
 
     def reset_classifier(self, num_classes: int) -> None:
         """Give the class token's classifier as many classes."""
@@ -234,13 +234,13 @@ def _check_merger(merger: TokenMerger | None) -> TokenMerger | None:
 
 
 def _check_tradeoff(value: Any) -> float | tuple[float, ...] | None:
-    numbers = [value] if value is None or isinstance(value, Real) else value
-    if isinstance(numbers, str) or not isinstance(numbers, Sequence):
-        raise TypeError(f"tradeoff must be a number in [0, 1] or one per block, got {value!r}")
     if value is None:
         return None
+    numbers: Any = [value] if isinstance(value, Real) else value
+    if isinstance(numbers, str) or not isinstance(numbers, Sequence):
+        raise TypeError(f"tradeoff must be a number in [0, 1] or one per block, got {value!r}")
     if any(isinstance(number, bool) or not isinstance(number, Real) for number in numbers):
         raise TypeError(f"tradeoff must hold numbers in [0, 1], got {value!r}")
     if not all(0 <= number <= 1 for number in numbers):
         raise ValueError(f"tradeoff must lie in [0, 1], got {value!r}")
-    return float(value) if isinstance(value, Real) else tuple(float(number) for number in numbers)
+    return float(value) if isinstance(value, Real) else tuple(map(float, numbers))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdm_lightning.checks import check_keep_rate, check_layers, check_layers_exist
 from tdm_lightning.ops import gather_tokens, inverse_order, rank_order
@@ -36,13 +37,13 @@ class StagedStrategy(Strategy):
             )
         return keep
 
-    def bind(self, vit: nn.Module, patches: int) -> None:
+    def bind(self, vit: Any, patches: int) -> None:
         """Check that the layers exist and that each leaves a token.
 
         Raises:
             ValueError: if a layer is out of range, or none is left.
         """
-        check_layers_exist(self.layers, len(vit.blocks))  # type: ignore[arg-type]
+        check_layers_exist(self.layers, len(vit.blocks))
         for stage in range(1, len(self.layers) + 1):
             self.keep_count(stage, patches)
 

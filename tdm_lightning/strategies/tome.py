@@ -80,12 +80,13 @@ class ToMe(Strategy):
 
 def _check_r(r: Any) -> int | list[int] | tuple[int, float]:
     """One of the three forms, with plain numbers."""
+    result: int | list[int] | tuple[int, float]
     if _whole(r):
         numbers, result = [r], int(r)
     elif not isinstance(r, Sequence) or isinstance(r, str) or not len(r):
         raise TypeError(f"r must be an integer, a pair (r, inflection) or a list of integers, got {r!r}")
     elif len(r) == 2 and _whole(r[0]) and isinstance(r[1], Real) and (isinstance(r, tuple) or not _whole(r[1])):
-        if not -1 <= r[1] <= 1:
+        if not -1 <= float(r[1]) <= 1:
             raise ValueError(f"r's inflection must lie in [-1, 1], got {r[1]!r}")
         numbers, result = [r[0]], (int(r[0]), float(r[1]))
     elif all(_whole(number) for number in r):

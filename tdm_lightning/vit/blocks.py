@@ -26,7 +26,7 @@ def _norm(module: nn.Module) -> nn.Module | None:
     return None if isinstance(module, nn.Identity) else module
 
 
-def _query_key(attn: nn.Module) -> QueryKey:
+def _query_key(attn: Any) -> QueryKey:
     """The query and key projections of a timm ``Attention``."""
     weight, bias = attn.qkv.weight, attn.qkv.bias
     width = weight.shape[0] // 3
@@ -49,7 +49,7 @@ def _bias(tokens: Tokens) -> dict[str, Any]:
     return {} if tokens.key_bias is None else {"attn_mask": tokens.key_bias}
 
 
-def _attention(attn: nn.Module, h: Tensor, tokens: Tokens) -> Tensor:
+def _attention(attn: Any, h: Tensor, tokens: Tokens) -> Tensor:
     """Attention as timm has it, or, under a policy, its explicit form; input and output B×T×C."""
     if tokens.policy is None:
         return attn(h, **_bias(tokens))
@@ -64,8 +64,9 @@ def _attention(attn: nn.Module, h: Tensor, tokens: Tokens) -> Tensor:
         logits = logits + tokens.key_bias
     weights = attn.attn_drop(policy_softmax(logits, tokens.policy)).to(v.dtype)
     x = attn.norm((weights @ v).transpose(1, 2).flatten(2))
-    if getattr(attn, "gate", None) is not None:
-        x = x * attn.gate(h).sigmoid()
+    gate = getattr(attn, "gate", None)
+    if gate is not None:
+        x = x * gate(h).sigmoid()
     return attn.proj_drop(attn.proj(x))
 
 
@@ -75,23 +76,23 @@ class BlockAdapter:
     def __init__(self, class_rows: int) -> None:
         self.class_rows = class_rows
 
-    def attend(self, block: nn.Module, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
+    def attend(self, block: Any, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
         """The tokens after the attention residual, B×T×C, and the inputs of the block's attentions, each B×T×C."""
         raise TypeError(f"{type(self).__name__} must override attend()")
 
-    def projections(self, block: nn.Module) -> list[QueryKey]:
+    def projections(self, block: Any) -> list[QueryKey]:
         """The query and key projections of the block's attentions."""
         return [_query_key(block.attn)]
 
-    def normed(self, block: nn.Module, x: Tensor) -> Tensor:
+    def normed(self, block: Any, x: Tensor) -> Tensor:
         """The tokens after attention as the MLP sees them, B×T×C."""
         return block.norm2(x)
 
-    def feed_forward(self, block: nn.Module, x: Tensor) -> Tensor:
+    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
         """The tokens after the MLP residual, B×T×C."""
         raise TypeError(f"{type(self).__name__} must override feed_forward()")
 
-    def observe(self, block: nn.Module, tokens: Tokens, inputs: list[Tensor], x: Tensor, needs: frozenset[str]) -> Observed:
+    def observe(self, block: Any, tokens: Tokens, inputs: list[Tensor], x: Tensor, needs: frozenset[str]) -> Observed:
         """What a strategy asked to see; with several attentions in parallel, their mean.
 
         Args:
@@ -121,12 +122,12 @@ class BlockAdapter:
 class PreNorm(BlockAdapter):
     """``Block``: norm → attention → residual, norm → MLP → residual."""
 
-    def attend(self, block: nn.Module, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
+    def attend(self, block: Any, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
         """See :meth:`BlockAdapter.attend`."""
         h = block.norm1(tokens.x)
         return tokens.x + block.drop_path1(block.ls1(_attention(block.attn, h, tokens))), [h]
 
-    def feed_forward(self, block: nn.Module, x: Tensor) -> Tensor:
+    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
         """See :meth:`BlockAdapter.feed_forward`."""
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
@@ -134,15 +135,15 @@ class PreNorm(BlockAdapter):
 class ResPost(BlockAdapter):
     """``ResPostBlock``: attention → norm → residual, MLP → norm → residual."""
 
-    def attend(self, block: nn.Module, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
+    def attend(self, block: Any, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
         """See :meth:`BlockAdapter.attend`."""
         return tokens.x + block.drop_path1(block.norm1(_attention(block.attn, tokens.x, tokens))), [tokens.x]
 
-    def normed(self, block: nn.Module, x: Tensor) -> Tensor:
+    def normed(self, block: Any, x: Tensor) -> Tensor:
         """No norm stands before this MLP."""
         return x
 
-    def feed_forward(self, block: nn.Module, x: Tensor) -> Tensor:
+    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
         """See :meth:`BlockAdapter.feed_forward`."""
         return x + block.drop_path2(block.norm2(block.mlp(x)))
 
@@ -150,17 +151,17 @@ class ResPost(BlockAdapter):
 class ParallelScaling(BlockAdapter):
     """``ParallelScalingBlock`` (ViT-22B): attention and MLP side by side, so reduction comes after the block."""
 
-    def attend(self, block: nn.Module, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
+    def attend(self, block: Any, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
         """Run the whole block; its attention's input is formed again only where :meth:`observe` wants it."""
         if tokens.policy is not None:
             raise UnsupportedBlock(f"training with a policy needs timm's Attention; {type(block).__name__} has its own")
         return block(tokens.x, **_bias(tokens)), []
 
-    def observe(self, block: nn.Module, tokens: Tokens, inputs: list[Tensor], x: Tensor, needs: frozenset[str]) -> Observed:
+    def observe(self, block: Any, tokens: Tokens, inputs: list[Tensor], x: Tensor, needs: frozenset[str]) -> Observed:
         """See :meth:`BlockAdapter.observe`."""
         return super().observe(block, tokens, [block.in_norm(tokens.x)], x, needs)
 
-    def projections(self, block: nn.Module) -> list[QueryKey]:
+    def projections(self, block: Any) -> list[QueryKey]:
         """Slices of the joint input projection."""
         hidden, width = block.in_split[0], block.in_split[1]
         weight, bias = block.in_proj.weight, block.in_proj.bias
@@ -169,11 +170,11 @@ class ParallelScaling(BlockAdapter):
         q_bias, k_bias = (None, None) if bias is None else (bias[q], bias[k])
         return [QueryKey(weight[q], q_bias, weight[k], k_bias, heads, block.scale, _norm(block.q_norm), _norm(block.k_norm))]
 
-    def normed(self, block: nn.Module, x: Tensor) -> Tensor:
+    def normed(self, block: Any, x: Tensor) -> Tensor:
         """The block has one norm for both halves."""
         return block.in_norm(x)
 
-    def feed_forward(self, block: nn.Module, x: Tensor) -> Tensor:
+    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
         """Nothing is left to do."""
         return x
 
@@ -181,7 +182,7 @@ class ParallelScaling(BlockAdapter):
 class ParallelThings(BlockAdapter):
     """``ParallelThingsBlock``: several attentions side by side, then several MLPs."""
 
-    def attend(self, block: nn.Module, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
+    def attend(self, block: Any, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
         """See :meth:`BlockAdapter.attend`."""
         inputs = [branch.norm(tokens.x) for branch in block.attns]
         outputs = [
@@ -190,15 +191,15 @@ class ParallelThings(BlockAdapter):
         ]
         return tokens.x + torch.stack(outputs).sum(dim=0), inputs
 
-    def projections(self, block: nn.Module) -> list[QueryKey]:
+    def projections(self, block: Any) -> list[QueryKey]:
         """One for each branch."""
         return [_query_key(branch.attn) for branch in block.attns]
 
-    def normed(self, block: nn.Module, x: Tensor) -> Tensor:
+    def normed(self, block: Any, x: Tensor) -> Tensor:
         """The mean over the branches' norms."""
         return torch.stack([branch.norm(x) for branch in block.ffns]).mean(0)
 
-    def feed_forward(self, block: nn.Module, x: Tensor) -> Tensor:
+    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
         """See :meth:`BlockAdapter.feed_forward`."""
         return x + torch.stack([branch(x) for branch in block.ffns]).sum(dim=0)
 
@@ -212,7 +213,7 @@ _ADAPTERS: dict[type[nn.Module], type[BlockAdapter]] = {
 }
 
 
-def adapter_for(block: nn.Module, class_rows: int) -> BlockAdapter:
+def adapter_for(block: Any, class_rows: int) -> BlockAdapter:
     """The adapter of a block's family.
 
     Raises:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 
-def class_rows(vit: nn.Module) -> int:
+def class_rows(vit: Any) -> int:
     """Number of leading tokens whose attention measures importance.
 
     The class token, and the distillation token of distilled models, because both feed the classifier; register tokens do not.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 
-def needs_sizes(vit: nn.Module) -> bool:
+def needs_sizes(vit: Any) -> bool:
     """Whether the model's head pools over patch tokens, so that their sizes matter."""
     return getattr(vit, "global_pool", "token") in ("avg", "avgmax", "map", "prr")
 
 
-def forward_head(vit: nn.Module, features: Tensor, size: Tensor | None = None, pre_logits: bool = False) -> Tensor:
+def forward_head(vit: Any, features: Tensor, size: Tensor | None = None, pre_logits: bool = False) -> Tensor:
     """The head of the timm model on reduced tokens.
 
     Average pooling becomes the mean over *patches*, that is over tokens weighted by ``size``; attention pooling adds ``log(size)``
