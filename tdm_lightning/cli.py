@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,19 @@ def _run_trainer(arguments: list[str], model_class: type | None, datamodule_clas
 
 
 def _run_command(command: str, arguments: list[str]) -> Any:
-    from jsonargparse import auto_cli
+    from jsonargparse import ArgumentParser
 
     module, name, summary = COMMANDS[command]
     function: Callable[..., Any] = getattr(import_module(module), name)
-    return auto_cli(function, args=arguments, prog=f"tdm {command}", as_positional=True, description=summary)
+    parser = ArgumentParser(prog=f"tdm {command}", description=summary)
+    parser.add_argument("--config", action="config", help="file with any of the settings below")
+    # Arguments without a default are lists of files, given without a flag.
+    files = [key for key, value in signature(function).parameters.items() if value.default is Parameter.empty]
+    for key in files:
+        parser.add_argument(key, nargs="+", help="one or more files")
+    parser.add_function_arguments(function, skip=set(files), as_group=False)
+    settings = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    return function(**{key: settings[key] for key in signature(function).parameters})
 
 
 def _overview() -> str:

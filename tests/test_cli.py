@@ -58,7 +58,7 @@ def test_layers_combine(tmp_path):
 
 
 def test_environment_variables_set_what_the_files_do_not(tmp_path, monkeypatch):
-    monkeypatch.setenv("TDM_FIT__MODEL__MIN_LR", "0.00002")
+    monkeypatch.setenv("PL_FIT__MODEL__MIN_LR", "0.00002")
     assert fit(tmp_path).model.hparams.min_lr == 2e-5
 
 

@@ -1,0 +1,82 @@
+"""``tdm visualize IMAGE…``: draw what becomes of an image's patches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tdm_lightning.strategies import TDM, Strategy
+from tdm_lightning.vit import TokenReducedViT, attach
+
+
+def visualize(
+    images: list[str],
+    ckpt_path: str | None = None,
+    model: str = "deit_small_patch16_224",
+    model_kwargs: dict[str, Any] | None = None,
+    strategy: Strategy | None = None,
+    pretrained: bool = False,
+    checkpoint: str | None = None,
+    random_weights: bool = False,
+    out: str = "panels",
+    layer: int = -1,
+) -> list[Path]:
+    """Draw the panels of image files: original, importance-based, diversity-based, reduced, and the reducing blocks one by one.
+
+    Args:
+        images: image files.
+        ckpt_path: a checkpoint of ``tdm fit``; it brings model and strategy along.
+        model: otherwise, the name of a timm ViT.
+        model_kwargs: passed to ``timm.create_model``.
+        strategy: the token-reduction method; ``None``: that of the checkpoint, or TDM at 0.7.
+        pretrained: take timm's pretrained weights.
+        checkpoint: take the weights in this file, an official checkpoint or one of ``tdm fit``.
+        random_weights: draw with an untrained model all the same; its attention means nothing.
+        out: folder for the PNG files, one an image.
+        layer: which reducing block the panels show, counted among them; -1: the last.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: without trained weights, for an image that cannot be read or a folder that cannot be written.
+    """
+    from tdm_lightning.visualize import visualize_images
+
+    if not (ckpt_path or pretrained or checkpoint or random_weights):
+        raise ValueError(
+            "an untrained model's attention means nothing: give --ckpt_path FILE, --pretrained true or --checkpoint FILE, or insist "
+            "with --random_weights true"
+        )
+    reduced = (
+        _from_run(ckpt_path, strategy)
+        if ckpt_path
+        else _from_timm(model, model_kwargs or {}, strategy or TDM(), pretrained, checkpoint)
+    )
+    with torch.inference_mode():
+        written = visualize_images(images, reduced.eval(), out, layer)
+    for path in written:
+        print(path)
+    return written
+
+
+def _from_run(path: str, strategy: Strategy | None) -> TokenReducedViT:
+    from tdm_lightning.module import TokenReductionClassifier
+
+    reduced = TokenReductionClassifier.load_from_checkpoint(path, map_location="cpu", pretrained=False, checkpoint=None).model
+    return reduced if strategy is None else attach(reduced.vit, strategy)
+
+
+def _from_timm(
+    name: str, arguments: dict[str, Any], strategy: Strategy, pretrained: bool, checkpoint: str | None
+) -> TokenReducedViT:
+    import timm
+
+    from tdm_lightning.checkpoints import load_official
+
+    reduced = attach(timm.create_model(name, pretrained=pretrained, **arguments), strategy)
+    if checkpoint is not None:
+        load_official(reduced, checkpoint)
+    return reduced
