@@ -166,10 +166,9 @@ def corrupt_set(root: Path, *indices: int) -> Path:
     images = list(table.cast_column("image", datasets.Image(decode=False))["image"])
     for index in indices:
         images[index] = {"bytes": images[index]["bytes"][:50], "path": None}
-    root.mkdir()
     columns = {"image": images, "label": list(table["label"])}
     for split in ("train", "validation"):
-        Dataset.from_dict(columns, features=table.features).to_parquet(root / f"{split}.parquet")
+        Dataset.from_dict(columns, features=table.features).save_to_disk(root / split)
     return root
 
 

@@ -18,7 +18,7 @@ from tdm_lightning import ImageNetDataModule
 from tdm_lightning.data.images import ImageDataset, ImageStream
 from tdm_lightning.data.sampling import RepeatedAugmentation, stream_size
 from tdm_lightning.data.transforms import eval_transform, image_mode, resolve_config, train_transform
-from tests.localsets import make_parquet, make_table
+from tests.localsets import make_arrow, make_parquet, make_table
 
 
 def make_data(root: Path, location: Any, **options: Any) -> ImageNetDataModule:
@@ -156,7 +156,7 @@ class Probe(LightningModule):
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 def test_in_a_trainer(tmp_path: Path, streaming: bool) -> None:
-    data = make_data(tmp_path, make_parquet(tmp_path / "set"), streaming=streaming, eval_batch_size=6)
+    data = make_data(tmp_path, make_arrow(tmp_path / "set"), streaming=streaming, eval_batch_size=6)
     probe = Probe()
     trainer = Trainer(
         accelerator="cpu",
