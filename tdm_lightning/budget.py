@@ -53,13 +53,23 @@ def solve_keep_rate(
         arguments: dict[str, Any] = {**config["init_args"], "keep_rate": step / steps}
         return macs_with(vit, type(strategy).from_config({**config, "init_args": arguments}), input_size)
 
-    low, high = 1, steps  # cost(low) fits, cost(high) does not
-    if cost(low) > budget:
+    def fits(step: int) -> bool:
+        try:
+            return cost(step) <= budget
+        except ValueError:  # a rate so low that its schedule leaves no token costs too little, not too much
+            return True
+
+    low, high = 1, steps  # low fits, high does not
+    if not fits(low):
         raise ValueError(
             f"{type(strategy).__name__} cannot meet {gmacs} GMACs: even a keep rate of {1 / steps} costs {cost(low) / 1e9:.3f}; "
             f"reduce in earlier layers or take a smaller model"
         )
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    try:
+        cost(low)
+    except ValueError as error:
+        raise ValueError(f"{type(strategy).__name__} cannot meet {gmacs} GMACs: {error}") from None
     return low / steps

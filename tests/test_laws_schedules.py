@@ -183,6 +183,22 @@ def test_exports_with_any_batch_size(images, name):
     assert torch.equal(model(images), eager)
 
 
+@pytest.mark.parametrize("name", ["tome", "dyvit-merger", "evovit-merger"])
+@torch.no_grad()
+def test_exports_to_onnx(images, name, tmp_path):
+    import onnxruntime
+
+    model = reduced(name)
+    eager = model(images)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    torch.onnx.export(model, (images,), tmp_path / "m.onnx", dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    for size in (1, 3):
+        (found,) = session.run(None, {session.get_inputs()[0].name: images[:size].numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), eager[:size], atol=1e-4, rtol=1e-4)
+    assert torch.equal(model(images), eager)
+
+
 @every_strategy
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()

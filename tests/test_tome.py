@@ -111,11 +111,11 @@ def test_other_prefixes_and_pools(name):
     model = tdm.attach(vit, tdm.ToMe(3))
     logits, trace = model.trace(torch.randn(2, 3, 64, 64))
     assert logits.shape == (2, 7)
-    assert trace.token_counts == [13, 10, 7, 4, 2, 1, 1, 1][: len(vit.blocks)]
+    assert trace.token_counts == [13, 10, 7, 4, 2] + [1] * (len(vit.blocks) - 5)
 
 
 def test_multiply_accumulates():
-    """methods' table: 3.417, 2.703 and 2.291 GMACs on DeiT-S."""
+    """On DeiT-S, the similarities left out."""
     vit = timm.create_model("deit_small_patch16_224")
     gmacs = [tdm.flops.count_macs(tdm.attach(vit, tdm.ToMe(r))) / 1e9 for r in (8, 13, 16)]
     assert [round(value, 3) for value in gmacs] == [3.416, 2.703, 2.291]
