@@ -116,9 +116,7 @@ def _learned_layers(module: nn.Module) -> Iterator[nn.Module]:
 
 def _on_meta(model: nn.Module) -> nn.Module:
     """A copy without storage: every tensor is replaced before it would be copied."""
-    tensors: dict[int, object] = {
-        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()
-    }
+    tensors: dict[int, object] = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
     tensors |= {id(b): b.to("meta") for b in model.buffers()}
     return copy.deepcopy(model, tensors).eval()
 
@@ -143,9 +141,7 @@ def _count(model: nn.Module, images: Tensor) -> _Counter:
     return stages
 
 
-def mac_report(
-    model: nn.Module, input_size: tuple[int, int, int] | None = None, images: Tensor | None = None
-) -> MACReport:
+def mac_report(model: nn.Module, input_size: tuple[int, int, int] | None = None, images: Tensor | None = None) -> MACReport:
     """Multiply-accumulates of one forward pass, per image and part by part.
 
     Args:
@@ -166,7 +162,8 @@ def mac_report(
             raise ValueError(
                 f"{type(model.strategy).__name__} keeps a different number of tokens for each image: pass images=… to count real ones"
             )
-        images = torch.zeros(1, *(input_size or default_input_size(model)), device="meta")
+        dtype = next(model.parameters()).dtype
+        images = torch.zeros(1, *(input_size or default_input_size(model)), dtype=dtype, device="meta")
         counted: nn.Module = _on_meta(model)
     else:
         counted = copy.deepcopy(model).eval()
@@ -201,9 +198,7 @@ def _token_counts(model: TokenReducedViT, images: Tensor) -> list[int]:
     return model.trace(images)[1].token_counts
 
 
-def count_macs(
-    model: nn.Module, input_size: tuple[int, int, int] | None = None, images: Tensor | None = None
-) -> int:
+def count_macs(model: nn.Module, input_size: tuple[int, int, int] | None = None, images: Tensor | None = None) -> int:
     """Multiply-accumulates of the backbone per image, as the papers report them; the merger's own work is left out.
 
     Counted on the meta device, so it costs no memory and does not depend on the attention kernel. Arguments and errors as

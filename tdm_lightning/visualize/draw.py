@@ -89,7 +89,7 @@ def outline(picture: Picture, group: Map, bordered: Mask) -> Picture:
     (height, width), (rows, columns) = picture.shape[:2], group.shape
     y = -(-np.arange(rows + 1) * height // rows)  # the first pixel of each patch, as in spread()
     x = -(-np.arange(columns + 1) * width // columns)
-    thickness = max(1, round(min(height / rows, width / columns) / 10))
+    thickness = max(1, round(min(height / rows / 10, width / columns / 10, height / 100, width / 100)))
     before, after = thickness // 2, thickness - thickness // 2 - 1
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)

@@ -52,7 +52,7 @@ def panels(model: TokenReducedViT, image: Tensor | Image.Image, layer: int = -1)
         image, picture = prepare(image, config)
     else:
         picture = to_picture(image, config["mean"], config["std"])
-    batch = image.unsqueeze(0).to(next(model.parameters()).device)
+    batch = image.unsqueeze(0).to(next(model.parameters()))  # device and dtype
     with _evaluating(model):
         _, trace = model.trace(batch)
         vit: Any = model.vit

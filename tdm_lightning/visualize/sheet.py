@@ -119,8 +119,8 @@ def visualize_images(
 
 
 def titles(model: TokenReducedViT) -> dict[str, str]:
-    """Names of panels where the general one says too little: the strategy's in place of ``reduced``."""
-    return {"reduced": type(model.strategy).__name__}
+    """What to print over the panels of a model, where that is not their name."""
+    return {"importance": "importance-based", "diversity": "diversity-based", "reduced": type(model.strategy).__name__}
 
 
 def split_rows(drawn: Panels) -> list[Panels]:

@@ -83,6 +83,14 @@ def test_adaptive_strategies_are_counted_on_images(tmp_path, capsys):
     assert capsys.readouterr().out.count("GMACs") == 1
 
 
+def test_half_precision_weights(tmp_path):
+    monitor = FLOPsMonitor()
+    model = tdm.attach(small_vit(), tdm.TDM(0.5, layers=(1,)))
+    exact = count_macs(model)
+    trainer(tmp_path, monitor, precision="bf16-true").test(Foreign(model), loader(), verbose=False)
+    assert monitor.costs["flops/gmacs"] * 1e9 == pytest.approx(exact)
+
+
 def test_a_batch_without_images(tmp_path):
     class Blind(Foreign):
         def test_step(self, batch, batch_idx):

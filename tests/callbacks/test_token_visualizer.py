@@ -42,6 +42,12 @@ def test_pictures_show_the_images_as_they_were(tmp_path):
     assert middle.tolist() == [51, 102, 153]
 
 
+def test_half_precision_weights(tmp_path):
+    net = Foreign(tdm.attach(small_vit(), tdm.TDM(0.5, layers=(1,))))
+    trainer(tmp_path, TokenVisualizer(1), precision="bf16-true").validate(net, loader(), verbose=False)
+    assert names(tmp_path / "tokens") == ["val_0.png"]
+
+
 def test_loggers_that_take_images_get_them(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
