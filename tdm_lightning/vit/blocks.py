@@ -70,6 +70,10 @@ def _attention(attn: Any, h: Tensor, tokens: Tokens) -> Tensor:
     return attn.proj_drop(attn.proj(x))
 
 
+def _mean(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).mean(0)
+
+
 class BlockAdapter:
     """Splits one timm block into attention and MLP. ``class_rows`` leading tokens stand for the class (0: none)."""
 
@@ -105,9 +109,9 @@ class BlockAdapter:
         seen = list(zip(inputs, self.projections(block), strict=True))
         importance = keys = normed = None
         if "importance" in needs:
-            importance = torch.stack([self._importance(h, qk, tokens) for h, qk in seen]).mean(0)
+            importance = _mean([self._importance(h, qk, tokens) for h, qk in seen])
         if "keys" in needs:
-            keys = torch.stack([mean_keys(h, qk) for h, qk in seen]).mean(0)
+            keys = _mean([mean_keys(h, qk) for h, qk in seen])
         if "normed" in needs:
             normed = self.normed(block, x)
         return Observed(importance, seen[0][1].heads, keys, normed)
