@@ -1,7 +1,7 @@
 """Token reduction for timm Vision Transformers: TDM's token merger and the prune schedules it stacks on.
 
-The names here need only torch and timm. :class:`TokenReductionClassifier` and :class:`ImageNetDataModule` bring in Lightning and
-Hugging Face ``datasets`` when they are first touched.
+The names here need only torch and timm. :class:`TokenReductionClassifier` and :class:`ImageNetDataModule` bring in Lightning
+and Hugging Face ``datasets`` when they are first touched.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from tdm_lightning.vit import TokenReducedViT, attach, detach
 if TYPE_CHECKING:
     from tdm_lightning.data import ImageNetDataModule
     from tdm_lightning.module import TokenReductionClassifier
-
 
 
 __all__ = [

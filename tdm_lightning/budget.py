@@ -62,7 +62,7 @@ def solve_keep_rate(
     low, high = 1, steps  # low fits, high does not
     if not fits(low):
         raise ValueError(
-            f"{type(strategy).__name__} cannot meet {gmacs} GMACs: even a keep rate of {1 / steps} costs {cost(low) / 1e9:.3f}; "
+            f"{type(strategy).__name__} cannot meet {gmacs} GMACs: even keep rate {1 / steps} costs {cost(low) / 1e9:.3f}; "
             f"reduce in earlier layers or take a smaller model"
         )
     while high - low > 1:

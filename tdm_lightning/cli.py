@@ -21,9 +21,7 @@ _TRAINER = {
 }
 
 
-def main(
-    args: Sequence[str] | None = None, model_class: type | None = None, datamodule_class: type | None = None
-) -> Any:
+def main(args: Sequence[str] | None = None, model_class: type | None = None, datamodule_class: type | None = None) -> Any:
     """Run the command line.
 
     Args:
@@ -134,5 +132,7 @@ def _resolve(value: str) -> str:
         return value
     shipped = config_folder() / f"{value.removesuffix('.yaml').removeprefix('configs/')}.yaml"
     if not shipped.is_file():
-        raise ValueError(f"--config {value}: neither a file nor one of the shipped configurations: {', '.join(named_configs())}")
+        raise ValueError(
+            f"--config {value}: neither a file nor one of the shipped configurations: {', '.join(named_configs())}"
+        )
     return str(shipped)

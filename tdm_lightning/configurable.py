@@ -52,7 +52,7 @@ class Configurable:
                 f"If it is your own class, import its module before loading."
             )
         arguments = {name: _built(value) for name, value in (config.get("init_args") or {}).items()}
-        return found[-1](**arguments)  # type: ignore[return-value]
+        return found[-1](**arguments)
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Multiply-accumulates of a ViT, reduced or not, counted by torch's own counter.
 
-The "FLOPs" of the token-reduction papers are multiply-accumulates (MACs). Counted are the patch embedding, all linear layers, both
-attention products and the head; not counted are biases, softmax, activations, norms, residual sums and gathers.
+The "FLOPs" of the token-reduction papers are multiply-accumulates (MACs). Counted are the patch embedding, all linear layers,
+both attention products and the head; not counted are biases, softmax, activations, norms, residual sums and gathers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -158,9 +159,9 @@ def mac_report(model: nn.Module, input_size: tuple[int, int, int] | None = None,
     """
     reduced = isinstance(model, TokenReducedViT)
     if images is None:
-        if reduced and model.strategy.adaptive:
+        if isinstance(model, TokenReducedViT) and model.strategy.adaptive:
             raise ValueError(
-                f"{type(model.strategy).__name__} keeps a different number of tokens for each image: pass images=… to count real ones"
+                f"{type(model.strategy).__name__} keeps another number of tokens for each image: pass images=… to count some"
             )
         dtype = next(model.parameters()).dtype
         images = torch.zeros(1, *(input_size or default_input_size(model)), dtype=dtype, device="meta")
@@ -213,7 +214,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int] | None = None,
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width that a timm ViT was made for."""
-    vit = model.vit if isinstance(model, TokenReducedViT) else model
+    vit: Any = model.vit if isinstance(model, TokenReducedViT) else model
     embed = vit.patch_embed
     height, width = embed.img_size or vit.pretrained_cfg["input_size"][1:]
     return embed.proj.in_channels, height, width

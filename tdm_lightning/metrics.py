@@ -17,8 +17,8 @@ _NORMS = ("medoid", "column", "composite")
 def diversity_score(z: Tensor, norm: Norm = "medoid", normalize: bool = False) -> Tensor:
     """How far a token set is from being one repeated token: ``min_j ‖Z - 1 z_jᵀ‖`` over its own rows.
 
-    The paper (Long et al., CVPR 2023, after Dong et al., 2021) takes the ℓ1 norm and restricts ``z`` to rows of Z. It does not say
-    which matrix norm that is; the entry-wise one is our reading, the others are the alternatives of the rank-collapse literature.
+    The paper (Long et al., CVPR 2023, after Dong et al., 2021) takes the ℓ1 norm and restricts ``z`` to rows of Z. It does not
+    say which matrix norm that is; the entry-wise one is our reading, the others come from the literature on rank collapse.
 
     Args:
         z: tokens without prefix tokens, N×C or B×N×C.
@@ -83,7 +83,7 @@ class DiversityScore(Metric):
 
     def update(self, z: Tensor) -> None:
         """Add the images of a batch; tokens without prefix tokens, B×N×C (or N×C: one image)."""
-        score = diversity_score(z.detach(), self.norm, self.normalize)  # type: ignore[arg-type]
+        score = diversity_score(z.detach(), self.norm, self.normalize)
         self.total += score.sum()
         self.images += score.numel()
 

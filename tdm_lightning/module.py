@@ -28,14 +28,14 @@ Batch = tuple[Tensor, Tensor]
 class TokenReductionClassifier(LightningModule):
     """Trains and evaluates a timm ViT that reduces its tokens. Batches are ``(images B×C×H×W, labels B)``.
 
-    The defaults are DeiT's recipe (Touvron et al., 2021). Meant to be subclassed: override one of the ``configure_*`` methods, or a
-    step. The reduced model is ``self.model``, a :class:`~tdm_lightning.TokenReducedViT`.
+    The defaults are DeiT's recipe (Touvron et al., 2021). Meant to be subclassed: override one of the ``configure_*`` methods,
+    or a step. The reduced model is ``self.model``, a :class:`~tdm_lightning.TokenReducedViT`.
 
     Logged: ``train/loss`` and each term of it by name, ``val/loss``, ``val/top1``, ``val/top5``, and the same for ``test``.
 
     Args:
-        model: name of a timm ViT, or the module itself. A module is not stored in checkpoints' hyperparameters: pass it again to
-            ``load_from_checkpoint``.
+        model: name of a timm ViT, or the module itself. A module is not stored in checkpoints' hyperparameters: pass it again
+            to ``load_from_checkpoint``.
         strategy: the token-reduction method; ``None`` trains the plain model.
         num_classes: number of classes; ``None``: the timm model's own.
         label_names: what the classes are called, for :meth:`predict_step`.
@@ -109,9 +109,9 @@ class TokenReductionClassifier(LightningModule):
             arguments = {"drop_path_rate": hp.drop_path, "num_classes": hp.num_classes, "global_pool": hp.global_pool}
             arguments = {name: value for name, value in arguments.items() if value is not None} | (hp.model_kwargs or {})
             model = timm.create_model(model, pretrained=hp.pretrained, **arguments)
-        elif hp.num_classes is not None and hp.num_classes != model.num_classes:
-            model.reset_classifier(hp.num_classes)
         reduced = attach(model, strategy)
+        if hp.num_classes not in (None, reduced.num_classes):
+            reduced.reset_classifier(hp.num_classes)
         if hp.checkpoint is not None:
             load_official(reduced, hp.checkpoint)
         return reduced
@@ -141,14 +141,14 @@ class TokenReductionClassifier(LightningModule):
         """
         if not (self.hparams["pretrained"] or self.hparams["checkpoint"]) and "model" in self.hparams:
             raise ValueError(
-                f"{type(self.model.strategy).__name__} learns from a trained, unreduced model, but this one starts from random weights; "
+                f"{type(self.model.strategy).__name__} learns from a trained, unreduced model, but these weights are random; "
                 f"set model.pretrained=true or model.checkpoint=FILE (on resuming too)"
             )
         teacher = attach(copy.deepcopy(self.model.vit), Strategy())
         return teacher.requires_grad_(False).eval()
 
     def configure_optimizers(self) -> Any:
-        """timm's optimizer with its no-decay and layer-decay groups, and a cosine per step."""
+        """Timm's optimizer with its no-decay and layer-decay groups, and a cosine per step."""
         hp: Any = self.hparams
         groups = self.model.strategy.param_groups(self.model, hp.lr, hp.weight_decay)
         shared = {"opt": hp.optimizer, "lr": hp.lr, "weight_decay": hp.weight_decay}
@@ -211,7 +211,7 @@ class TokenReductionClassifier(LightningModule):
             return self._teacher[0].to(images.device).run(images)  # type: ignore[operator]
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        """timm's schedulers count updates themselves."""
+        """Timm's schedulers count updates themselves."""
         scheduler.step_update(num_updates=self.global_step)
         freeze(scheduler.optimizer.param_groups, self.current_epoch)
 
@@ -230,7 +230,11 @@ class TokenReductionClassifier(LightningModule):
         logits = self(images)
         self.log(f"{stage}/loss", F.cross_entropy(logits, labels), sync_dist=True, batch_size=len(labels))
         self.log_dict(
-            self._updated(metrics, logits, labels), on_step=False, on_epoch=True, prog_bar=stage == "val", batch_size=len(labels)
+            self._updated(metrics, logits, labels),
+            on_step=False,
+            on_epoch=True,
+            prog_bar=stage == "val",
+            batch_size=len(labels),
         )
 
     @staticmethod

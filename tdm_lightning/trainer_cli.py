@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 
 import tdm_lightning.callbacks  # noqa: F401 - makes callbacks known by their short names
 from tdm_lightning.data import ImageNetDataModule

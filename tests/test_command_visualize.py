@@ -21,9 +21,7 @@ def photo(tmp_path):
 
 def call(photo, tmp_path, *extra, more=()):
     out = tmp_path / "out"
-    return main(
-        ["visualize", photo, *more, "--model=deit_tiny_patch16_224", f"--model_kwargs={TINY}", f"--out={out}", *extra]
-    )
+    return main(["visualize", photo, *more, "--model=deit_tiny_patch16_224", f"--model_kwargs={TINY}", f"--out={out}", *extra])
 
 
 def test_random_weights_only_if_asked_for(photo, tmp_path):

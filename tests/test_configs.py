@@ -104,6 +104,8 @@ def test_full_size_model_takes_a_step(tmp_path, monkeypatch):
             }
         )
     )
-    cli = main(["fit", "--config", "deit_small", "--config", "strategies/tdm", "--config", "recipes/finetune", "--config", str(layer)])
+    cli = main(
+        ["fit", "--config", "deit_small", "--config", "strategies/tdm", "--config", "recipes/finetune", "--config", str(layer)]
+    )
     assert cli.model.model.vit.embed_dim == 384
     assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])

@@ -213,5 +213,3 @@ def test_schedule_needs_an_end(tmp_path, loader):
 def test_warm_up_longer_than_the_run(tmp_path, loader):
     with pytest.raises(ValueError, match="warm-up"):
         trainer(tmp_path).fit(classifier(warmup_epochs=5), loader)
-
-

@@ -47,8 +47,8 @@ def visualize(
 
     if not (ckpt_path or pretrained or checkpoint or random_weights):
         raise ValueError(
-            "an untrained model's attention means nothing: give --ckpt_path FILE, --pretrained true or --checkpoint FILE, or insist "
-            "with --random_weights true"
+            "an untrained model's attention means nothing: give --ckpt_path FILE, --pretrained true or --checkpoint FILE, or "
+            "insist with --random_weights true"
         )
     reduced = (
         _from_run(ckpt_path, strategy)

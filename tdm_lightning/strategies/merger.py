@@ -69,8 +69,8 @@ def split_budget(n: int, keep: int, cluster_fraction: float = 0.25, attentive_ra
 class TokenMerger(Configurable):
     """Clusters the inattentive tokens and fuses similar attentive ones, down to a given total (Long et al., CVPR 2023, §3.2).
 
-    The paper says *what* happens (a simplified density-peak clustering, a matching of homogeneous pairs, a weighted combination);
-    it has no public code. The defaults are readings; what the sources leave open is an argument. It has no parameters.
+    The paper says *what* happens (a simplified density-peak clustering, a matching of homogeneous pairs, a weighted
+    combination); it has no public code. The defaults are readings; what the sources leave open is an argument. It has no parameters.
 
     Args:
         cluster_fraction: clusters per inattentive token, in (0, 1].
@@ -84,8 +84,8 @@ class TokenMerger(Configurable):
         matching: ``"bipartite"``, ``"greedy"`` or ``"mutual"``, see :func:`~tdm_lightning.ops.match_pairs`.
         match_weights: a pair becomes its ``"attention"``-weighted or its plain ``"mean"``.
         attentive_ratio: share of the tokens that are attentive, in (0, 1]; ``None``: as many as leave.
-        features: what is compared: the residual-stream ``"tokens"``, the same under the block's second norm (``"normed"``), or the
-            head-averaged ``"keys"`` of its attention.
+        features: what is compared: the residual-stream ``"tokens"``, the same under the block's second norm (``"normed"``), or
+            the head-averaged ``"keys"`` of its attention.
         proportional_attention: add log(size) of each token to the logits of its key in later blocks (ToMe).
 
     Raises:

@@ -35,8 +35,8 @@ def attach(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
     """
     if isinstance(vit, TokenReducedViT):
         raise ValueError(
-            f"this model is reduced already, by {type(vit.strategy).__name__}; attach to the timm model, `model.vit`, or take the "
-            f"strategy off with detach() first"
+            f"this model is reduced already, by {type(vit.strategy).__name__}; attach to the timm model, `model.vit`, or take "
+            f"the strategy off with detach() first"
         )
     if isinstance(vit, type) or not isinstance(vit, nn.Module):
         raise TypeError(f"attach() takes a timm model, got {vit!r}; make one with timm.create_model(name)")

@@ -16,8 +16,8 @@ def needs_sizes(vit: Any) -> bool:
 def forward_head(vit: Any, features: Tensor, size: Tensor | None = None, pre_logits: bool = False) -> Tensor:
     """The head of the timm model on reduced tokens.
 
-    Average pooling becomes the mean over *patches*, that is over tokens weighted by ``size``; attention pooling adds ``log(size)``
-    to the logits, which equals letting each token appear ``size`` times. Class-token and max pooling need no weights.
+    Average pooling becomes the mean over *patches*, that is over tokens weighted by ``size``; attention pooling adds
+    ``log(size)`` to the logits, which equals letting each token appear ``size`` times. Class-token and max pooling need no weights.
 
     Args:
         vit: the timm model.
