@@ -70,7 +70,8 @@ class TokenMerger(Configurable):
     """Clusters the inattentive tokens and fuses similar attentive ones, down to a given total (Long et al., CVPR 2023, §3.2).
 
     The paper says *what* happens (a simplified density-peak clustering, a matching of homogeneous pairs, a weighted
-    combination); it has no public code. The defaults are readings; what the sources leave open is an argument. It has no parameters.
+    combination); it has no public code. The defaults are readings; what the sources leave open is an argument. It has no
+    parameters.
 
     Args:
         cluster_fraction: clusters per inattentive token, in (0, 1].

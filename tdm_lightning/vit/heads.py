@@ -17,7 +17,8 @@ def forward_head(vit: Any, features: Tensor, size: Tensor | None = None, pre_log
     """The head of the timm model on reduced tokens.
 
     Average pooling becomes the mean over *patches*, that is over tokens weighted by ``size``; attention pooling adds
-    ``log(size)`` to the logits, which equals letting each token appear ``size`` times. Class-token and max pooling need no weights.
+    ``log(size)`` to the logits, which equals letting each token appear ``size`` times. Class-token and max pooling need no
+    weights.
 
     Args:
         vit: the timm model.
