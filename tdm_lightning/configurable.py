@@ -31,6 +31,9 @@ class Configurable:
             "init_args": {name: _plain(getattr(self, name)) for name in names},
         }
 
+    def __repr__(self) -> str:
+        return _readable(self.config())
+
     @classmethod
     def from_config(cls: type[T], config: Mapping[str, Any]) -> T:
         """Build an object from :meth:`config`'s form; a class may also be named without its module.
@@ -65,3 +68,14 @@ def _plain(value: Any) -> Any:
 
 def _built(value: Any) -> Any:
     return Configurable.from_config(value) if isinstance(value, Mapping) and "class_path" in value else value
+
+
+def arguments_line(config: Mapping[str, Any]) -> str:
+    """The arguments of :meth:`Configurable.config`'s form as in a call: ``keep_rate=0.7, layers=[3, 6, 9]``."""
+    return ", ".join(f"{name}={_readable(value)}" for name, value in config["init_args"].items())
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, Mapping) and "class_path" in value:
+        return f"{value['class_path'].rsplit('.', 1)[-1]}({arguments_line(value)})"
+    return repr(value)

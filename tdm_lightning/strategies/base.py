@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tdm_lightning.configurable import Configurable
+from tdm_lightning.configurable import Configurable, arguments_line
 from tdm_lightning.tokens import Observed, Output, Tokens
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -118,12 +118,4 @@ class Strategy(nn.Module, Configurable):
 
     def extra_repr(self) -> str:
         """The settings, for ``print(model)``."""
-        arguments: dict[str, Any] = self.config()["init_args"]
-        return ", ".join(f"{name}={_short(value)}" for name, value in arguments.items())
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict) and "class_path" in value:
-        inner = ", ".join(f"{name}={_short(item)}" for name, item in value["init_args"].items())
-        return f"{value['class_path'].rsplit('.', 1)[-1]}({inner})"
-    return repr(value)
+        return arguments_line(self.config())
