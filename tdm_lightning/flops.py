@@ -21,7 +21,7 @@ from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.vit import TokenReducedViT, attach
 
 #: Stages of a pass in which the timm model works; all others are the strategy's own.
-_BACKBONE = ("embed", "attention", "mlp", "head")
+_BACKBONE = ("embed", "attention", "mlp", "head", "begin", "finish")
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,12 @@ class _Counter:
         self.learned[stage, index] += self.pending
         self.last, self.pending = now, 0
 
+    @property
+    def backbone(self) -> int:
+        """What the papers count."""
+        own = sum(value for (stage, _), value in self.stages.items() if stage in _BACKBONE)
+        return own + sum(self.learned.values())
+
     def enter(self, *_: object) -> None:
         self.inside = self.counter.get_total_flops()
 
@@ -157,25 +163,14 @@ def mac_report(model: nn.Module, input_size: tuple[int, int, int] | None = None,
     Raises:
         ValueError: for an adaptive strategy without images.
     """
-    reduced = isinstance(model, TokenReducedViT)
-    if images is None:
-        if isinstance(model, TokenReducedViT) and model.strategy.adaptive:
-            raise ValueError(
-                f"{type(model.strategy).__name__} keeps another number of tokens for each image: pass images=… to count some"
-            )
-        dtype = next(model.parameters()).dtype
-        images = torch.zeros(1, *(input_size or default_input_size(model)), dtype=dtype, device="meta")
-        counted: nn.Module = _on_meta(model)
-    else:
-        counted = copy.deepcopy(model).eval()
+    counted, images = _prepared(model, input_size, images)
     per_image = 2 * images.shape[0]  # the counter counts a multiply and an add
     stages = _count(counted, images)
-    if not reduced:
-        total = stages.stages["embed", -1] / per_image
+    if not isinstance(counted, TokenReducedViT):
+        total = stages.backbone / per_image
         return MACReport(embed=total, head=0, blocks=[], learned=0, plain=total)
-    assert isinstance(counted, TokenReducedViT)
     counts = _token_counts(counted, images)
-    plain = _count(counted.vit, images).stages["embed", -1] / per_image
+    plain = _count(counted.vit, images).backbone / per_image
 
     def part(*names: str, index: int) -> float:
         return sum(stages.stages[name, index] for name in names) / per_image
@@ -194,6 +189,19 @@ def mac_report(model: nn.Module, input_size: tuple[int, int, int] | None = None,
     return MACReport(part("embed", index=-1), head, blocks, sum(stages.learned.values()) / per_image, plain)
 
 
+def _prepared(model: nn.Module, input_size: tuple[int, int, int] | None, images: Tensor | None) -> tuple[nn.Module, Tensor]:
+    """A copy of the model to run, and the images to run it on."""
+    if images is None:
+        if isinstance(model, TokenReducedViT) and model.strategy.adaptive:
+            raise ValueError(
+                f"{type(model.strategy).__name__} keeps another number of tokens for each image: pass images=… to count some"
+            )
+        dtype = next(model.parameters()).dtype
+        images = torch.zeros(1, *(input_size or default_input_size(model)), dtype=dtype, device="meta")
+        return _on_meta(model), images
+    return copy.deepcopy(model).eval(), images
+
+
 @torch.no_grad()
 def _token_counts(model: TokenReducedViT, images: Tensor) -> list[int]:
     return model.trace(images)[1].token_counts
@@ -209,7 +217,8 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int] | None = None,
     >>> count_macs(timm.create_model("deit_small_patch16_224"))
     4598882304
     """
-    return round(mac_report(model, input_size, images).backbone)
+    counted, images = _prepared(model, input_size, images)
+    return round(_count(counted, images).backbone / (2 * images.shape[0]))
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:

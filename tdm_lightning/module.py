@@ -213,7 +213,12 @@ class TokenReductionClassifier(LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         """Timm's schedulers count updates themselves."""
         scheduler.step_update(num_updates=self.global_step)
-        freeze(scheduler.optimizer.param_groups, self.current_epoch)
+        freeze(scheduler.optimizer.param_groups, int(self.global_step / self._steps_per_epoch()))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Forget where the weights started: loading a checkpoint must not need another file or a download."""
+        for name in ("pretrained", "checkpoint"):
+            checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).pop(name, None)
 
     # Evaluation
 

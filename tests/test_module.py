@@ -179,6 +179,38 @@ def test_starts_from_the_weights_of_another_run(tmp_path, loader):
     torch.testing.assert_close(reduced.eval()(images), plain.eval()(images))
 
 
+def test_checkpoint_does_not_need_the_file_that_training_started_from(tmp_path, loader):
+    start = tmp_path / "start.pth"
+    torch.save({"model": VisionTransformer(**KWARGS, num_classes=CLASSES).state_dict()}, start)
+    run = trainer(tmp_path, enable_checkpointing=True)
+    run.fit(classifier(checkpoint=str(start)), loader)
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    start.unlink()
+    TokenReductionClassifier.load_from_checkpoint(tmp_path / "model.ckpt")
+
+
+def test_dyvit_learns_from_its_starting_weights(tmp_path, loader):
+    start = tmp_path / "start.pth"
+    torch.save({"model": VisionTransformer(**KWARGS, num_classes=CLASSES).state_dict()}, start)
+    module = classifier(strategy=tdm.DyViT(freeze_epochs=1), checkpoint=str(start), lr=1e-3)
+    before = {name: value.clone() for name, value in module.model.named_parameters()}
+    run = trainer(tmp_path, enable_checkpointing=True)
+    run.fit(module, loader, loader)
+    assert {"train/task", "train/ratio"} <= set(run.callback_metrics)
+    moved = {name for name, value in module.model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(name.startswith("strategy.") for name in moved)  # the backbone is frozen in the first epoch
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    stored = torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
+    assert not any("teacher" in name for name in stored)
+    TokenReductionClassifier.load_from_checkpoint(tmp_path / "model.ckpt")
+
+
+def test_dyvit_without_trained_weights_has_no_teacher(tmp_path, loader):
+    with pytest.raises(ValueError, match="pretrained=true or model.checkpoint"):
+        trainer(tmp_path).fit(classifier(strategy=tdm.DyViT()), loader)
+
+
 def test_predicts_probabilities_and_names(tmp_path, loader):
     module = classifier(label_names=["ant", "bee", "cat", "dog", "eel"])
     batch = trainer(tmp_path).predict(module, loader)[0]

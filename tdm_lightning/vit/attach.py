@@ -27,7 +27,7 @@ def attach(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
         TypeError: if the model cannot be reduced (the message says why), or an argument is of the wrong kind.
         ValueError: if the model is reduced already, or the strategy's settings do not fit it.
 
-    >>> import timm, tdm_lightning as tdm
+    >>> import timm, torch, tdm_lightning as tdm
     >>> vit = timm.create_model("test_vit", img_size=96)
     >>> model = tdm.attach(vit, tdm.TDM(keep_rate=0.5, layers=(1, 3)))
     >>> model.trace(torch.zeros(1, 3, 96, 96))[1].token_counts
