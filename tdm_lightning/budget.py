@@ -1,7 +1,8 @@
-"""The keep rate that meets a compute budget."""
+"""The setting of a method that meets a compute budget."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -39,19 +40,15 @@ def solve_keep_rate(
     0.701
     """
     vit = model.vit if isinstance(model, TokenReducedViT) else model
-    config = strategy.config()
-    if "keep_rate" not in config["init_args"]:
+    if "keep_rate" not in strategy.config()["init_args"]:
         raise TypeError(f"{type(strategy).__name__} has no keep rate to solve for")
-    if not gmacs > 0:  # also refuses NaN
-        raise ValueError(f"gmacs must be a positive number of 10⁹ multiply-accumulates, got {gmacs!r}")
-    budget = gmacs * 1e9
+    budget = _check_budget(gmacs)
     if count_macs(vit, input_size) <= budget:
         return 1.0
     steps = round(1 / resolution)
 
     def cost(step: int) -> int:
-        arguments: dict[str, Any] = {**config["init_args"], "keep_rate": step / steps}
-        return macs_with(vit, type(strategy).from_config({**config, "init_args": arguments}), input_size)
+        return macs_with(vit, _changed(strategy, keep_rate=step / steps), input_size)
 
     def fits(step: int) -> bool:
         try:
@@ -59,17 +56,73 @@ def solve_keep_rate(
         except ValueError:  # a rate so low that its schedule leaves no token costs too little, not too much
             return True
 
-    low, high = 1, steps  # low fits, high does not
-    if not fits(low):
+    if not fits(1):
         raise ValueError(
-            f"{type(strategy).__name__} cannot meet {gmacs} GMACs: even keep rate {1 / steps} costs {cost(low) / 1e9:.3f}; "
+            f"{type(strategy).__name__} cannot meet {gmacs} GMACs: even keep rate {1 / steps} costs {cost(1) / 1e9:.3f}; "
             f"reduce in earlier layers or take a smaller model"
         )
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+    step = _last(fits, 1, steps)
     try:
-        cost(low)
+        cost(step)
     except ValueError as error:
         raise ValueError(f"{type(strategy).__name__} cannot meet {gmacs} GMACs: {error}") from None
-    return low / steps
+    return step / steps
+
+
+def at_budget(model: nn.Module, strategy: Strategy, gmacs: float, input_size: tuple[int, int, int] | None = None) -> Strategy:
+    """A strategy like this one, its one knob turned as far as a budget allows.
+
+    The knob is the keep rate (:func:`solve_keep_rate`), or ToMe's r: as few merges as the budget allows, spread over the
+    blocks as evenly as whole numbers can be, the early blocks first.
+
+    Args:
+        model: as :func:`solve_keep_rate`, as are the other arguments and errors.
+        strategy: the method; it is not changed.
+        gmacs: the budget in 10⁹ multiply-accumulates per image.
+        input_size: channels, height and width; the model's own by default.
+
+    >>> import timm, tdm_lightning as tdm
+    >>> vit = timm.create_model("test_vit", img_size=96)
+    >>> at_budget(vit, tdm.ToMe(), gmacs=0.01).r
+    [3, 2, 2, 2, 2, 2]
+    """
+    if "r" not in strategy.config()["init_args"]:
+        return _changed(strategy, keep_rate=solve_keep_rate(model, strategy, gmacs, input_size))
+    vit: Any = model.vit if isinstance(model, TokenReducedViT) else model
+    budget, depth = _check_budget(gmacs), len(vit.blocks)
+    most = depth * (vit.patch_embed.num_patches // 2)
+
+    def with_merges(total: int) -> Strategy:
+        r = [total // depth + (block < total % depth) for block in range(depth)]
+        return _changed(strategy, r=r if total % depth else r[0])
+
+    def exceeds(total: int) -> bool:
+        return macs_with(vit, with_merges(total), input_size) > budget
+
+    if exceeds(most):
+        raise ValueError(
+            f"{type(strategy).__name__} cannot meet {gmacs} GMACs, even if every block merges half of the tokens; take a "
+            f"smaller model"
+        )
+    return with_merges(_last(exceeds, 0, most) + 1 if exceeds(0) else 0)
+
+
+def _check_budget(gmacs: float) -> float:
+    """In multiply-accumulates."""
+    if not gmacs > 0:  # also refuses NaN
+        raise ValueError(f"gmacs must be a positive number of 10⁹ multiply-accumulates, got {gmacs!r}")
+    return gmacs * 1e9
+
+
+def _changed(strategy: Strategy, **arguments: Any) -> Strategy:
+    """A new strategy, made with some other arguments."""
+    config = strategy.config()
+    return type(strategy).from_config({**config, "init_args": {**config["init_args"], **arguments}})
+
+
+def _last(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The last number from ``low``, where something holds, that it holds for; at ``high`` it does not."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

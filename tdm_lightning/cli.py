@@ -11,6 +11,7 @@ from typing import Any
 
 #: Our own subcommands: name → (module, function, summary). Imported when called, so that help stays quick.
 COMMANDS = {
+    "compare": ("tdm_lightning.commands.compare", "compare", "Time methods against each other."),
     "visualize": ("tdm_lightning.commands.visualize", "visualize", "Draw what becomes of an image's patches."),
 }
 _TRAINER = {

@@ -33,6 +33,9 @@ class Strategy(nn.Module, Configurable):
     #: Whether :meth:`loss` compares with a frozen, unreduced copy of the model.
     needs_teacher: bool = False
 
+    #: How the timm model must pool for the method's head, as ``timm.create_model`` takes it; ``None``: in any way.
+    global_pool: str | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self.current_keep_rate: float | None = None

@@ -48,6 +48,8 @@ class EvoViT(Strategy):
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
     """
 
+    global_pool = "avg"
+
     def __init__(
         self,
         keep_rate: float = 0.5,

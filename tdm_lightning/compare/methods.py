@@ -1,0 +1,171 @@
+"""The models to compare: a plain timm ViT, and the same under each strategy."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+from torch import nn
+
+from tdm_lightning.budget import at_budget
+from tdm_lightning.checkpoints import load_official
+from tdm_lightning.configurable import arguments_line
+from tdm_lightning.strategies import DPCKNN, TDM, DyViT, EViT, EvoViT, Strategy, TokenMerger, ToMe, TopK
+from tdm_lightning.vit import attach
+
+#: Arguments that make a method what it is in a table: shown even where they have their defaults.
+_KNOBS = ("keep_rate", "r")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the table.
+
+    Attributes:
+        name: what the method is called.
+        settings: its arguments.
+        model: the model in evaluation mode.
+        trained: whether all of its weights came from the checkpoint, so that its accuracy means something.
+        remark: why not, if there was a checkpoint.
+    """
+
+    name: str
+    settings: str
+    model: nn.Module
+    trained: bool = False
+    remark: str = ""
+
+
+def posters_strategies() -> list[Strategy]:
+    """The methods of the paper's poster that this library has, and the diversity-only ones beside them, as published."""
+    return [
+        TDM(),
+        EViT(),
+        EViT(merger=TokenMerger()),
+        DyViT(),
+        DyViT(merger=TokenMerger()),
+        EvoViT(),
+        ToMe(),
+        DPCKNN(),
+        TopK(),
+    ]
+
+
+def make_vit(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """A timm model with random weights.
+
+    Raises:
+        ValueError: if timm has no model of that name.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models('*vit*')"
+        raise ValueError(f"timm has no model {name!r}; {hint}")
+    return timm.create_model(name, **arguments)
+
+
+def make_plain(name: str, arguments: Mapping[str, Any], ckpt: str | None) -> Method:
+    """The unreduced model.
+
+    Raises:
+        ValueError: if timm does not know the model, or the weights do not fit.
+        TypeError: if its tokens cannot be reduced.
+    """
+    vit = make_vit(name, arguments)
+    attach(vit, Strategy())  # refuses what cannot be reduced, before anything is measured
+    if ckpt is not None:
+        load_official(vit, ckpt)
+    return Method("plain", "", vit.eval(), trained=ckpt is not None)
+
+
+def make_method(
+    strategy: Strategy,
+    name: str,
+    arguments: Mapping[str, Any],
+    ckpt: str | None = None,
+    match_gmacs: float | None = None,
+) -> Method:
+    """The model under a strategy, pooling as the strategy needs it.
+
+    Args:
+        strategy: a method that is not attached yet.
+        name: of a timm model.
+        arguments: for ``timm.create_model``.
+        ckpt: file with weights. If it does not hold all of the method's, the model keeps its random ones and says so.
+        match_gmacs: budget to solve the method's setting for.
+
+    Raises:
+        ValueError: if the strategy does not fit the model, or cannot meet the budget.
+        TypeError: if the strategy has no setting to solve for.
+    """
+    title, settings = describe(strategy)
+    if strategy.global_pool is not None:
+        arguments = {"global_pool": strategy.global_pool, **arguments}
+    try:
+        vit = make_vit(name, arguments)
+        if match_gmacs is not None:
+            strategy = at_budget(vit, strategy, match_gmacs)
+            title, settings = describe(strategy)
+        model = attach(vit, strategy).eval()
+    except (ValueError, TypeError, AssertionError) as error:  # timm asserts on poolings that a model cannot have
+        raise type(error)(f"{title} ({settings}) on {name}: {error}") from error
+    if ckpt is None:
+        return Method(title, settings, model)
+    try:
+        untouched = load_official(model, ckpt).untouched
+    except ValueError as error:
+        return Method(title, settings, model, remark=" ".join(str(error).split()))
+    if untouched:
+        return Method(title, settings, model, remark=f"{ckpt} has no weights for {', '.join(untouched)}")
+    return Method(title, settings, model, trained=True)
+
+
+def describe(strategy: Strategy) -> tuple[str, str]:
+    """A strategy's name in a table, with the merger that it stacks, and the settings that tell it from others.
+
+    >>> describe(EViT(0.5, merger=TokenMerger()))
+    ('EViT+TokenMerger', 'keep_rate=0.5')
+    """
+    config, usual = strategy.config()["init_args"], _defaults(type(strategy))
+    shown = {name: value for name, value in config.items() if name in _KNOBS or name not in usual or value != usual[name]}
+    title = type(strategy).__name__
+    if shown.get("merger") is not None:
+        title += "+" + shown["merger"]["class_path"].rsplit(".", 1)[-1]
+        if shown["merger"] == TokenMerger().config():
+            del shown["merger"]
+    return title, arguments_line({"init_args": {name: _short(value) for name, value in shown.items()}})
+
+
+def _defaults(kind: type[Strategy]) -> dict[str, Any]:
+    """The arguments of a strategy that was given none; empty where some must be given."""
+    parameters = list(inspect.signature(kind).parameters.values())
+    if any(parameter.default is parameter.empty for parameter in parameters):
+        return {}
+    return kind().config()["init_args"]
+
+
+class _Brief:
+    """Shown as it is, where a value's own form would be quoted or long."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _short(value: Any) -> Any:
+    """Runs in long lists of numbers are counted: ``[11×9, 10×3]``."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) < 4:
+        return value
+    runs: list[list[Any]] = []
+    for item in value:
+        if runs and runs[-1][0] == item:
+            runs[-1][1] += 1
+        else:
+            runs.append([item, 1])
+    return _Brief(f"[{', '.join(f'{item}×{times}' if times > 1 else str(item) for item, times in runs)}]")

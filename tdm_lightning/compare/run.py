@@ -1,0 +1,196 @@
+"""Measure methods side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from tdm_lightning.checks import check_count
+from tdm_lightning.compare.accuracy import top1
+from tdm_lightning.compare.environment import choose_device, choose_dtype, surroundings
+from tdm_lightning.compare.memory import peak_bytes
+from tdm_lightning.compare.methods import Method, make_method, make_plain
+from tdm_lightning.compare.table import Row, Spread
+from tdm_lightning.compare.timing import Round, interleaved_rounds
+from tdm_lightning.flops import default_input_size, mac_report
+from tdm_lightning.strategies import Strategy
+from tdm_lightning.vit import TokenReducedViT
+
+if TYPE_CHECKING:
+    from tdm_lightning.data import ImageNetDataModule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to measure.
+
+    Attributes:
+        batch_size: images in a batch.
+        rounds: rounds to time.
+        warmup: rounds before them that are not counted.
+        device: ``"auto"`` or torch's name of a device.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, of weights and images.
+        seed: of random weights and images.
+
+    Raises:
+        TypeError, ValueError: if a number is none or too small, or device or dtype do not exist.
+    """
+
+    batch_size: int = 16
+    rounds: int = 9
+    warmup: int = 2
+    device: str = "auto"
+    dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count(self.batch_size, "batch_size")
+        check_count(self.rounds, "rounds")
+        check_count(self.warmup, "warmup", least=0)
+        check_count(self.seed, "seed", least=0)
+        choose_device(self.device)
+        choose_dtype(self.dtype)
+
+
+@dataclass
+class Comparison:
+    """Methods, and what was measured of them so far.
+
+    Attributes:
+        plan: how they are measured.
+        methods: the plain model first.
+        images: the batch that they are timed on, random numbers B×C×H×W.
+        macs: multiply-accumulates per image, one for each method.
+        facts: what the numbers depend on, by name.
+        memory: peak bytes, one for each method that got its turn.
+        rounds: complete rounds.
+        accuracy: top-1 in [0, 1] by the method's place.
+        interrupted: whether the user broke it off.
+    """
+
+    plan: Plan
+    methods: list[Method]
+    images: Tensor
+    macs: list[float]
+    facts: dict[str, str]
+    memory: list[int] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    accuracy: dict[int, float] = field(default_factory=dict)
+    interrupted: bool = False
+
+    def rows(self) -> list[Row]:
+        """The table's rows, medians over the rounds; ratios are taken within each round first."""
+        return [self._row(index) for index in range(len(self.methods))]
+
+    def remarks(self) -> list[str]:
+        """What a reader of the table should know."""
+        remarks = [f"no top-1 of {method.name}: {method.remark}" for method in self.methods if method.remark]
+        if self.interrupted:
+            remarks.append(f"interrupted after {len(self.rounds)} of {self.plan.rounds} rounds")
+        return remarks
+
+    def _row(self, index: int) -> Row:
+        method, size = self.methods[index], self.plan.batch_size
+        samples = [(samples[index], samples[0]) for samples in self.rounds]
+        extra: dict[str, Any] = {}
+        if index < len(self.memory):
+            extra["memory"] = self.memory[index]
+        if index in self.accuracy:
+            extra["top1"] = self.accuracy[index]
+        return Row(
+            method.name,
+            method.settings,
+            parameters=sum(parameter.numel() for parameter in method.model.parameters()),
+            macs=self.macs[index],
+            plain_macs=self.macs[0],
+            throughput=Spread.of([size / mine.batch for mine, _ in samples]),
+            speedup=Spread.of([plain.batch / mine.batch for mine, plain in samples]),
+            latency=Spread.of([1e3 * mine.single for mine, _ in samples]),
+            latency_speedup=Spread.of([plain.single / mine.single for mine, plain in samples]),
+            **extra,
+        )
+
+
+def prepare(
+    model: str,
+    strategies: Sequence[Strategy],
+    plan: Plan,
+    model_kwargs: dict[str, Any] | None = None,
+    ckpt: str | None = None,
+    match_gmacs: float | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Make the models and count what they cost; nothing is measured yet.
+
+    Args:
+        model: name of a timm ViT.
+        strategies: methods that are not attached yet.
+        plan: how to measure.
+        model_kwargs: for ``timm.create_model``.
+        ckpt: file with weights for all of them.
+        match_gmacs: budget to solve every method's setting for, in 10⁹ multiply-accumulates per image.
+        progress: where to show a bar.
+
+    Raises:
+        TypeError, ValueError: if the model cannot be reduced or a strategy does not fit it, see :func:`make_method`.
+    """
+    torch.manual_seed(plan.seed)
+    device, dtype = choose_device(plan.device), choose_dtype(plan.dtype)
+    methods = [make_plain(model, model_kwargs or {}, ckpt)]
+    progress = progress or Progress(disable=True)
+    chosen = progress.track(strategies, description="models")
+    methods += [make_method(strategy, model, model_kwargs or {}, ckpt, match_gmacs) for strategy in chosen]
+    for method in methods:
+        method.model.to(device, dtype)
+    size = default_input_size(methods[0].model)
+    images = torch.randn(plan.batch_size, *size).to(device, dtype)
+    facts = {
+        "model": f"{model}, {'×'.join(map(str, size))}, {f'weights of {ckpt}' if ckpt else 'random weights'}",
+        "measured": (
+            f"batch {plan.batch_size}, {plan.dtype}, {plan.rounds} interleaved rounds after {plan.warmup} to warm up, medians "
+            f"and quartiles; peak memory of a pass with its weights"
+        ),
+        **surroundings(device),
+    }
+    return Comparison(plan, methods, images, [_macs(method, images) for method in methods], facts)
+
+
+def measure(comparison: Comparison, data: ImageNetDataModule | None = None, progress: Progress | None = None) -> None:
+    """Fill in memory, times and, with data, accuracy. An interrupt (Ctrl-C) ends it and keeps what there is.
+
+    Args:
+        comparison: from :func:`prepare`; changed in place.
+        data: images to classify; methods whose weights are not all trained are left out.
+        progress: where to show bars.
+    """
+    progress = progress or Progress(disable=True)
+    try:
+        _measure(comparison, data, progress)
+    except KeyboardInterrupt:
+        comparison.interrupted = True
+
+
+def _measure(comparison: Comparison, data: ImageNetDataModule | None, progress: Progress) -> None:
+    plan, models = comparison.plan, [method.model for method in comparison.methods]
+    for model in progress.track(models, description="memory"):
+        comparison.memory.append(peak_bytes(model, comparison.images))
+    task = progress.add_task("timing", total=len(models) * (plan.warmup + plan.rounds))
+    for samples in interleaved_rounds(models, comparison.images, plan.rounds, plan.warmup, lambda: progress.advance(task)):
+        comparison.rounds.append(samples)
+    if data is None:
+        return
+    data.setup("test")
+    for index, method in enumerate(comparison.methods):
+        if method.trained:
+            batches = progress.track(data.test_dataloader(), description=f"top-1 {method.name}")
+            comparison.accuracy[index] = top1(method.model, batches, data.num_classes)
+
+
+def _macs(method: Method, images: Tensor) -> float:
+    adaptive = isinstance(method.model, TokenReducedViT) and method.model.strategy.adaptive
+    return mac_report(method.model, images=images if adaptive else None).backbone

@@ -1,0 +1,190 @@
+"""The comparison as a table: on the terminal, as Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from rich.table import Table
+
+
+class Spread(NamedTuple):
+    """The quartiles of some numbers; the second is their median. NaN where there are none."""
+
+    q1: float = math.nan
+    median: float = math.nan
+    q3: float = math.nan
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The quartiles, linear between neighbours.
+
+        >>> Spread.of([1.0, 2.0, 3.0, 4.0, 9.0])
+        Spread(q1=2.0, median=3.0, q3=4.0)
+        """
+        if not values:
+            return cls()
+        found = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+        return cls(*found.tolist())
+
+
+_UNKNOWN = Spread()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's line; NaN where something was not measured.
+
+    Attributes:
+        method: its name.
+        settings: its arguments.
+        parameters: number of them, the strategy's own included.
+        macs: multiply-accumulates per image.
+        plain_macs: those of the plain model.
+        throughput: images per second.
+        speedup: throughput as a multiple of the plain model's in the same round.
+        latency: milliseconds for one image.
+        latency_speedup: how many times faster than the plain model with one image, in the same round.
+        memory: peak bytes of a pass of the batch, weights included.
+        top1: accuracy in [0, 1].
+    """
+
+    method: str
+    settings: str
+    parameters: int
+    macs: float
+    plain_macs: float
+    throughput: Spread = _UNKNOWN
+    speedup: Spread = _UNKNOWN
+    latency: Spread = _UNKNOWN
+    latency_speedup: Spread = _UNKNOWN
+    memory: float = math.nan
+    top1: float = math.nan
+
+    @property
+    def reduction(self) -> float:
+        """Share of the plain model's multiply-accumulates that is saved."""
+        return 1 - self.macs / self.plain_macs
+
+    @property
+    def mac_ratio(self) -> float:
+        """The speed-up if time were proportional to multiply-accumulates."""
+        return self.plain_macs / self.macs
+
+    @property
+    def efficiency(self) -> float:
+        """How much of that the measured speed-up reaches."""
+        return self.speedup.median / self.mac_ratio
+
+
+#: Titles of the printed columns.
+_HEADER = (
+    "method",
+    "settings",
+    "params (M)",
+    "GMACs",
+    "reduction",
+    "images/s (quartiles)",
+    "× plain (quartiles)",
+    "÷ MAC ratio",
+    "batch-1 ms (× plain)",
+    "peak MiB",
+)
+_LEFT = 2  # columns of text
+
+
+def markdown(rows: Sequence[Row], facts: Mapping[str, str], remarks: Sequence[str] = ()) -> str:
+    """The table with what it depends on above it and remarks below."""
+    header, cells = _cells(rows)
+    lines = [f"- {name}: {value}" for name, value in facts.items()]
+    rule = ["---" if column < _LEFT else "---:" for column in range(len(header))]
+    lines += ["", *(f"| {' | '.join(line)} |" for line in ([*header], rule, *cells))]
+    lines += ["", *(f"- {remark}" for remark in remarks)] if remarks else []
+    return "\n".join(lines) + "\n"
+
+
+def rich_table(rows: Sequence[Row]) -> Table:
+    """The table for a terminal."""
+    header, cells = _cells(rows)
+    table = Table()
+    for column, name in enumerate(header):
+        table.add_column(name, justify="left" if column < _LEFT else "right")
+    for line in cells:
+        table.add_row(*line)
+    return table
+
+
+def csv_text(rows: Sequence[Row], facts: Mapping[str, str]) -> str:
+    """All numbers in full, empty where not measured; the last columns say what they depend on, the same in every line."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [*_numbers(rows[0]), *facts], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        numbers = {
+            name: "" if isinstance(value, float) and math.isnan(value) else value for name, value in _numbers(row).items()
+        }
+        writer.writerow({**numbers, **facts})
+    return file.getvalue()
+
+
+def _numbers(row: Row) -> dict[str, str | float]:
+    numbers: dict[str, str | float] = {
+        "method": row.method,
+        "settings": row.settings,
+        "parameters": row.parameters,
+        "macs": row.macs,
+        "reduction": row.reduction,
+        "mac_ratio": row.mac_ratio,
+    }
+    spreads = {
+        "images_per_second": row.throughput,
+        "ratio_to_plain": row.speedup,
+        "batch1_ms": row.latency,
+        "batch1_ratio_to_plain": row.latency_speedup,
+    }
+    for name, spread in spreads.items():
+        numbers |= {name: spread.median, f"{name}_q1": spread.q1, f"{name}_q3": spread.q3}
+    return {**numbers, "ratio_over_mac_ratio": row.efficiency, "peak_bytes": row.memory, "top1": row.top1}
+
+
+def _cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Titles, and every row's cells; accuracy only where some method has one."""
+    rated = any(not math.isnan(row.top1) for row in rows)
+    cells = [
+        [
+            row.method,
+            row.settings,
+            f"{row.parameters / 1e6:.2f}",
+            f"{row.macs / 1e9:.3f}",
+            f"{row.reduction:.1%}",
+            _spread(row.throughput, 1),
+            _spread(row.speedup, 2),
+            _number(row.efficiency, 2),
+            _latency(row),
+            _number(row.memory / 2**20, 1),
+            *([_number(100 * row.top1, 2)] if rated else []),
+        ]
+        for row in rows
+    ]
+    return (*_HEADER, *(["top-1 (%)"] if rated else [])), cells
+
+
+def _number(value: float, digits: int) -> str:
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _spread(spread: Spread, digits: int) -> str:
+    if math.isnan(spread.median):
+        return "–"
+    return f"{spread.median:.{digits}f} ({spread.q1:.{digits}f}–{spread.q3:.{digits}f})"
+
+
+def _latency(row: Row) -> str:
+    if math.isnan(row.latency.median):
+        return "–"
+    return f"{row.latency.median:.2f} ({row.latency_speedup.median:.2f})"

@@ -1,0 +1,80 @@
+"""How long a forward pass takes, measured in interleaved rounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+#: A pass that is shorter than this is repeated until this many seconds are filled, and counts as their mean.
+LEAST_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One method in one round.
+
+    Attributes:
+        batch: seconds for a pass of the whole batch.
+        single: seconds for a pass of its first image alone.
+    """
+
+    batch: float
+    single: float
+
+
+#: One sample of each method, in the methods' order.
+Round = list[Sample]
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all it was given; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@torch.inference_mode()
+def seconds(model: nn.Module, images: Tensor, passes: int = 1) -> float:
+    """Mean time of a forward pass, the device's work included."""
+    wait_for(images.device)
+    start = perf_counter()
+    for _ in range(passes):
+        model(images)
+    wait_for(images.device)
+    return (perf_counter() - start) / passes
+
+
+def interleaved_rounds(
+    models: Sequence[nn.Module], images: Tensor, rounds: int, warmup: int, advance: Callable[[], None] = lambda: None
+) -> Iterator[Round]:
+    """Time all models in each round, so that whatever slows the machine for a while slows them alike.
+
+    Every other round runs in the opposite order: no model always follows the same one.
+
+    Args:
+        models: ready for evaluation, on the images' device.
+        images: the batch, B×C×H×W.
+        rounds: how many to time.
+        warmup: rounds before them, which are not counted but tell how often short passes must be repeated.
+        advance: called after each model.
+
+    Yields:
+        One complete round at a time.
+    """
+    inputs = (images, images[:1])
+    passes = [[1, 1] for _ in models]
+    for number in range(warmup + rounds):
+        order = range(len(models)) if number % 2 == 0 else range(len(models) - 1, -1, -1)
+        found: dict[int, Sample] = {}
+        for index in order:
+            batch, single = (seconds(models[index], x, n) for x, n in zip(inputs, passes[index], strict=True))
+            found[index] = Sample(batch, single)
+            if number < warmup:  # the last warm-up round decides: the first one also loads and tunes kernels
+                passes[index] = [max(1, math.ceil(LEAST_SECONDS / time)) for time in (batch, single)]
+            advance()
+        if number >= warmup:
+            yield [found[index] for index in range(len(models))]
