@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tdm_lightning.flops import count_macs, macs_with
+from tdm_lightning.flops import macs_with
 from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.vit import TokenReducedViT
 
@@ -43,12 +43,13 @@ def solve_keep_rate(
     if "keep_rate" not in strategy.config()["init_args"]:
         raise TypeError(f"{type(strategy).__name__} has no keep rate to solve for")
     budget = _check_budget(gmacs)
-    if count_macs(vit, input_size) <= budget:
-        return 1.0
     steps = round(1 / resolution)
 
     def cost(step: int) -> int:
         return macs_with(vit, _changed(strategy, keep_rate=step / steps), input_size)
+
+    if cost(steps) <= budget:  # also refuses settings that do not fit the model whatever the rate
+        return 1.0
 
     def fits(step: int) -> bool:
         try:

@@ -85,8 +85,14 @@ def _run_command(command: str, arguments: list[str]) -> Any:
     for key in files:
         parser.add_argument(key, nargs="+", help="one or more files")
     parser.add_function_arguments(function, skip=set(files), as_group=False)
-    settings = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    settings = parser.instantiate_classes(parser.parse_args([_underscored(argument) for argument in arguments])).as_dict()
     return function(**{key: settings[key] for key in signature(function).parameters})
+
+
+def _underscored(argument: str) -> str:
+    """An option's name as our functions spell it: ``--match-gmacs=3`` is ``--match_gmacs=3``."""
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
 
 
 def _overview() -> str:

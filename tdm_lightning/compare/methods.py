@@ -112,7 +112,8 @@ def make_method(
             title, settings = describe(strategy)
         model = attach(vit, strategy).eval()
     except (ValueError, TypeError, AssertionError) as error:  # timm asserts on poolings that a model cannot have
-        raise type(error)(f"{title} ({settings}) on {name}: {error}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{title}({settings}) does not fit {name}: {error}") from error
     if ckpt is None:
         return Method(title, settings, model)
     try:
@@ -120,7 +121,8 @@ def make_method(
     except ValueError as error:
         return Method(title, settings, model, remark=" ".join(str(error).split()))
     if untouched:
-        return Method(title, settings, model, remark=f"{ckpt} has no weights for {', '.join(untouched)}")
+        others = f" and {len(untouched) - 1} others" if len(untouched) > 1 else ""
+        return Method(title, settings, model, remark=f"{ckpt} has no weights for {untouched[0]}{others}")
     return Method(title, settings, model, trained=True)
 
 
@@ -133,7 +135,7 @@ def describe(strategy: Strategy) -> tuple[str, str]:
     config, usual = strategy.config()["init_args"], _defaults(type(strategy))
     shown = {name: value for name, value in config.items() if name in _KNOBS or name not in usual or value != usual[name]}
     title = type(strategy).__name__
-    if shown.get("merger") is not None:
+    if shown.get("merger") is not None and usual.get("merger") is None:
         title += "+" + shown["merger"]["class_path"].rsplit(".", 1)[-1]
         if shown["merger"] == TokenMerger().config():
             del shown["merger"]

@@ -17,7 +17,7 @@ from tdm_lightning.compare.memory import peak_bytes
 from tdm_lightning.compare.methods import Method, make_method, make_plain
 from tdm_lightning.compare.table import Row, Spread
 from tdm_lightning.compare.timing import Round, interleaved_rounds
-from tdm_lightning.flops import default_input_size, mac_report
+from tdm_lightning.flops import count_macs, default_input_size
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.vit import TokenReducedViT
 
@@ -76,7 +76,7 @@ class Comparison:
     plan: Plan
     methods: list[Method]
     images: Tensor
-    macs: list[float]
+    macs: list[int]
     facts: dict[str, str]
     memory: list[int] = field(default_factory=list)
     rounds: list[Round] = field(default_factory=list)
@@ -155,6 +155,7 @@ def prepare(
             f"batch {plan.batch_size}, {plan.dtype}, {plan.rounds} interleaved rounds after {plan.warmup} to warm up, medians "
             f"and quartiles; peak memory of a pass with its weights"
         ),
+        **({"budget": f"settings solved for {match_gmacs} GMACs"} if match_gmacs is not None else {}),
         **surroundings(device),
     }
     return Comparison(plan, methods, images, [_macs(method, images) for method in methods], facts)
@@ -191,6 +192,6 @@ def _measure(comparison: Comparison, data: ImageNetDataModule | None, progress: 
             comparison.accuracy[index] = top1(method.model, batches, data.num_classes)
 
 
-def _macs(method: Method, images: Tensor) -> float:
+def _macs(method: Method, images: Tensor) -> int:
     adaptive = isinstance(method.model, TokenReducedViT) and method.model.strategy.adaptive
-    return mac_report(method.model, images=images if adaptive else None).backbone
+    return count_macs(method.model, images=images if adaptive else None)

@@ -57,8 +57,8 @@ class Row:
     method: str
     settings: str
     parameters: int
-    macs: float
-    plain_macs: float
+    macs: int
+    plain_macs: int
     throughput: Spread = _UNKNOWN
     speedup: Spread = _UNKNOWN
     latency: Spread = _UNKNOWN
@@ -160,7 +160,7 @@ def _cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
             row.method,
             row.settings,
             f"{row.parameters / 1e6:.2f}",
-            f"{row.macs / 1e9:.3f}",
+            _gmacs(row.macs),
             f"{row.reduction:.1%}",
             _spread(row.throughput, 1),
             _spread(row.speedup, 2),
@@ -176,6 +176,10 @@ def _cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
 
 def _number(value: float, digits: int) -> str:
     return "–" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _gmacs(macs: int) -> str:
+    return f"{macs / 1e9:.3f}" if macs >= 1e8 else f"{macs / 1e9:.3g}"
 
 
 def _spread(spread: Spread, digits: int) -> str:
