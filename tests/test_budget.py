@@ -4,6 +4,7 @@ import pytest
 from timm.models.vision_transformer import VisionTransformer
 
 import tdm_lightning as tdm
+from tdm_lightning.budget import at_budget
 
 LAYERS = (0, 1)
 
@@ -54,3 +55,32 @@ def test_a_budget_that_is_none(vit, gmacs):
 def test_a_strategy_without_a_keep_rate(vit):
     with pytest.raises(TypeError, match="Strategy has no keep rate"):
         tdm.solve_keep_rate(vit, tdm.Strategy(), 0.9)
+
+
+def test_tome_merges_as_little_as_the_budget_allows(vit):
+    solved = at_budget(vit, tdm.ToMe(1, proportional_attention=False), 0.06)
+    assert not solved.proportional_attention
+    r = solved.schedule(3)
+    assert max(r) - min(r) <= 1
+    assert r == sorted(r, reverse=True)
+
+    def cost(total):
+        shares = [total // 3 + (block < total % 3) for block in range(3)]
+        return tdm.flops.count_macs(tdm.attach(vit, tdm.ToMe(shares)))
+
+    assert cost(sum(r)) <= 0.06e9 < cost(sum(r) - 1)
+    assert at_budget(vit, tdm.ToMe(9), 1.0).r == 0
+    with pytest.raises(ValueError, match=r"ToMe cannot meet 0\.01 GMACs"):
+        at_budget(vit, tdm.ToMe(), 0.01)
+
+
+def test_a_strategy_at_a_budget_keeps_its_other_settings(vit):
+    given = tdm.EViT(0.9, LAYERS, fuse=False)
+    solved = at_budget(vit, given, 0.04)
+    assert (solved.keep_rate, solved.layers, solved.fuse) == (tdm.solve_keep_rate(vit, given, 0.04), LAYERS, False)
+    assert given.keep_rate == 0.9
+
+
+def test_layers_that_do_not_exist_are_not_a_matter_of_budget(vit):
+    with pytest.raises(ValueError, match=r"^layers \[9\] do not exist"):
+        tdm.solve_keep_rate(vit, tdm.TDM(layers=(9,)), 0.04)
