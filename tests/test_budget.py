@@ -11,7 +11,7 @@ LAYERS = (0, 1)
 
 @pytest.fixture(scope="module")
 def vit():
-    """0.092 GMACs."""
+    """0.054 GMACs."""
     return VisionTransformer(img_size=224, embed_dim=64, depth=3, num_heads=2, num_classes=10)
 
 
@@ -58,7 +58,7 @@ def test_a_strategy_without_a_keep_rate(vit):
 
 
 def test_tome_merges_as_little_as_the_budget_allows(vit):
-    solved = at_budget(vit, tdm.ToMe(1, proportional_attention=False), 0.06)
+    solved = at_budget(vit, tdm.ToMe(1, proportional_attention=False), 0.04)
     assert not solved.proportional_attention
     r = solved.schedule(3)
     assert max(r) - min(r) <= 1
@@ -68,7 +68,7 @@ def test_tome_merges_as_little_as_the_budget_allows(vit):
         shares = [total // 3 + (block < total % 3) for block in range(3)]
         return tdm.flops.count_macs(tdm.attach(vit, tdm.ToMe(shares)))
 
-    assert cost(sum(r)) <= 0.06e9 < cost(sum(r) - 1)
+    assert cost(sum(r)) <= 0.04e9 < cost(sum(r) - 1)
     assert at_budget(vit, tdm.ToMe(9), 1.0).r == 0
     with pytest.raises(ValueError, match=r"ToMe cannot meet 0\.01 GMACs"):
         at_budget(vit, tdm.ToMe(), 0.01)

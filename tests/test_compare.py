@@ -33,18 +33,8 @@ def compare(tmp_path):
     def call(*extra, strategies=STRATEGIES, shape=SHAPE, rounds=2):
         out = tmp_path / "out"
         arguments = [f"--model={NAME}", f"--model_kwargs={json.dumps(shape)}", f"--strategies={json.dumps(strategies)}"]
-        main(
-            [
-                "compare",
-                *arguments,
-                f"--rounds={rounds}",
-                "--warmup=1",
-                "--batch_size=2",
-                "--device=cpu",
-                f"--out={out}",
-                *extra,
-            ]
-        )
+        arguments += [f"--rounds={rounds}", "--warmup=1", "--batch_size=2", "--device=cpu", f"--out={out}"]
+        main(["compare", *arguments, *extra])
 
     return call
 
