@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import pytest
 import timm
@@ -348,3 +349,24 @@ def test_ratios_are_taken_within_each_round():
     assert row.mac_ratio == 2
     assert row.efficiency == 1
     assert row.reduction == 0.5
+
+
+def test_saved_for_backward_of_a_known_model():
+    model = nn.Sequential(nn.Linear(10, 1000), nn.GELU(), nn.Linear(1000, 10))
+    images = torch.zeros(4, 10)
+    # The inputs of both linear layers and of the GELU; the weights are not counted.
+    assert memory.saved_bytes(model, images) == 4 * (4 * 10 + 4 * 1000 + 4 * 1000)
+
+
+def test_reduced_tokens_save_less_for_backward():
+    vit = timm.create_model("test_vit", img_size=96)
+    images = torch.zeros(2, 3, 96, 96)
+    reduced = tdm.attach(vit, tdm.TDM(keep_rate=0.5, layers=(1, 3)))
+    assert memory.saved_bytes(reduced, images) < memory.saved_bytes(vit, images)
+
+
+def test_own_time_is_a_share_of_the_pass_and_unknown_for_a_plain_model():
+    vit = timm.create_model("test_vit", img_size=96).eval()
+    images = torch.zeros(2, 3, 96, 96)
+    assert math.isnan(timing.own_share(vit, images, 1))
+    assert 0 < timing.own_share(tdm.attach(vit, tdm.TDM(keep_rate=0.5, layers=(1, 3))), images, 3) < 1

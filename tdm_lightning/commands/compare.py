@@ -69,7 +69,7 @@ def compare(
         folder = make_folder(out)
         measure(comparison, data, progress)
     written = write(comparison, folder)
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = Console() if sys.stdout.isatty() else Console(width=240)
     for name, value in comparison.facts.items():
         console.print(f"{name}: {value}", markup=False, highlight=False)
     console.print(rich_table(comparison.rows()))

@@ -63,6 +63,20 @@ def weight_bytes(model: nn.Module) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def saved_bytes(model: nn.Module, images: Tensor) -> int:
+    """Bytes of the tensors that a training pass saves for its backward pass, weights left out; each storage counts once."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    kept: dict[int, Tensor] = {}  # the tensors are held, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(images)
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
+
+
 @torch.no_grad()
 def peak_bytes(model: nn.Module, images: Tensor) -> int:
     """The model's weights, and on top of them the most that a forward pass holds at once.

@@ -13,10 +13,10 @@ from torch import Tensor
 from tdm_lightning.checks import check_count
 from tdm_lightning.compare.accuracy import top1
 from tdm_lightning.compare.environment import choose_device, choose_dtype, surroundings
-from tdm_lightning.compare.memory import peak_bytes
+from tdm_lightning.compare.memory import peak_bytes, saved_bytes
 from tdm_lightning.compare.methods import Method, make_method, make_plain
 from tdm_lightning.compare.table import Row, Spread
-from tdm_lightning.compare.timing import Round, interleaved_rounds
+from tdm_lightning.compare.timing import Round, interleaved_rounds, own_share
 from tdm_lightning.flops import count_macs, default_input_size
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.vit import TokenReducedViT
@@ -68,6 +68,8 @@ class Comparison:
         macs: multiply-accumulates per image, one for each method.
         facts: what the numbers depend on, by name.
         memory: peak bytes, one for each method that got its turn.
+        saved: bytes saved for a backward pass, likewise.
+        own: share of a pass spent in the strategy's hooks, likewise.
         rounds: complete rounds.
         accuracy: top-1 in [0, 1] by the method's place.
         interrupted: whether the user broke it off.
@@ -79,6 +81,8 @@ class Comparison:
     macs: list[int]
     facts: dict[str, str]
     memory: list[int] = field(default_factory=list)
+    saved: list[int] = field(default_factory=list)
+    own: list[float] = field(default_factory=list)
     rounds: list[Round] = field(default_factory=list)
     accuracy: dict[int, float] = field(default_factory=dict)
     interrupted: bool = False
@@ -100,6 +104,10 @@ class Comparison:
         extra: dict[str, Any] = {}
         if index < len(self.memory):
             extra["memory"] = self.memory[index]
+        if index < len(self.saved):
+            extra |= {"saved": self.saved[index], "plain_saved": self.saved[0]}
+        if index < len(self.own):
+            extra["own_time"] = self.own[index]
         if index in self.accuracy:
             extra["top1"] = self.accuracy[index]
         return Row(
@@ -180,9 +188,12 @@ def _measure(comparison: Comparison, data: ImageNetDataModule | None, progress: 
     plan, models = comparison.plan, [method.model for method in comparison.methods]
     for model in progress.track(models, description="memory"):
         comparison.memory.append(peak_bytes(model, comparison.images))
+        comparison.saved.append(saved_bytes(model, comparison.images))
     task = progress.add_task("timing", total=len(models) * (plan.warmup + plan.rounds))
     for samples in interleaved_rounds(models, comparison.images, plan.rounds, plan.warmup, lambda: progress.advance(task)):
         comparison.rounds.append(samples)
+    for model in progress.track(models, description="own time"):
+        comparison.own.append(own_share(model, comparison.images, plan.rounds))
     if data is None:
         return
     data.setup("test")

@@ -51,6 +51,9 @@ class Row:
         latency: milliseconds for one image.
         latency_speedup: how many times faster than the plain model with one image, in the same round.
         memory: peak bytes of a pass of the batch, weights included.
+        saved: bytes that a pass of the batch saves for its backward pass.
+        plain_saved: those of the plain model.
+        own_time: share of a pass that is spent in the strategy's hooks.
         top1: accuracy in [0, 1].
     """
 
@@ -64,6 +67,9 @@ class Row:
     latency: Spread = _UNKNOWN
     latency_speedup: Spread = _UNKNOWN
     memory: float = math.nan
+    saved: float = math.nan
+    plain_saved: float = math.nan
+    own_time: float = math.nan
     top1: float = math.nan
 
     @property
@@ -93,7 +99,9 @@ _HEADER = (
     "× plain (quartiles)",
     "÷ MAC ratio",
     "batch-1 ms (× plain)",
+    "own time",
     "peak MiB",
+    "saved for backward MiB (× plain)",
 )
 _LEFT = 2  # columns of text
 
@@ -149,7 +157,14 @@ def _numbers(row: Row) -> dict[str, str | float]:
     }
     for name, spread in spreads.items():
         numbers |= {name: spread.median, f"{name}_q1": spread.q1, f"{name}_q3": spread.q3}
-    return {**numbers, "ratio_over_mac_ratio": row.efficiency, "peak_bytes": row.memory, "top1": row.top1}
+    return {
+        **numbers,
+        "ratio_over_mac_ratio": row.efficiency,
+        "own_time": row.own_time,
+        "peak_bytes": row.memory,
+        "saved_bytes": row.saved,
+        "top1": row.top1,
+    }
 
 
 def _cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
@@ -166,7 +181,9 @@ def _cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
             _spread(row.speedup, 2),
             _number(row.efficiency, 2),
             _latency(row),
+            "–" if math.isnan(row.own_time) else f"{row.own_time:.1%}",
             _number(row.memory / 2**20, 1),
+            _saved(row),
             *([_number(100 * row.top1, 2)] if rated else []),
         ]
         for row in rows
@@ -186,6 +203,10 @@ def _spread(spread: Spread, digits: int) -> str:
     if math.isnan(spread.median):
         return "–"
     return f"{spread.median:.{digits}f} ({spread.q1:.{digits}f}–{spread.q3:.{digits}f})"
+
+
+def _saved(row: Row) -> str:
+    return "–" if math.isnan(row.saved) else f"{row.saved / 2**20:.1f} ({row.saved / row.plain_saved:.2f})"
 
 
 def _latency(row: Row) -> str:

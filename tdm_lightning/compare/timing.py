@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 from time import perf_counter
 
 import torch
 from torch import Tensor, nn
+
+from tdm_lightning.vit import TokenReducedViT
 
 #: A pass that is shorter than this is repeated until this many seconds are filled, and counts as their mean.
 LEAST_SECONDS = 0.05
@@ -46,6 +50,33 @@ def seconds(model: nn.Module, images: Tensor, passes: int = 1) -> float:
         model(images)
     wait_for(images.device)
     return (perf_counter() - start) / passes
+
+
+#: Stages of a pass in which the strategy works and the timm model does not.
+_OWN = ("begin", "before_block", "after_attention", "after_block", "finish")
+
+
+@torch.inference_mode()
+def own_share(model: nn.Module, images: Tensor, passes: int) -> float:
+    """Median share of a forward pass that is spent in the strategy's hooks and observing attention; NaN for a plain model."""
+    if not isinstance(model, TokenReducedViT):
+        return math.nan
+    shares = []
+    for _ in range(passes):
+        times: dict[str, float] = defaultdict(float)
+        wait_for(images.device)
+        last = perf_counter()
+
+        def watch(stage: str, index: int, times: dict[str, float] = times) -> None:
+            nonlocal last
+            wait_for(images.device)
+            now = perf_counter()
+            times[stage] += now - last
+            last = now
+
+        model.run(images, watch=watch)
+        shares.append(sum(times[stage] for stage in _OWN) / sum(times.values()))
+    return median(shares)
 
 
 def interleaved_rounds(
