@@ -67,7 +67,7 @@ def test_print_config(capsys):
         main(["fit", "--config", "quickstart", "--print_config"])
     assert stop.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["model"]["model"] == "deit_tiny_patch16_224"
+    assert printed["model"]["model"] == "vit_tiny_patch16_224"
 
 
 def test_checkpoint_restores_the_strategy_in_test(tmp_path, monkeypatch):
