@@ -34,7 +34,8 @@ class ImageNetDataModule(LightningDataModule):
         dataset: name on the Hugging Face hub; a folder (of images as ``SPLIT/CLASS/IMAGE``, or of parquet, arrow or webdataset
             files); a file, a glob pattern or a list of them (all in the split ``train``); those by split, as in
             ``{train: "a/*.parquet", validation: "b/*.parquet"}``; or ``"digits"``, scikit-learn's 8×8 digits.
-        format: ``hub``, ``imagefolder``, ``parquet``, ``arrow``, ``webdataset`` or ``digits``; ``None``: by what is there.
+        format: ``hub``, ``imagefolder``, ``parquet``, ``arrow``, ``webdataset``, ``idx`` (MNIST's files) or ``digits``;
+            ``None``: by what is there.
         name: configuration of a set on the hub that has several.
         image_column: name of the column with images, encoded bytes or paths; in webdatasets a file extension like ``jpg``.
         label_column: name of the column with classes, ``ClassLabel`` or integers from 0; in webdatasets for instance ``cls``.

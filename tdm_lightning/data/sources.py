@@ -16,11 +16,12 @@ from huggingface_hub.errors import GatedRepoError
 
 from tdm_lightning.checks import check_choice
 from tdm_lightning.data.digits import load_digits_splits
+from tdm_lightning.data.idx import is_idx_file, load_idx_splits
 
 Location: TypeAlias = str | list[str] | dict[str, str | list[str]]
 Splits: TypeAlias = DatasetDict | IterableDatasetDict
 
-FORMATS = ("hub", "imagefolder", "parquet", "arrow", "webdataset", "digits")
+FORMATS = ("hub", "imagefolder", "parquet", "arrow", "webdataset", "idx", "digits")
 _SUFFIXES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"} | dict.fromkeys(
     ImageFolder.EXTENSIONS, "imagefolder"
 )
@@ -47,8 +48,8 @@ def load_splits(
         ValueError: if there is nothing at this place, it cannot be read as this format, or access is refused.
     """
     format = detect_format(location) if format is None else check_choice(format, FORMATS, "format")
-    if format == "digits":
-        splits = load_digits_splits()
+    if format in ("digits", "idx"):
+        splits = load_digits_splits() if format == "digits" else load_idx_splits(_folder(location))
         return _streamed(splits) if streaming else splits
     options = {"streaming": streaming, "cache_dir": cache_dir}
     if format == "hub":
@@ -89,14 +90,20 @@ def detect_format(location: Location) -> str:
     patterns = list(_patterns(location))
     for pattern in patterns:
         for file in _matches(pattern):
-            known = _SUFFIXES.get(Path(file).suffix.lower())
+            known = "idx" if is_idx_file(file) else _SUFFIXES.get(Path(file).suffix.lower())
             if known is not None and not Path(file).name.startswith("metadata."):
                 return known
     found = ", ".join(map(repr, patterns))
-    raise ValueError(f"{found}: no images, .parquet, .arrow or .tar files there; a folder of images is laid out {_LAYOUT}")
+    raise ValueError(f"{found}: no images, .parquet, .arrow, .tar or IDX files there; a folder of images is laid out {_LAYOUT}")
 
 
 _LAYOUT = "SPLIT/CLASS/IMAGE, such as train/cat/1.jpg and validation/cat/2.jpg"
+
+
+def _folder(location: Location) -> str:
+    if not isinstance(location, str):
+        raise ValueError(f"format 'idx' takes one folder, got {location!r}")
+    return location
 
 
 def _is_local(location: str) -> bool:
