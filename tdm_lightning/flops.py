@@ -30,14 +30,14 @@ class BlockMACs:
 
     Attributes:
         index: the block, counted from 0.
-        tokens: patch tokens after it.
+        tokens: patch tokens after it, the mean over images where a strategy is adaptive.
         attention: its attention half (the whole block where both halves run in parallel).
         mlp: its MLP half.
         strategy: the strategy's parameter-free work here: importance, similarities, merging.
     """
 
     index: int
-    tokens: int
+    tokens: float
     attention: float
     mlp: float
     strategy: float
@@ -203,8 +203,9 @@ def _prepared(model: nn.Module, input_size: tuple[int, int, int] | None, images:
 
 
 @torch.no_grad()
-def _token_counts(model: TokenReducedViT, images: Tensor) -> list[int]:
-    return model.trace(images)[1].token_counts
+def _token_counts(model: TokenReducedViT, images: Tensor) -> list[float]:
+    counts = model.trace(images)[1].token_counts
+    return [count.float().mean().item() for count in counts] if model.strategy.adaptive else counts
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int] | None = None, images: Tensor | None = None) -> int:

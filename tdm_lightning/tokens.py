@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdm_lightning.ops import gather_tokens, pack
+
 
 class Role(IntEnum):
     """What a reducing layer did with a patch."""
@@ -82,11 +84,12 @@ class Trace:
     """What became of every patch.
 
     Attributes:
-        token_counts: patch tokens after each block; where some are parked, those that the block updated.
+        token_counts: patch tokens after each block; where some are parked, those that the block updated. For adaptive
+            strategies each entry is a tensor B, one number per image, padding not counted.
         layers: one :class:`LayerTrace` per reducing block.
     """
 
-    token_counts: list[int]
+    token_counts: list[Any]
     layers: list[LayerTrace]
 
 
@@ -103,6 +106,9 @@ class Tokens:
         key_bias: added to the attention logits, broadcast to B×H×T×T.
         policy: B×T, differentiable: how far each token may be attended to; selects the explicit attention of
             :func:`~tdm_lightning.ops.policy_softmax`.
+        valid: B×T, bool: False where a row only pads an image that has fewer tokens than others; ``None``: all are tokens.
+        queries: rows of ``x``, int64, prefix included, that the coming block computes; its attention still looks at all
+            rows, and only these leave it. ``None``: all.
         parked: B×P×C, patch tokens that wait outside the blocks.
         layers: what the reducing layers did; only while tracing.
         carry: the strategy's own tensors for this pass.
@@ -115,6 +121,8 @@ class Tokens:
     source: Tensor | None = None
     key_bias: Tensor | None = None
     policy: Tensor | None = None
+    valid: Tensor | None = None
+    queries: Tensor | None = None
     parked: Tensor | None = None
     layers: tuple[LayerTrace, ...] = ()
     carry: dict[str, Any] = field(default_factory=dict)
@@ -128,6 +136,13 @@ class Tokens:
     def count(self) -> int:
         """Number of patch tokens N."""
         return self.x.shape[1] - self.prefix
+
+    @property
+    def valid_patches(self) -> Tensor:
+        """Which patch tokens are no padding, B×N, bool."""
+        if self.valid is None:
+            return torch.ones(self.patches.shape[:2], dtype=torch.bool, device=self.x.device)
+        return self.valid[:, self.prefix :]
 
     @property
     def held(self) -> Tensor:
@@ -147,6 +162,32 @@ class Tokens:
         assert self.size is not None
         bias = torch.nn.functional.pad(self.size.log(), (self.prefix, 0))
         return self.replace(key_bias=bias[:, None, None, :].to(self.x.dtype))
+
+    def packed(self, index: int, kept: Tensor, importance: Tensor | None = None) -> Tokens:
+        """The tokens after every image kept its own choice of patch tokens; the others are gone.
+
+        Images that kept fewer than the longest are padded; padding is masked out of the attention and stands for no patch.
+
+        Args:
+            index: the block.
+            kept: B×N, bool; padding is never kept.
+            importance: B×N, for the trace.
+        """
+        kept = kept & self.valid_patches
+        order, valid = pack(kept)
+        x = gather_tokens(self.patches, order).masked_fill(~valid.unsqueeze(-1), 0)
+        assignment = torch.where(kept, kept.cumsum(dim=1) - 1, -1)
+        role = torch.where(kept, int(Role.KEPT), int(Role.DROPPED))
+        tokens = self.reduced(index, Reduction(x, assignment, role), importance)
+        return tokens.masked(torch.nn.functional.pad(valid, (self.prefix, 0), value=True))
+
+    def masked(self, valid: Tensor) -> Tokens:
+        """The tokens with padding, B×T bool, masked out of the attention. Takes the place of any other key bias."""
+        if bool(valid.all()):  # a batch of one: nothing to mask, so the fastest attention kernel
+            return self.replace(valid=None, key_bias=None)
+        lowest = torch.finfo(self.x.dtype).min
+        bias = torch.zeros(valid.shape, dtype=self.x.dtype, device=self.x.device).masked_fill(~valid, lowest)
+        return self.replace(valid=valid, key_bias=bias[:, None, None, :])
 
     def reduced(self, index: int, reduction: Reduction, importance: Tensor | None = None) -> Tokens:
         """The tokens after block ``index`` replaced its patch tokens; sizes and trace follow along."""

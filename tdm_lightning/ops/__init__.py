@@ -6,6 +6,7 @@ from tdm_lightning.ops.importance import QueryKey, class_row, mean_keys, receive
 from tdm_lightning.ops.merge import gather_tokens, group_weights, inverse_order, merge_groups, rank_order, unmerge
 from tdm_lightning.ops.pairs import match_pairs
 from tdm_lightning.ops.policy import policy_softmax
+from tdm_lightning.ops.ragged import pack
 
 __all__ = [
     "QueryKey",
@@ -18,6 +19,7 @@ __all__ = [
     "match_pairs",
     "mean_keys",
     "merge_groups",
+    "pack",
     "pairwise_distances",
     "policy_softmax",
     "rank_order",

@@ -13,6 +13,7 @@ import torch
 from timm.layers import Attention, DiffAttention
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tdm_lightning.ops import QueryKey, class_row, mean_keys, policy_softmax, received_attention
 from tdm_lightning.tokens import Observed, Tokens
@@ -51,6 +52,8 @@ def _bias(tokens: Tokens) -> dict[str, Any]:
 
 def _attention(attn: Any, h: Tensor, tokens: Tokens) -> Tensor:
     """Attention as timm has it, or, under a policy, its explicit form; input and output B×T×C."""
+    if tokens.queries is not None:
+        return _attention_of_rows(attn, h, tokens.queries, tokens)
     if tokens.policy is None:
         return attn(h, **_bias(tokens))
     if type(attn) is not Attention:
@@ -70,12 +73,38 @@ def _attention(attn: Any, h: Tensor, tokens: Tokens) -> Tensor:
     return attn.proj_drop(attn.proj(x))
 
 
+def _attention_of_rows(attn: Any, h: Tensor, rows: Tensor, tokens: Tokens) -> Tensor:
+    """Timm's attention for some rows of B×T×C, which look at all of them; B×Q×C."""
+    if type(attn) is not Attention:
+        raise UnsupportedBlock(
+            f"computing some rows only needs timm's Attention, and this model has {type(attn).__name__}; take a model with "
+            f"plain attention, or another strategy"
+        )
+    asking = h.index_select(1, rows)
+    width = attn.qkv.weight.shape[0] // 3
+    bias = (None, None) if attn.qkv.bias is None else (attn.qkv.bias[:width], attn.qkv.bias[width:])
+    q = F.linear(asking, attn.qkv.weight[:width], bias[0]).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+    k, v = F.linear(h, attn.qkv.weight[width:], bias[1]).unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    drop = attn.attn_drop.p if attn.training else 0.0
+    x = F.scaled_dot_product_attention(
+        attn.q_norm(q), attn.k_norm(k), v, attn_mask=tokens.key_bias, dropout_p=drop, scale=attn.scale
+    )
+    x = attn.norm(x.transpose(1, 2).flatten(2))
+    gate = getattr(attn, "gate", None)
+    if gate is not None:
+        x = x * gate(asking).sigmoid()
+    return attn.proj_drop(attn.proj(x))
+
+
 def _mean(values: list[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(values).mean(0)
 
 
 class BlockAdapter:
     """Splits one timm block into attention and MLP. ``class_rows`` leading tokens stand for the class (0: none)."""
+
+    #: Whether :meth:`attend` heeds ``tokens.queries``.
+    selects_rows: bool = False
 
     def __init__(self, class_rows: int) -> None:
         self.class_rows = class_rows
@@ -126,10 +155,13 @@ class BlockAdapter:
 class PreNorm(BlockAdapter):
     """``Block``: norm → attention → residual, norm → MLP → residual."""
 
+    selects_rows = True
+
     def attend(self, block: Any, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
         """See :meth:`BlockAdapter.attend`."""
         h = block.norm1(tokens.x)
-        return tokens.x + block.drop_path1(block.ls1(_attention(block.attn, h, tokens))), [h]
+        x = tokens.x if tokens.queries is None else tokens.x.index_select(1, tokens.queries)
+        return x + block.drop_path1(block.ls1(_attention(block.attn, h, tokens))), [h]
 
     def feed_forward(self, block: Any, x: Tensor) -> Tensor:
         """See :meth:`BlockAdapter.feed_forward`."""

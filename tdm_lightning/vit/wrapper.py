@@ -138,7 +138,7 @@ class TokenReducedViT(nn.Module):
 
     def _encode(
         self, images: Tensor, trace: bool = False, watch: Watch | None = None, keep: frozenset[int] = frozenset()
-    ) -> tuple[Tokens, list[int], list[Tokens]]:
+    ) -> tuple[Tokens, list[Any], list[Tokens]]:
         """All blocks; the final tokens, the token count after each block, and the tokens after the blocks in ``keep``."""
         watch = watch or _unwatched
         tokens = self._embed(images, trace)
@@ -153,7 +153,7 @@ class TokenReducedViT(nn.Module):
             else:
                 tokens = self._block(index, tokens, watch)
             tokens = tokens.replace(x=self.taps[index](tokens.x))
-            counts.append(tokens.count)
+            counts.append(tokens.valid_patches.sum(dim=1) if self.strategy.adaptive and trace else tokens.count)
             if index in keep:
                 kept.append(tokens)
         tokens = self.strategy.finish(tokens)
@@ -169,7 +169,7 @@ class TokenReducedViT(nn.Module):
         watch("attention", index)
         needs = strategy.needs(index)
         observed = adapter.observe(block, tokens, inputs, x, needs) if needs else Observed()
-        tokens = strategy.after_attention(index, tokens.replace(x=x), observed)
+        tokens = strategy.after_attention(index, tokens.replace(x=x, queries=None), observed)
         watch("after_attention", index)
         tokens = tokens.replace(x=adapter.feed_forward(block, tokens.x))
         watch("mlp", index)
