@@ -17,7 +17,7 @@ def forward_head(vit: Any, features: Tensor, size: Tensor | None = None, pre_log
     """The head of the timm model on reduced tokens.
 
     Average pooling becomes the mean over *patches*, that is over tokens weighted by ``size``; attention pooling adds
-    ``log(size)`` to the logits, which equals letting each token appear ``size`` times. A token of size 0 is padding, which counts
+    ``log(size)`` to the logits, which equals letting each token appear ``size`` times. A token of size 0 is padding and counts
     nowhere. Class-token pooling needs no sizes.
 
     Args:
