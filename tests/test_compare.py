@@ -370,3 +370,26 @@ def test_own_time_is_a_share_of_the_pass_and_unknown_for_a_plain_model():
     images = torch.zeros(2, 3, 96, 96)
     assert math.isnan(timing.own_share(vit, images, 1))
     assert 0 < timing.own_share(tdm.attach(vit, tdm.TDM(keep_rate=0.5, layers=(1, 3))), images, 3) < 1
+
+
+def test_training_steps_are_timed_where_asked_for(compare, tmp_path, capsys):
+    compare("--training=true")
+    assert "training step ms" in capsys.readouterr().out
+    rows = table(tmp_path)
+    assert float(rows["plain"]["training_step_ratio_to_plain"]) == 1
+    assert all(float(row["training_step_ms"]) > 0 for row in rows.values())
+
+
+def test_training_steps_are_left_out_by_default(compare, tmp_path, capsys):
+    compare()
+    assert "training step" not in capsys.readouterr().out
+    assert table(tmp_path)["plain"]["training_step_ms"] == ""
+
+
+def test_a_timed_training_step_leaves_the_model_as_it_was():
+    model = reduced(tdm.TDM(0.5, (1,))).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert timing.step_seconds(model, torch.zeros(2, 3, 32, 32)) > 0
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

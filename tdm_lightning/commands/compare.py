@@ -24,6 +24,7 @@ def compare(
     match_gmacs: float | None = None,
     ckpt: str | None = None,
     data: ImageNetDataModule | None = None,
+    training: bool = False,
     seed: int = 0,
     out: str = "compare",
 ) -> None:
@@ -44,6 +45,7 @@ def compare(
         match_gmacs: solve every method's keep rate, or ToMe's r, for this many 10⁹ multiply-accumulates per image.
         ckpt: weights for all methods, an official checkpoint or one of ``tdm fit``; ``None``: random ones, which do for speed.
         data: images for top-1; the model they are prepared for is filled in.
+        training: also time a training step (forward and backward), which takes about three passes more per round.
         seed: of random weights and images.
         out: folder for the files.
 
@@ -57,7 +59,7 @@ def compare(
     from tdm_lightning.compare.table import rich_table
     from tdm_lightning.visualize.sheet import make_folder
 
-    plan = Plan(batch_size, rounds, warmup, device, dtype, seed)
+    plan = Plan(batch_size, rounds, warmup, device, dtype, seed, training)
     if data is not None and ckpt is None:
         raise ValueError("an untrained model's accuracy means nothing: give --ckpt FILE with the data")
     if data is not None and data.hparams.model is None:

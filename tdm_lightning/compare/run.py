@@ -36,6 +36,7 @@ class Plan:
         device: ``"auto"`` or torch's name of a device.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, of weights and images.
         seed: of random weights and images.
+        training: time training steps too.
 
     Raises:
         TypeError, ValueError: if a number is none or too small, or device or dtype do not exist.
@@ -47,6 +48,7 @@ class Plan:
     device: str = "auto"
     dtype: str = "float32"
     seed: int = 0
+    training: bool = False
 
     def __post_init__(self) -> None:
         check_count(self.batch_size, "batch_size")
@@ -102,6 +104,9 @@ class Comparison:
         method, size = self.methods[index], self.plan.batch_size
         samples = [(samples[index], samples[0]) for samples in self.rounds]
         extra: dict[str, Any] = {}
+        if self.plan.training:
+            extra["step"] = Spread.of([1e3 * mine.step for mine, _ in samples])
+            extra["step_speedup"] = Spread.of([plain.step / mine.step for mine, plain in samples])
         if index < len(self.memory):
             extra["memory"] = self.memory[index]
         if index < len(self.saved):
@@ -190,7 +195,10 @@ def _measure(comparison: Comparison, data: ImageNetDataModule | None, progress: 
         comparison.memory.append(peak_bytes(model, comparison.images))
         comparison.saved.append(saved_bytes(model, comparison.images))
     task = progress.add_task("timing", total=len(models) * (plan.warmup + plan.rounds))
-    for samples in interleaved_rounds(models, comparison.images, plan.rounds, plan.warmup, lambda: progress.advance(task)):
+    timed = interleaved_rounds(
+        models, comparison.images, plan.rounds, plan.warmup, lambda: progress.advance(task), plan.training
+    )
+    for samples in timed:
         comparison.rounds.append(samples)
     for model in progress.track(models, description="own time"):
         comparison.own.append(own_share(model, comparison.images, plan.rounds))

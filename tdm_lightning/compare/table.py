@@ -50,6 +50,8 @@ class Row:
         speedup: throughput as a multiple of the plain model's in the same round.
         latency: milliseconds for one image.
         latency_speedup: how many times faster than the plain model with one image, in the same round.
+        step: milliseconds for a forward and backward pass of the batch in training mode.
+        step_speedup: how many times faster than the plain model's, in the same round.
         memory: peak bytes of a pass of the batch, weights included.
         saved: bytes that a pass of the batch saves for its backward pass.
         plain_saved: those of the plain model.
@@ -66,6 +68,8 @@ class Row:
     speedup: Spread = _UNKNOWN
     latency: Spread = _UNKNOWN
     latency_speedup: Spread = _UNKNOWN
+    step: Spread = _UNKNOWN
+    step_speedup: Spread = _UNKNOWN
     memory: float = math.nan
     saved: float = math.nan
     plain_saved: float = math.nan
@@ -104,6 +108,7 @@ _HEADER = (
     "saved for backward MiB (× plain)",
 )
 _LEFT = 2  # columns of text
+_STEP = _HEADER.index("own time")  # before this one stands the training step, where it was timed
 
 
 def markdown(rows: Sequence[Row], facts: Mapping[str, str], remarks: Sequence[str] = ()) -> str:
@@ -154,6 +159,8 @@ def _numbers(row: Row) -> dict[str, str | float]:
         "ratio_to_plain": row.speedup,
         "batch1_ms": row.latency,
         "batch1_ratio_to_plain": row.latency_speedup,
+        "training_step_ms": row.step,
+        "training_step_ratio_to_plain": row.step_speedup,
     }
     for name, spread in spreads.items():
         numbers |= {name: spread.median, f"{name}_q1": spread.q1, f"{name}_q3": spread.q3}
@@ -168,8 +175,9 @@ def _numbers(row: Row) -> dict[str, str | float]:
 
 
 def _cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Titles, and every row's cells; accuracy only where some method has one."""
+    """Titles, and every row's cells; training steps and accuracy only where some method has one."""
     rated = any(not math.isnan(row.top1) for row in rows)
+    trained = any(not math.isnan(row.step.median) for row in rows)
     cells = [
         [
             row.method,
@@ -180,7 +188,8 @@ def _cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
             _spread(row.throughput, 1),
             _spread(row.speedup, 2),
             _number(row.efficiency, 2),
-            _latency(row),
+            _latency(row.latency, row.latency_speedup, 2),
+            *([_latency(row.step, row.step_speedup, 0)] if trained else []),
             "–" if math.isnan(row.own_time) else f"{row.own_time:.1%}",
             _number(row.memory / 2**20, 1),
             _saved(row),
@@ -188,7 +197,8 @@ def _cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
         ]
         for row in rows
     ]
-    return (*_HEADER, *(["top-1 (%)"] if rated else [])), cells
+    step = ("training step ms (× plain)",) if trained else ()
+    return (*_HEADER[:_STEP], *step, *_HEADER[_STEP:], *(["top-1 (%)"] if rated else [])), cells
 
 
 def _number(value: float, digits: int) -> str:
@@ -209,7 +219,7 @@ def _saved(row: Row) -> str:
     return "–" if math.isnan(row.saved) else f"{row.saved / 2**20:.1f} ({row.saved / row.plain_saved:.2f})"
 
 
-def _latency(row: Row) -> str:
-    if math.isnan(row.latency.median):
+def _latency(time: Spread, speedup: Spread, digits: int) -> str:
+    if math.isnan(time.median):
         return "–"
-    return f"{row.latency.median:.2f} ({row.latency_speedup.median:.2f})"
+    return f"{time.median:.{digits}f} ({speedup.median:.2f})"

@@ -25,10 +25,12 @@ class Sample:
     Attributes:
         batch: seconds for a pass of the whole batch.
         single: seconds for a pass of its first image alone.
+        step: seconds for a forward and backward pass of the batch in training mode; NaN where that is not asked for.
     """
 
     batch: float
     single: float
+    step: float = math.nan
 
 
 #: One sample of each method, in the methods' order.
@@ -50,6 +52,19 @@ def seconds(model: nn.Module, images: Tensor, passes: int = 1) -> float:
         model(images)
     wait_for(images.device)
     return (perf_counter() - start) / passes
+
+
+def step_seconds(model: nn.Module, images: Tensor) -> float:
+    """Time of one forward and backward pass in training mode, without optimizer, teacher or the strategy's own losses."""
+    model.train()
+    wait_for(images.device)
+    start = perf_counter()
+    model(images).square().mean().backward()
+    wait_for(images.device)
+    elapsed = perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    return elapsed
 
 
 #: Stages of a pass in which the strategy works and the timm model does not.
@@ -80,7 +95,12 @@ def own_share(model: nn.Module, images: Tensor, passes: int) -> float:
 
 
 def interleaved_rounds(
-    models: Sequence[nn.Module], images: Tensor, rounds: int, warmup: int, advance: Callable[[], None] = lambda: None
+    models: Sequence[nn.Module],
+    images: Tensor,
+    rounds: int,
+    warmup: int,
+    advance: Callable[[], None] = lambda: None,
+    training: bool = False,
 ) -> Iterator[Round]:
     """Time all models in each round, so that whatever slows the machine for a while slows them alike.
 
@@ -92,6 +112,7 @@ def interleaved_rounds(
         rounds: how many to time.
         warmup: rounds before them, which are not counted but tell how often short passes must be repeated.
         advance: called after each model.
+        training: time a training step too, whose gradients are thrown away.
 
     Yields:
         One complete round at a time.
@@ -103,7 +124,7 @@ def interleaved_rounds(
         found: dict[int, Sample] = {}
         for index in order:
             batch, single = (seconds(models[index], x, n) for x, n in zip(inputs, passes[index], strict=True))
-            found[index] = Sample(batch, single)
+            found[index] = Sample(batch, single, step_seconds(models[index], images) if training else math.nan)
             if number < warmup:  # the last warm-up round decides: the first one also loads and tunes kernels
                 passes[index] = [max(1, math.ceil(LEAST_SECONDS / time)) for time in (batch, single)]
             advance()
