@@ -18,6 +18,7 @@ def solve_keep_rate(
     gmacs: float,
     input_size: tuple[int, int, int] | None = None,
     resolution: float = 1e-3,
+    total: bool = False,
 ) -> float:
     """The largest keep rate at which a model stays within a budget.
 
@@ -27,6 +28,8 @@ def solve_keep_rate(
         gmacs: the budget in 10⁹ multiply-accumulates per image, counted as :func:`tdm_lightning.flops.count_macs` does.
         input_size: channels, height and width; the model's own by default.
         resolution: the answer is a multiple of this.
+        total: the budget also covers the strategy's parameter-free work, which :func:`~tdm_lightning.flops.count_macs` leaves
+            out.
 
     Returns:
         The keep rate.
@@ -46,7 +49,7 @@ def solve_keep_rate(
     steps = round(1 / resolution)
 
     def cost(step: int) -> int:
-        return macs_with(vit, _changed(strategy, keep_rate=step / steps), input_size)
+        return macs_with(vit, _changed(strategy, keep_rate=step / steps), input_size, total)
 
     if cost(steps) <= budget:  # also refuses settings that do not fit the model whatever the rate
         return 1.0
@@ -70,7 +73,13 @@ def solve_keep_rate(
     return step / steps
 
 
-def at_budget(model: nn.Module, strategy: Strategy, gmacs: float, input_size: tuple[int, int, int] | None = None) -> Strategy:
+def at_budget(
+    model: nn.Module,
+    strategy: Strategy,
+    gmacs: float,
+    input_size: tuple[int, int, int] | None = None,
+    total: bool = False,
+) -> Strategy:
     """A strategy like this one, its one knob turned as far as a budget allows.
 
     The knob is the keep rate (:func:`solve_keep_rate`), or ToMe's r: as few merges as the budget allows, spread over the
@@ -81,6 +90,7 @@ def at_budget(model: nn.Module, strategy: Strategy, gmacs: float, input_size: tu
         strategy: the method; it is not changed.
         gmacs: the budget in 10⁹ multiply-accumulates per image.
         input_size: channels, height and width; the model's own by default.
+        total: the budget also covers the strategy's parameter-free work.
 
     >>> import timm, tdm_lightning as tdm
     >>> vit = timm.create_model("test_vit", img_size=96)
@@ -88,17 +98,17 @@ def at_budget(model: nn.Module, strategy: Strategy, gmacs: float, input_size: tu
     [3, 2, 2, 2, 2, 2]
     """
     if "r" not in strategy.config()["init_args"]:
-        return _changed(strategy, keep_rate=solve_keep_rate(model, strategy, gmacs, input_size))
+        return _changed(strategy, keep_rate=solve_keep_rate(model, strategy, gmacs, input_size, total=total))
     vit: Any = model.vit if isinstance(model, TokenReducedViT) else model
     budget, depth = _check_budget(gmacs), len(vit.blocks)
     most = depth * (vit.patch_embed.num_patches // 2)
 
-    def with_merges(total: int) -> Strategy:
-        r = [total // depth + (block < total % depth) for block in range(depth)]
-        return _changed(strategy, r=r if total % depth else r[0])
+    def with_merges(merges: int) -> Strategy:
+        r = [merges // depth + (block < merges % depth) for block in range(depth)]
+        return _changed(strategy, r=r if merges % depth else r[0])
 
-    def exceeds(total: int) -> bool:
-        return macs_with(vit, with_merges(total), input_size) > budget
+    def exceeds(merges: int) -> bool:
+        return macs_with(vit, with_merges(merges), input_size, total) > budget
 
     if exceeds(most):
         raise ValueError(

@@ -105,6 +105,11 @@ class _Counter:
         own = sum(value for (stage, _), value in self.stages.items() if stage in _BACKBONE)
         return own + sum(self.learned.values())
 
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return sum(self.stages.values()) + sum(self.learned.values())
+
     def enter(self, *_: object) -> None:
         self.inside = self.counter.get_total_flops()
 
@@ -230,6 +235,17 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     return embed.proj.in_channels, height, width
 
 
-def macs_with(vit: nn.Module, strategy: Strategy, input_size: tuple[int, int, int] | None = None) -> int:
-    """:func:`count_macs` of a timm model under a strategy that is not attached to it yet."""
-    return count_macs(attach(vit, strategy), input_size)
+def macs_with(
+    vit: nn.Module, strategy: Strategy, input_size: tuple[int, int, int] | None = None, total: bool = False
+) -> int:
+    """:func:`count_macs` of a timm model under a strategy that is not attached to it yet.
+
+    Args:
+        vit: the timm model.
+        strategy: any that keeps the same number of tokens for every image.
+        input_size: as in :func:`mac_report`.
+        total: count the strategy's parameter-free work too.
+    """
+    counted, images = _prepared(attach(vit, strategy), input_size, None)
+    stages = _count(counted, images)
+    return round((stages.total if total else stages.backbone) / (2 * images.shape[0]))

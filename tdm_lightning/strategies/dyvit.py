@@ -80,11 +80,12 @@ class DyViT(StagedStrategy):
     def bind(self, vit: Any, patches: int) -> None:
         """Check the schedule and make a predictor for each stage."""
         super().bind(vit, patches)
+        present = patches
         for stage in range(1, len(self.layers) + 1) if self.merger is not None else ():
             keep = self.keep_count(stage, patches)
-            if keep < patches:
-                self.merger.split(patches, keep)  # type: ignore[union-attr]
-            patches = keep
+            if keep < present:
+                self.merger.split(present, keep)  # type: ignore[union-attr]
+            present = keep
         device = next(vit.parameters()).device
         self.score_predictor.extend(KeepPredictor(vit.embed_dim).to(device) for _ in self.layers)
 
