@@ -1,0 +1,41 @@
+"""What a search found, as a table."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from rich.table import Table
+
+from tdm_lightning.flops import mac_report
+from tdm_lightning.slimming.search import Slimmed
+from tdm_lightning.strategies import Strategy
+from tdm_lightning.vit import attach
+
+COLUMNS = ("block", "patches", "error", "tuned", "GMACs", "plain GMACs")
+
+
+def rows(slimmed: Slimmed) -> list[tuple[str, ...]]:
+    """A line for each block, counted from 0, and one for the whole model; errors are relative, GMACs per image."""
+    plain = attach(slimmed.model.vit, Strategy())
+    before, after = mac_report(plain), mac_report(slimmed.model)
+    lines = []
+    for block, was, now in zip(slimmed.blocks, before.blocks, after.blocks, strict=True):
+        cost = [f"{(macs.attention + macs.mlp) / 1e9:.4f}" for macs in (now, was)]
+        lines.append((str(block.index), str(block.patches), f"{block.error:.5f}", "yes" if block.tuned else "no", *cost))
+    total = [f"{report.backbone / 1e9:.4f}" for report in (after, before)]
+    return [*lines, ("model", "", f"{slimmed.error:.5f}", "", *total)]
+
+
+def rich_table(slimmed: Slimmed) -> Table:
+    """For the terminal."""
+    table = Table(*COLUMNS)
+    for line in rows(slimmed):
+        table.add_row(*line)
+    return table
+
+
+def write_csv(slimmed: Slimmed, path: Path) -> None:
+    """For other programs."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([COLUMNS, *rows(slimmed)])
