@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tdm_lightning import checkpoints, flops, metrics
 from tdm_lightning.budget import solve_keep_rate
-from tdm_lightning.strategies import DPCKNN, TDM, DyViT, EViT, EvoViT, Random, Strategy, TokenMerger, ToMe, TopK
+from tdm_lightning.strategies import DPCKNN, IARED2, TDM, DyViT, EViT, EvoViT, Random, Strategy, TokenMerger, ToMe, TopK
 from tdm_lightning.tokens import Output, Role, Tokens, Trace
 from tdm_lightning.version import __version__
 from tdm_lightning.vit import TokenReducedViT, attach, detach
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DPCKNN",
+    "IARED2",
     "TDM",
     "DyViT",
     "EViT",

@@ -31,7 +31,8 @@ class TokenReductionClassifier(LightningModule):
     The defaults are DeiT's recipe (Touvron et al., 2021). Meant to be subclassed: override one of the ``configure_*`` methods,
     or a step. The reduced model is ``self.model``, a :class:`~tdm_lightning.TokenReducedViT`.
 
-    Logged: ``train/loss`` and each term of it by name, ``val/loss``, ``val/top1``, ``val/top5``, and the same for ``test``.
+    Logged: ``train/loss`` and each term of it by name, what the strategy reports, ``val/loss``, ``val/top1``, ``val/top5``, and
+    the same for ``test``.
 
     Args:
         model: name of a timm ViT, or the module itself. A module is not stored in checkpoints' hyperparameters: pass it again
@@ -200,13 +201,15 @@ class TokenReductionClassifier(LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         if len(terms) > 1:
             self.log_dict({f"train/{name}": value for name, value in terms.items()})
+        report = self.model.strategy.report(output, target)
+        self.log_dict({f"train/{name}": value for name, value in report.items()})
         if target.ndim == 1:
             self.log_dict(self._updated(self.train_metrics, output.logits, target), on_step=False, on_epoch=True)
         return loss
 
     def _teach(self, images: Tensor) -> Output | None:
         if not self._teacher:
-            return None
+            return self.model.strategy.baseline(self.model, images)
         with torch.no_grad():
             return self._teacher[0].to(images.device).run(images)  # type: ignore[operator]
 

@@ -195,9 +195,9 @@ class Tokens:
         if self.size is not None:
             changes["size"] = reduction.sizes(self.size)
         if self.source is not None:
-            held, alive = self.source.clamp(min=0), self.source >= 0
-            source = torch.where(alive, reduction.assignment.gather(1, held), -1)
-            role = torch.where(alive, reduction.role.gather(1, held), int(Role.DROPPED))
+            held = torch.where(self.source < 0, reduction.assignment.shape[1], self.source)  # what is gone stays so, at the end
+            source = torch.nn.functional.pad(reduction.assignment, (0, 1), value=-1).gather(1, held)
+            role = torch.nn.functional.pad(reduction.role, (0, 1), value=int(Role.DROPPED)).gather(1, held)
             scores = None if importance is None else importance.detach()
             changes["source"] = source
             changes["layers"] = (*self.layers, LayerTrace(index, scores, source, role))

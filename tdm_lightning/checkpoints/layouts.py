@@ -71,6 +71,25 @@ def _from_evovit(weights: Weights) -> Weights:
     return renamed
 
 
+def _is_iared2(weights: Weights) -> bool:
+    return _is_deit(weights) and "groups.0.agent.qk.weight" in weights
+
+
+def _from_iared2(weights: Weights) -> Weights:
+    """DeiT's names; the blocks are there a second time, group by group, beside the groups' interpreters."""
+    inside = [re.fullmatch(r"groups\.0\.block_list\.(\d+)\..+", name) for name in weights]
+    length = 1 + max((int(found[1]) for found in inside if found), default=-1)
+    renamed = {}
+    for name, value in weights.items():
+        if found := re.fullmatch(r"groups\.(\d+)\.block_list\.(\d+)\.(.+)", name):
+            group, block, rest = found.groups()
+            twin = weights.get(f"blocks.{int(group) * length + int(block)}.{rest}")
+            if twin is not None and torch.equal(twin, value):
+                continue  # where the two disagree the name stays as it is, and is reported
+        renamed[re.sub(r"^groups\.(\d+)\.agent\.", r"strategy.interpreters.\1.", name)] = value
+    return renamed
+
+
 def _is_ours(weights: Weights) -> bool:
     return "vit.patch_embed.proj.weight" in weights
 
@@ -85,5 +104,6 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("tdm-lightning", _is_ours, _from_ours),
     Layout("evo-vit", _is_evovit, _from_evovit, auxiliary=("strategy.head_cls.", "strategy.norm_cls.")),
     Layout("dynamicvit", _is_dynamicvit, _from_dynamicvit),
+    Layout("ia-red2", _is_iared2, _from_iared2),
     Layout("deit", _is_deit, _from_deit),
 )

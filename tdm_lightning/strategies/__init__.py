@@ -5,10 +5,11 @@ from tdm_lightning.strategies.dpcknn import DPCKNN
 from tdm_lightning.strategies.dyvit import DyViT
 from tdm_lightning.strategies.evit import EViT
 from tdm_lightning.strategies.evovit import EvoViT
+from tdm_lightning.strategies.iared2 import IARED2
 from tdm_lightning.strategies.merger import TokenMerger
 from tdm_lightning.strategies.random import Random
 from tdm_lightning.strategies.tdm import TDM
 from tdm_lightning.strategies.tome import ToMe
 from tdm_lightning.strategies.topk import TopK
 
-__all__ = ["DPCKNN", "TDM", "DyViT", "EViT", "EvoViT", "Random", "Strategy", "ToMe", "TokenMerger", "TopK"]
+__all__ = ["DPCKNN", "IARED2", "TDM", "DyViT", "EViT", "EvoViT", "Random", "Strategy", "ToMe", "TokenMerger", "TopK"]

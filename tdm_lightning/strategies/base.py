@@ -90,9 +90,22 @@ class Strategy(nn.Module, Configurable):
             output: the student's pass.
             target: labels, B, or soft targets, B×classes.
             criterion: the task loss.
-            teacher: a frozen, unreduced model's pass, for methods that ask for one.
+            teacher: a frozen, unreduced model's pass, for methods that ask for one; otherwise what :meth:`baseline` gave.
         """
         return {"task": criterion(output.logits, target)}
+
+    def baseline(self, model: Any, images: Tensor) -> Output | None:
+        """A second pass that :meth:`loss` compares the training pass with, without gradient; ``None`` (the default): none.
+
+        Args:
+            model: the reduced model.
+            images: the training step's, B×3×H×W.
+        """
+        return None
+
+    def report(self, output: Output, target: Tensor) -> dict[str, Tensor]:
+        """Numbers of a training step worth logging that are no terms of the loss, by name; arguments as :meth:`loss`."""
+        return {}
 
     def param_groups(self, model: Any, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
         """The optimizer groups that the method's recipe asks for; ``None`` (the default): the usual ones.
