@@ -153,7 +153,9 @@ class DiversityMonitor(Callback):
             # Once per batch: gradient checkpointing runs blocks again, and some modules make several passes.
             if block not in heard:
                 heard.add(block)
-                metrics[block].update(tokens[:, prefix:])
+                patches = tokens[:, prefix:]
+                # Where no patch is left there is no diversity either: score a single token.
+                metrics[block].update(patches if patches.shape[1] else tokens.new_zeros(len(tokens), 1, tokens.shape[2]))
 
         self._listening.enter_context(tap_blocks(vit, see))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tdm_lightning.checks import check_count
 from tdm_lightning.flops import mac_report
 from tdm_lightning.vit import TokenReducedViT
+from tdm_lightning.vit.families import grid_size
 from tdm_lightning.vit.find import find_vit
 
 
@@ -112,7 +113,7 @@ def cost(vit: nn.Module, input_size: tuple[int, int, int] | None = None, images:
     counts: list[float] = [block.tokens for block in report.blocks]
     if not counts:  # a plain model keeps all
         size = input_size[1:] if images is None else images.shape[-2:]  # type: ignore[index]
-        counts = [math.prod(vit.patch_embed.dynamic_feat_size(size))] * len(vit.blocks)  # type: ignore[union-attr,operator,arg-type]
+        counts = [math.prod(grid_size(vit, (size[0], size[1])))] * len(vit.blocks)  # type: ignore[arg-type]
     tokens = {f"tokens/block_{index:02d}": float(count) for index, count in enumerate(counts)}
     return {"flops/gmacs": report.backbone / 1e9, "flops/reduction": report.reduction, **tokens}
 

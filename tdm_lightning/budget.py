@@ -10,6 +10,7 @@ from torch import nn
 from tdm_lightning.flops import macs_with
 from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.vit import TokenReducedViT
+from tdm_lightning.vit.families import patch_count
 
 
 def solve_keep_rate(
@@ -101,7 +102,7 @@ def at_budget(
         return _changed(strategy, keep_rate=solve_keep_rate(model, strategy, gmacs, input_size, total=total))
     vit: Any = model.vit if isinstance(model, TokenReducedViT) else model
     budget, depth = _check_budget(gmacs), len(vit.blocks)
-    most = depth * (vit.patch_embed.num_patches // 2)
+    most = depth * (patch_count(vit) // 2)
 
     def with_merges(merges: int) -> Strategy:
         r = [merges // depth + (block < merges % depth) for block in range(depth)]

@@ -10,7 +10,6 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tdm_lightning.strategies.base import Strategy
-from tdm_lightning.vit import TokenReducedViT, attach
+from tdm_lightning.vit import TokenReducedViT, attach, families
 
 #: Stages of a pass in which the timm model works; all others are the strategy's own.
 _BACKBONE = ("embed", "attention", "mlp", "head", "begin", "finish")
@@ -229,15 +228,10 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int] | None = None,
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width that a timm ViT was made for."""
-    vit: Any = model.vit if isinstance(model, TokenReducedViT) else model
-    embed = vit.patch_embed
-    height, width = embed.img_size or vit.pretrained_cfg["input_size"][1:]
-    return embed.proj.in_channels, height, width
+    return families.input_size(model.vit if isinstance(model, TokenReducedViT) else model)
 
 
-def macs_with(
-    vit: nn.Module, strategy: Strategy, input_size: tuple[int, int, int] | None = None, total: bool = False
-) -> int:
+def macs_with(vit: nn.Module, strategy: Strategy, input_size: tuple[int, int, int] | None = None, total: bool = False) -> int:
     """:func:`count_macs` of a timm model under a strategy that is not attached to it yet.
 
     Args:

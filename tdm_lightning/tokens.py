@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdm_lightning.ops import gather_tokens, pack
+from tdm_lightning.ops import first_members, gather_tokens, pack, rank_order
 
 
 class Role(IntEnum):
@@ -94,6 +94,19 @@ class Trace:
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """How a model's blocks learn where tokens are, on the grid of all N0 patches; for models with more than absolute positions.
+
+    Attributes:
+        rope: rotary embeddings, one per block, each N0×D or H×N0×D; empty without RoPE.
+        bias: relative position bias that all blocks share, 1×H×T0×T0; each block may add its own.
+    """
+
+    rope: tuple[Tensor, ...] = ()
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Tokens:
     """The tokens between two steps of a block. Immutable: a step returns a new one, so nothing of a pass stays behind.
 
@@ -103,6 +116,8 @@ class Tokens:
         depth: number of blocks in the model.
         size: B×(T-prefix), patches each token stands for; ``None`` where nothing asks for it.
         source: B×N0, int64, the token of :attr:`held` that holds each original patch, -1 dropped; only while tracing.
+        geometry: tables of positions; ``None`` in models whose blocks do not ask where a token is.
+        position: B×N, int64, the original patch in whose place each token stands; ``None``: every patch still in its own.
         key_bias: added to the attention logits, broadcast to B×H×T×T.
         policy: B×T, differentiable: how far each token may be attended to; selects the explicit attention of
             :func:`~tdm_lightning.ops.policy_softmax`.
@@ -119,6 +134,8 @@ class Tokens:
     depth: int = 0
     size: Tensor | None = None
     source: Tensor | None = None
+    geometry: Geometry | None = None
+    position: Tensor | None = None
     key_bias: Tensor | None = None
     policy: Tensor | None = None
     valid: Tensor | None = None
@@ -190,8 +207,16 @@ class Tokens:
         return self.replace(valid=valid, key_bias=bias[:, None, None, :])
 
     def reduced(self, index: int, reduction: Reduction, importance: Tensor | None = None) -> Tokens:
-        """The tokens after block ``index`` replaced its patch tokens; sizes and trace follow along."""
+        """The tokens after block ``index`` replaced its patch tokens; sizes, positions and trace follow along.
+
+        A merged token takes the place of its most important member, or of its first where there is no importance: a mean of
+        places would lie where no patch is, for which a relative position bias has no entry and a rotation no angle.
+        """
         changes: dict[str, Any] = {"x": torch.cat((self.x[:, : self.prefix], reduction.x), dim=1)}
+        if self.geometry is not None:
+            order = None if importance is None else rank_order(importance)
+            leader = first_members(reduction.assignment, reduction.x.shape[1], order)
+            changes["position"] = leader if self.position is None else self.position.gather(1, leader)
         if self.size is not None:
             changes["size"] = reduction.sizes(self.size)
         if self.source is not None:

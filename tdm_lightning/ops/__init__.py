@@ -3,7 +3,15 @@
 from tdm_lightning.ops.alternating import match_alternating
 from tdm_lightning.ops.clusters import cluster_density_peaks, pairwise_distances
 from tdm_lightning.ops.importance import QueryKey, class_row, mean_keys, received_attention
-from tdm_lightning.ops.merge import gather_tokens, group_weights, inverse_order, merge_groups, rank_order, unmerge
+from tdm_lightning.ops.merge import (
+    first_members,
+    gather_tokens,
+    group_weights,
+    inverse_order,
+    merge_groups,
+    rank_order,
+    unmerge,
+)
 from tdm_lightning.ops.pairs import match_pairs
 from tdm_lightning.ops.policy import policy_softmax
 from tdm_lightning.ops.ragged import pack
@@ -12,6 +20,7 @@ __all__ = [
     "QueryKey",
     "class_row",
     "cluster_density_peaks",
+    "first_members",
     "gather_tokens",
     "group_weights",
     "inverse_order",

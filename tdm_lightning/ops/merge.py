@@ -47,6 +47,28 @@ def inverse_order(order: Tensor) -> Tensor:
     return torch.zeros_like(order).scatter(1, order, rank)
 
 
+def first_members(group: Tensor, groups: int, order: Tensor | None = None) -> Tensor:
+    """The first member of every group.
+
+    Args:
+        group: the group of each token in ``0…groups-1``, B×N, int64; -1 for a token in none.
+        groups: number of groups G.
+        order: positions in the order that decides who is first, B×N; ``None``: as they stand.
+
+    Returns:
+        Positions, B×G, int64; that of some token for an empty group.
+
+    >>> first_members(torch.tensor([[0, 1, 1, -1]]), 2, order=torch.tensor([[3, 2, 1, 0]])).tolist()
+    [[0, 2]]
+    """
+    n = group.shape[1]
+    here = torch.arange(n, device=group.device).expand_as(group)
+    rank = here if order is None else inverse_order(order)
+    slot = torch.where(group < 0, groups, group)
+    first = torch.full_like(rank[:, :1], n - 1).repeat(1, groups + 1).scatter_reduce(1, slot, rank, "amin")[:, :groups]
+    return first if order is None else order.gather(1, first)
+
+
 def group_weights(
     importance: Tensor,
     group: Tensor,
@@ -98,5 +120,7 @@ def unmerge(x: Tensor, source: Tensor) -> Tensor:
     Returns:
         Dense features, B×N0×C; zero where the patch was dropped.
     """
+    if x.shape[1] == 0:  # all patches were dropped
+        return x.new_zeros(*source.shape, x.shape[2])
     dense = gather_tokens(x, source.clamp(min=0))
     return dense.masked_fill((source < 0).unsqueeze(-1), 0)

@@ -33,6 +33,12 @@ class Strategy(nn.Module, Configurable):
     #: Whether :meth:`loss` compares with a frozen, unreduced copy of the model.
     needs_teacher: bool = False
 
+    #: Whether blocks compute chosen rows only (``Tokens.queries``); then the model's blocks must be able to.
+    selects_rows: bool = False
+
+    #: Whether tokens without a place on the grid run through the blocks, which RoPE and relative position biases rule out.
+    absolute_positions_only: bool = False
+
     #: How the timm model must pool for the method's head, as ``timm.create_model`` takes it; ``None``: in any way.
     global_pool: str | None = None
 

@@ -48,6 +48,7 @@ class EvoViT(Strategy):
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
     """
 
+    absolute_positions_only = True
     global_pool = "avg"
 
     def __init__(

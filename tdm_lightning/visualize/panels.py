@@ -16,6 +16,7 @@ from tdm_lightning.tokens import LayerTrace, Role, Trace
 from tdm_lightning.visualize.draw import Map, Mask, Picture, fill_groups, mask_patches, tint_groups
 from tdm_lightning.visualize.images import data_config, prepare, to_picture
 from tdm_lightning.vit import TokenReducedViT
+from tdm_lightning.vit.families import grid_size
 
 Panels = dict[str, Image.Image]
 
@@ -56,7 +57,7 @@ def panels(model: TokenReducedViT, image: Tensor | Image.Image, layer: int = -1)
     with _evaluating(model):
         _, trace = model.trace(batch)
         vit: Any = model.vit
-        grid = vit.patch_embed.dynamic_feat_size(batch.shape[-2:])
+        grid = grid_size(vit, (batch.shape[-2], batch.shape[-1]))
         drawn = {"original": Image.fromarray(picture)}
         if trace.layers:
             drawn |= _schools(vit, batch, trace, picture, grid, layer)
@@ -101,11 +102,12 @@ def _schools(vit: Any, batch: Tensor, trace: Trace, picture: Picture, grid: tupl
         drawn["importance"] = mask_patches(picture, inattentive(trace, layer, grid))
     held, role = shown.assignment[0], shown.role[0]
     tokens = held[(held >= 0) & (role != Role.PARKED)].unique().numel()
-    (features,) = vit.forward_intermediates(
-        batch, indices=[shown.index], output_fmt="NLC", intermediates_only=True, stop_early=True
-    )
-    label, _ = cluster_density_peaks(features, tokens)
-    drawn["diversity"] = tint_groups(picture, _map(label, grid))
+    if tokens:
+        (features,) = vit.forward_intermediates(
+            batch, indices=[shown.index], output_fmt="NLC", intermediates_only=True, stop_early=True
+        )
+        label, _ = cluster_density_peaks(features, tokens)
+        drawn["diversity"] = tint_groups(picture, _map(label, grid))
     drawn["reduced"] = draw_layer(picture, shown, grid)
     return {name: Image.fromarray(pixels) for name, pixels in drawn.items()}
 

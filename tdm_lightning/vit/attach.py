@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Attention
 from torch import nn
 
 from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.vit.blocks import UnsupportedBlock, adapter_for
-from tdm_lightning.vit.facts import class_rows
+from tdm_lightning.vit.families import VIT_CLASSES, class_rows, family_of, patch_count
 from tdm_lightning.vit.wrapper import TokenReducedViT
 
 
@@ -17,7 +17,8 @@ def attach(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
     """Wrap a timm ViT so that it reduces its tokens. The model and its parameters are shared, not copied or changed.
 
     Args:
-        vit: any model of timm's ``VisionTransformer`` class (DeiT, DINOv2, CLIP, AugReg, registers, …).
+        vit: any model of timm's ViT classes: ``VisionTransformer`` (DeiT, DINOv2, CLIP, hybrids, …), ``Eva`` (EVA-02, DINOv3,
+            PE), ``Beit``, ``VisionTransformerRelPos``, ``NaFlexVit``.
         strategy: a token-reduction method. One with parameters of its own can be attached once.
 
     Returns:
@@ -43,12 +44,19 @@ def attach(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
     if not isinstance(strategy, Strategy):
         raise TypeError(f"strategy must be a Strategy such as TDM(keep_rate=0.7), got {strategy!r}")
     _check_reducible(vit)
+    if strategy.absolute_positions_only and family_of(vit).places(vit):
+        raise TypeError(
+            f"{type(strategy).__name__} lets tokens run that stand nowhere on the grid, and the blocks of {type(vit).__name__} "
+            f"ask where a token is (RoPE or relative position bias); take a model with absolute positions, or another strategy"
+        )
+    if strategy.selects_rows:
+        _check_rows(vit, strategy)
     owned = next(strategy.parameters(), None)
     if owned is not None:
         raise ValueError(
             f"this {type(strategy).__name__} is attached already and owns parameters; make a new one for another model"
         )
-    strategy.bind(vit, cast(Any, vit).patch_embed.num_patches)
+    strategy.bind(vit, patch_count(vit))
     return TokenReducedViT(vit, strategy)
 
 
@@ -65,7 +73,7 @@ def detach(model: TokenReducedViT) -> nn.Module:
 
 def _check_reducible(vit: Any) -> None:
     name = type(vit).__name__
-    if not isinstance(vit, VisionTransformer):
+    if not isinstance(vit, VIT_CLASSES):
         raise TypeError(f"cannot reduce the tokens of {name}: {_reason(vit)}")
     try:
         for block in vit.blocks:
@@ -74,15 +82,22 @@ def _check_reducible(vit: Any) -> None:
         raise TypeError(f"cannot reduce the tokens of {name}: {error}") from None
 
 
+def _check_rows(vit: Any, strategy: Strategy) -> None:
+    for block in vit.blocks:
+        attention = getattr(block, "attn", None)
+        if not adapter_for(block, class_rows(vit)).selects_rows or type(attention) is not Attention:
+            kind = type(block).__name__ + ("" if attention is None else f" with {type(attention).__name__}")
+            raise TypeError(
+                f"{type(strategy).__name__} computes chosen rows of a block, which takes timm's Block with its Attention; this "
+                f"model's is {kind}. Take a model with plain blocks, or another strategy such as EViT or TDM"
+            )
+
+
 def _reason(vit: Any) -> str:
-    """Why a model outside the ``VisionTransformer`` class is refused."""
+    """Why a model of another class is refused."""
     inner = {type(module).__name__ for module in vit.modules()}
     if any("Window" in kind for kind in inner):
         return "its attention runs in windows, which need every patch in its place"
-    if getattr(vit, "rope", None) is not None:
-        return "it uses rotary position embeddings (RoPE), which are not supported yet"
-    if any("rel_pos" in name or "relative_position" in name for name, _ in vit.named_parameters()):
-        return "it uses a relative position bias, which is not supported yet"
     if not hasattr(vit, "blocks"):
         return "it has no sequence of transformer blocks (`blocks`); only Vision Transformers hold tokens to reduce"
-    return "it is not of timm's VisionTransformer class"
+    return f"it is none of timm's ViT classes {', '.join(kind.__name__ for kind in VIT_CLASSES)}"

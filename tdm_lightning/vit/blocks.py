@@ -10,90 +10,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import Attention, DiffAttention
+from timm.models import beit as timm_beit
+from timm.models import eva as timm_eva
 from timm.models import vision_transformer as timm_vit
+from timm.models import vision_transformer_relpos as timm_relpos
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tdm_lightning.ops import QueryKey, class_row, mean_keys, policy_softmax, received_attention
+from tdm_lightning.ops import QueryKey, class_row, mean_keys, received_attention
 from tdm_lightning.tokens import Observed, Tokens
-
-
-class UnsupportedBlock(TypeError):
-    """A block that no adapter can split; says why."""
-
-
-def _norm(module: nn.Module) -> nn.Module | None:
-    return None if isinstance(module, nn.Identity) else module
-
-
-def _query_key(attn: Any) -> QueryKey:
-    """The query and key projections of a timm ``Attention``."""
-    weight, bias = attn.qkv.weight, attn.qkv.bias
-    width = weight.shape[0] // 3
-    heads = attn.num_heads
-    if isinstance(attn, DiffAttention):
-        heads *= 2  # two maps a head; their mean stands for the head
-    return QueryKey(
-        weight[:width],
-        None if bias is None else bias[:width],
-        weight[width : 2 * width],
-        None if bias is None else bias[width : 2 * width],
-        heads,
-        attn.scale,
-        _norm(attn.q_norm),
-        _norm(attn.k_norm),
-    )
-
-
-def _bias(tokens: Tokens) -> dict[str, Any]:
-    return {} if tokens.key_bias is None else {"attn_mask": tokens.key_bias}
-
-
-def _attention(attn: Any, h: Tensor, tokens: Tokens) -> Tensor:
-    """Attention as timm has it, or, under a policy, its explicit form; input and output B×T×C."""
-    if tokens.queries is not None:
-        return _attention_of_rows(attn, h, tokens.queries, tokens)
-    if tokens.policy is None:
-        return attn(h, **_bias(tokens))
-    if type(attn) is not Attention:
-        raise UnsupportedBlock(
-            f"training with a policy masks the attention weights one by one, which timm's Attention allows and this model's "
-            f"{type(attn).__name__} does not; take a model with plain attention, or a strategy without a policy (EViT, TDM)"
-        )
-    q, k, v = attn.qkv(h).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    logits = (attn.q_norm(q) * attn.scale) @ attn.k_norm(k).transpose(-2, -1)
-    if tokens.key_bias is not None:
-        logits = logits + tokens.key_bias
-    weights = attn.attn_drop(policy_softmax(logits, tokens.policy)).to(v.dtype)
-    x = attn.norm((weights @ v).transpose(1, 2).flatten(2))
-    gate = getattr(attn, "gate", None)
-    if gate is not None:
-        x = x * gate(h).sigmoid()
-    return attn.proj_drop(attn.proj(x))
-
-
-def _attention_of_rows(attn: Any, h: Tensor, rows: Tensor, tokens: Tokens) -> Tensor:
-    """Timm's attention for some rows of B×T×C, which look at all of them; B×Q×C."""
-    if type(attn) is not Attention:
-        raise UnsupportedBlock(
-            f"computing some rows only needs timm's Attention, and this model has {type(attn).__name__}; take a model with "
-            f"plain attention, or another strategy"
-        )
-    asking = h.index_select(1, rows)
-    width = attn.qkv.weight.shape[0] // 3
-    bias = (None, None) if attn.qkv.bias is None else (attn.qkv.bias[:width], attn.qkv.bias[width:])
-    q = F.linear(asking, attn.qkv.weight[:width], bias[0]).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-    k, v = F.linear(h, attn.qkv.weight[width:], bias[1]).unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    drop = attn.attn_drop.p if attn.training else 0.0
-    x = F.scaled_dot_product_attention(
-        attn.q_norm(q), attn.k_norm(k), v, attn_mask=tokens.key_bias, dropout_p=drop, scale=attn.scale
-    )
-    x = attn.norm(x.transpose(1, 2).flatten(2))
-    gate = getattr(attn, "gate", None)
-    if gate is not None:
-        x = x * gate(asking).sigmoid()
-    return attn.proj_drop(attn.proj(x))
+from tdm_lightning.vit.attention import (
+    BIASED,
+    KNOWN,
+    ROTARY,
+    UnsupportedBlock,
+    biased_attention,
+    full_attention,
+    norm_or_none,
+    own_bias,
+    query_key,
+    rotary_attention,
+)
 
 
 def _mean(values: list[Tensor]) -> Tensor:
@@ -101,21 +37,27 @@ def _mean(values: list[Tensor]) -> Tensor:
 
 
 class BlockAdapter:
-    """Splits one timm block into attention and MLP. ``class_rows`` leading tokens stand for the class (0: none)."""
+    """Splits one timm block into attention and MLP.
+
+    Args:
+        class_rows: leading tokens that stand for the class; 0: none.
+        index: the block's place in the model.
+    """
 
     #: Whether :meth:`attend` heeds ``tokens.queries``.
     selects_rows: bool = False
 
-    def __init__(self, class_rows: int) -> None:
+    def __init__(self, class_rows: int, index: int = 0) -> None:
         self.class_rows = class_rows
+        self.index = index
 
     def attend(self, block: Any, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
         """The tokens after the attention residual, B×T×C, and the inputs of the block's attentions, each B×T×C."""
         raise TypeError(f"{type(self).__name__} must override attend()")
 
-    def projections(self, block: Any) -> list[QueryKey]:
+    def projections(self, block: Any, tokens: Tokens) -> list[QueryKey]:
         """The query and key projections of the block's attentions."""
-        return [_query_key(block.attn)]
+        return [query_key(block.attn, self.rope(tokens))]
 
     def normed(self, block: Any, x: Tensor) -> Tensor:
         """The tokens after attention as the MLP sees them, B×T×C."""
@@ -135,25 +77,61 @@ class BlockAdapter:
             x: the tokens after attention.
             needs: see :meth:`Strategy.needs`.
         """
-        seen = list(zip(inputs, self.projections(block), strict=True))
+        seen = list(zip(inputs, self.projections(block, tokens), strict=True))
         importance = keys = normed = None
         if "importance" in needs:
-            importance = _mean([self._importance(h, qk, tokens) for h, qk in seen])
+            bias = self.bias(getattr(block, "attn", None), tokens)
+            importance = _mean([self._importance(h, qk, bias, tokens.prefix) for h, qk in seen])
         if "keys" in needs:
             keys = _mean([mean_keys(h, qk) for h, qk in seen])
         if "normed" in needs:
             normed = self.normed(block, x)
         return Observed(importance, seen[0][1].heads, keys, normed)
 
-    def _importance(self, h: Tensor, qk: QueryKey, tokens: Tokens) -> Tensor:
+    def _importance(self, h: Tensor, qk: QueryKey, bias: Tensor | None, prefix: int) -> Tensor:
+        paired = bias is not None and bias.shape[-2] > 1  # a bias for each pair of tokens, not for each key alone
         if self.class_rows:
-            row = class_row(h, qk, self.class_rows, tokens.key_bias)
-            return row.mean(dim=(1, 2))[:, tokens.prefix :]
-        return received_attention(h, qk, tokens.prefix, tokens.key_bias)
+            bias = bias[:, :, : self.class_rows] if paired else bias  # type: ignore[index]
+            return class_row(h, qk, self.class_rows, bias).mean(dim=(1, 2))[:, prefix:]
+        bias = bias[:, :, prefix:] if paired else bias  # type: ignore[index]
+        return received_attention(h, qk, prefix, bias)
+
+    def rope(self, tokens: Tokens) -> Tensor | None:
+        """Rotary embeddings of the patch tokens, broadcast to B×H×N×D; ``None`` in models without."""
+        if tokens.geometry is None or not tokens.geometry.rope:
+            return None
+        table = tokens.geometry.rope[self.index]
+        if tokens.position is None:
+            return table
+        if table.ndim == 2:
+            return table[tokens.position].unsqueeze(1)
+        return table[:, tokens.position].transpose(0, 1)
+
+    def bias(self, attn: Any, tokens: Tokens) -> Tensor | None:
+        """What is added to the attention logits: the tokens' own bias, and that of their relative positions."""
+        if not isinstance(attn, BIASED):
+            return tokens.key_bias
+        table = own_bias(attn, None if tokens.geometry is None else tokens.geometry.bias)
+        if table is None:
+            return tokens.key_bias
+        if tokens.position is not None:
+            prefix = torch.arange(tokens.prefix, device=table.device).expand(tokens.position.shape[0], -1)
+            place = torch.cat((prefix, tokens.position + tokens.prefix), dim=1)
+            table = table[0][:, place.unsqueeze(2), place.unsqueeze(1)].transpose(0, 1)
+        table = table.to(tokens.x.dtype)
+        return table if tokens.key_bias is None else table + tokens.key_bias
+
+    def attention(self, attn: Any, h: Tensor, tokens: Tokens) -> Tensor:
+        """One of the block's attentions on its input, B×T×C."""
+        if isinstance(attn, ROTARY):
+            return rotary_attention(attn, h, tokens, self.rope(tokens))
+        if isinstance(attn, BIASED):
+            return biased_attention(attn, h, tokens, self.bias(attn, tokens))
+        return full_attention(attn, h, tokens)
 
 
 class PreNorm(BlockAdapter):
-    """``Block``: norm → attention → residual, norm → MLP → residual."""
+    """``Block``, ``RelPosBlock``: norm → attention → residual, norm → MLP → residual."""
 
     selects_rows = True
 
@@ -161,19 +139,36 @@ class PreNorm(BlockAdapter):
         """See :meth:`BlockAdapter.attend`."""
         h = block.norm1(tokens.x)
         x = tokens.x if tokens.queries is None else tokens.x.index_select(1, tokens.queries)
-        return x + block.drop_path1(block.ls1(_attention(block.attn, h, tokens))), [h]
+        return x + block.drop_path1(block.ls1(self.attention(block.attn, h, tokens))), [h]
 
     def feed_forward(self, block: Any, x: Tensor) -> Tensor:
         """See :meth:`BlockAdapter.feed_forward`."""
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
-class ResPost(BlockAdapter):
-    """``ResPostBlock``: attention → norm → residual, MLP → norm → residual."""
+class PreNormGamma(BlockAdapter):
+    """The blocks of ``Eva`` and ``Beit``: as :class:`PreNorm`, with layer scales that are the block's own or missing."""
 
     def attend(self, block: Any, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
         """See :meth:`BlockAdapter.attend`."""
-        return tokens.x + block.drop_path1(block.norm1(_attention(block.attn, tokens.x, tokens))), [tokens.x]
+        h = block.norm1(tokens.x)
+        return tokens.x + block.drop_path1(_scaled(self.attention(block.attn, h, tokens), block.gamma_1)), [h]
+
+    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
+        """See :meth:`BlockAdapter.feed_forward`."""
+        return x + block.drop_path2(_scaled(block.mlp(block.norm2(x)), block.gamma_2))
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else gamma * x
+
+
+class ResPost(BlockAdapter):
+    """``ResPostBlock`` and its like: attention → norm → residual, MLP → norm → residual."""
+
+    def attend(self, block: Any, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
+        """See :meth:`BlockAdapter.attend`."""
+        return tokens.x + block.drop_path1(block.norm1(self.attention(block.attn, tokens.x, tokens))), [tokens.x]
 
     def normed(self, block: Any, x: Tensor) -> Tensor:
         """No norm stands before this MLP."""
@@ -191,20 +186,24 @@ class ParallelScaling(BlockAdapter):
         """Run the whole block; its attention's input is formed again only where :meth:`observe` wants it."""
         if tokens.policy is not None:
             raise UnsupportedBlock(f"training with a policy needs timm's Attention; {type(block).__name__} has its own")
-        return block(tokens.x, **_bias(tokens)), []
+        return block(tokens.x, **({} if tokens.key_bias is None else {"attn_mask": tokens.key_bias})), []
 
     def observe(self, block: Any, tokens: Tokens, inputs: list[Tensor], x: Tensor, needs: frozenset[str]) -> Observed:
         """See :meth:`BlockAdapter.observe`."""
         return super().observe(block, tokens, [block.in_norm(tokens.x)], x, needs)
 
-    def projections(self, block: Any) -> list[QueryKey]:
+    def projections(self, block: Any, tokens: Tokens) -> list[QueryKey]:
         """Slices of the joint input projection."""
         hidden, width = block.in_split[0], block.in_split[1]
         weight, bias = block.in_proj.weight, block.in_proj.bias
         q, k = slice(hidden, hidden + width), slice(hidden + width, hidden + 2 * width)
         heads = width // block.head_dim
         q_bias, k_bias = (None, None) if bias is None else (bias[q], bias[k])
-        return [QueryKey(weight[q], q_bias, weight[k], k_bias, heads, block.scale, _norm(block.q_norm), _norm(block.k_norm))]
+        return [
+            QueryKey(
+                weight[q], q_bias, weight[k], k_bias, heads, block.scale, norm_or_none(block.q_norm), norm_or_none(block.k_norm)
+            )
+        ]
 
     def normed(self, block: Any, x: Tensor) -> Tensor:
         """The block has one norm for both halves."""
@@ -222,14 +221,14 @@ class ParallelThings(BlockAdapter):
         """See :meth:`BlockAdapter.attend`."""
         inputs = [branch.norm(tokens.x) for branch in block.attns]
         outputs = [
-            branch.drop_path(branch.ls(_attention(branch.attn, h, tokens)))
+            branch.drop_path(branch.ls(self.attention(branch.attn, h, tokens)))
             for branch, h in zip(block.attns, inputs, strict=True)
         ]
         return tokens.x + torch.stack(outputs).sum(dim=0), inputs
 
-    def projections(self, block: Any) -> list[QueryKey]:
+    def projections(self, block: Any, tokens: Tokens) -> list[QueryKey]:
         """One for each branch."""
-        return [_query_key(branch.attn) for branch in block.attns]
+        return [query_key(branch.attn) for branch in block.attns]
 
     def normed(self, block: Any, x: Tensor) -> Tensor:
         """The mean over the branches' norms."""
@@ -246,11 +245,16 @@ _ADAPTERS: dict[type[nn.Module], type[BlockAdapter]] = {
     timm_vit.ParallelScalingBlock: ParallelScaling,
     timm_vit.DiffParallelScalingBlock: ParallelScaling,
     timm_vit.ParallelThingsBlock: ParallelThings,
+    timm_eva.EvaBlock: PreNormGamma,
+    timm_eva.EvaBlockPostNorm: ResPost,
+    timm_beit.Block: PreNormGamma,
+    timm_relpos.RelPosBlock: PreNorm,
+    timm_relpos.ResPostRelPosBlock: ResPost,
 }
 
 
-def adapter_for(block: Any, class_rows: int) -> BlockAdapter:
-    """The adapter of a block's family.
+def adapter_for(block: Any, class_rows: int, index: int = 0) -> BlockAdapter:
+    """The adapter of a block's family, for the block at place ``index``.
 
     Raises:
         UnsupportedBlock: if there is none, or the block holds an attention that cannot be observed.
@@ -260,6 +264,7 @@ def adapter_for(block: Any, class_rows: int) -> BlockAdapter:
         known = ", ".join(cls.__name__ for cls in _ADAPTERS)
         raise UnsupportedBlock(f"its blocks are {type(block).__module__}.{type(block).__name__}; supported are {known}")
     for module in [getattr(block, "attn", None), *(branch.attn for branch in getattr(block, "attns", ()))]:
-        if module is not None and not isinstance(module, (Attention, DiffAttention)):
-            raise UnsupportedBlock(f"its attention is {type(module).__name__}; supported are Attention and DiffAttention")
-    return adapter(class_rows)
+        if module is not None and not isinstance(module, KNOWN):
+            known = ", ".join(cls.__name__ for cls in KNOWN)
+            raise UnsupportedBlock(f"its attention is {type(module).__name__}; supported are {known}")
+    return adapter(class_rows, index)

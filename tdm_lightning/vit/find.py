@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from tdm_lightning.vit.families import VIT_CLASSES
 from tdm_lightning.vit.wrapper import TokenReducedViT
 
 #: Called with a block's index, from 0, and the tokens after it, B×T×C, prefix tokens first.
 See = Callable[[int, Tensor], None]
 
 
-def find_vit(module: nn.Module, path: str | None = None) -> TokenReducedViT | VisionTransformer:
-    """The one ViT inside a module: a reduced model, or a plain timm ``VisionTransformer``.
+def find_vit(module: nn.Module, path: str | None = None) -> nn.Module:
+    """The one ViT inside a module: a reduced model, or a plain timm ViT (see :data:`~tdm_lightning.vit.families.VIT_CLASSES`).
 
     A reduced model stands for the timm model inside it, also where that hangs on the module a second time.
 
@@ -38,17 +38,13 @@ def find_vit(module: nn.Module, path: str | None = None) -> TokenReducedViT | Vi
         raise ValueError(f"{type(module).__name__} has no submodule {start!r}: {error}") from None
     reduced = {name: inner for name, inner in root.named_modules() if isinstance(inner, TokenReducedViT)}
     covered = {id(inner) for model in reduced.values() for inner in model.modules()}
-    plain = {
-        name: inner for name, inner in root.named_modules() if isinstance(inner, VisionTransformer) and id(inner) not in covered
-    }
-    found: dict[str, TokenReducedViT | VisionTransformer] = {**reduced, **plain}
+    plain = {name: inner for name, inner in root.named_modules() if isinstance(inner, VIT_CLASSES) and id(inner) not in covered}
+    found: dict[str, nn.Module] = {**reduced, **plain}
     if len(found) == 1:
         return next(iter(found.values()))
     where = type(module).__name__ + (f".{start}" if start else "")
     if not found:
-        raise ValueError(
-            f"found no ViT in {where}: expected one timm VisionTransformer, or what attach() returns, among its submodules"
-        )
+        raise ValueError(f"found no ViT in {where}: expected one timm ViT, or what attach() returns, among its submodules")
     paths = ", ".join(f"{'.'.join(filter(None, (start, name)))!r} ({type(inner).__name__})" for name, inner in found.items())
     raise ValueError(f"found {len(found)} ViTs in {where}, expected one: {paths}; say which by its path")
 
@@ -59,7 +55,7 @@ def inner_vit(model: nn.Module) -> Any:
 
 
 @contextmanager
-def tap_blocks(vit: TokenReducedViT | VisionTransformer, see: See) -> Iterator[None]:
+def tap_blocks(vit: nn.Module, see: See) -> Iterator[None]:
     """Show ``see`` the tokens after each block of every pass inside the context; the hooks are removed with it.
 
     The taps of a reduced model and the blocks of a plain one give the same tokens in the same place. Code that was compiled

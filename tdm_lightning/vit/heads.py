@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdm_lightning.vit.families import family_of
+
 
 def needs_sizes(vit: Any) -> bool:
     """Whether the model's head pools over patch tokens, so that their sizes matter."""
@@ -31,7 +33,7 @@ def forward_head(vit: Any, features: Tensor, size: Tensor | None = None, pre_log
     """
     if size is None or not needs_sizes(vit):
         return vit.forward_head(features, pre_logits=pre_logits)
-    whole = bool(getattr(vit, "pool_include_prefix", False))
+    whole = family_of(vit).pools_prefix(vit)
     prefix = vit.num_prefix_tokens
     weight = nn.functional.pad(size, (prefix, 0), value=1.0) if whole else size
     x = features if whole else features[:, prefix:]

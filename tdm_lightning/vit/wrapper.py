@@ -15,7 +15,7 @@ from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.tokens import Observed, Output, Tokens, Trace
 from tdm_lightning.vit import heads
 from tdm_lightning.vit.blocks import adapter_for
-from tdm_lightning.vit.facts import class_rows
+from tdm_lightning.vit.families import class_rows, family_of, grid_size
 
 #: Called with a stage's name and the block's index after each stage of a pass; for counters and clocks.
 Watch = Callable[[str, int], None]
@@ -122,7 +122,8 @@ class TokenReducedViT(nn.Module):
             len(self.vit.blocks), indices if indices is None or isinstance(indices, int) else list(indices)
         )
         tokens, _, states = self._encode(images, trace=True, keep=frozenset(wanted))
-        grid = self.vit.patch_embed.dynamic_feat_size(images.shape[-2:])
+        height, width = images.shape[-2:]
+        grid = grid_size(self.vit, (height, width))
         maps: list[Any] = []
         for state in states:
             assert state.source is not None
@@ -162,7 +163,7 @@ class TokenReducedViT(nn.Module):
 
     def _block(self, index: int, tokens: Tokens, watch: Watch) -> Tokens:
         block, strategy = self.vit.blocks[index], self.strategy
-        adapter = adapter_for(block, class_rows(self.vit))
+        adapter = adapter_for(block, class_rows(self.vit), index)
         tokens = strategy.before_block(index, tokens)
         watch("before_block", index)
         x, inputs = adapter.attend(block, tokens)
@@ -178,30 +179,15 @@ class TokenReducedViT(nn.Module):
         return tokens
 
     def _embed(self, images: Tensor, trace: bool) -> Tokens:
-        vit = self.vit
-        if images.ndim != 4 or images.shape[1] != vit.patch_embed.proj.in_channels:
-            raise ValueError(
-                f"images must have shape B×{vit.patch_embed.proj.in_channels}×H×W for this model, got {tuple(images.shape)}"
-            )
-        expected = vit.patch_embed.img_size
-        if vit.patch_embed.strict_img_size and expected is not None and tuple(images.shape[-2:]) != tuple(expected):
-            raise ValueError(
-                f"images must be {expected[0]}×{expected[1]} for this model, got {images.shape[-2]}×{images.shape[-1]}; resize "
-                f"them, or create the timm model with img_size=… or dynamic_img_size=True"
-            )
-        patch = vit.patch_embed.patch_size
-        if not vit.patch_embed.dynamic_img_pad and (images.shape[-2] % patch[0] or images.shape[-1] % patch[1]):
-            raise ValueError(
-                f"images must be a multiple of the patch size {patch[0]}×{patch[1]} for this model, got "
-                f"{images.shape[-2]}×{images.shape[-1]}; resize them, or create the timm model with dynamic_img_pad=True"
-            )
-        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        vit, family = self.vit, family_of(self.vit)
+        family.check(vit, images)
+        x, geometry = family.embed(vit, images)
         prefix = vit.num_prefix_tokens
         batch, patches = x.shape[0], x.shape[1] - prefix
         sized = self.strategy.tracks_size() or heads.needs_sizes(vit)
         size = torch.ones(batch, patches, device=x.device) if sized else None
         source = torch.arange(patches, device=x.device).expand(batch, -1) if trace else None
-        return Tokens(x, prefix, depth=len(vit.blocks), size=size, source=source)
+        return Tokens(x, prefix, depth=len(vit.blocks), size=size, source=source, geometry=geometry)
 
     # What timm's tools ask of a model. Parameter names carry the prefix of the attribute they hang on.
 
