@@ -12,6 +12,7 @@ from typing import Any
 #: Our own subcommands: name → (module, function, summary). Imported when called, so that help stays quick.
 COMMANDS = {
     "compare": ("tdm_lightning.commands.compare", "compare", "Time methods against each other."),
+    "study": ("tdm_lightning.commands.study", "study", "Compare methods at equal cost on real images."),
     "visualize": ("tdm_lightning.commands.visualize", "visualize", "Draw what becomes of an image's patches."),
 }
 _TRAINER = {
@@ -85,7 +86,8 @@ def _run_command(command: str, arguments: list[str]) -> Any:
     for key in files:
         parser.add_argument(key, nargs="+", help="one or more files")
     parser.add_function_arguments(function, skip=set(files), as_group=False)
-    settings = parser.instantiate_classes(parser.parse_args([_underscored(argument) for argument in arguments])).as_dict()
+    arguments = with_named_configs([_underscored(argument) for argument in arguments])
+    settings = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
     return function(**{key: settings[key] for key in signature(function).parameters})
 
 
