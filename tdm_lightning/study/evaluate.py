@@ -1,0 +1,72 @@
+"""Which images a model gets right, and how different its tokens stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tdm_lightning.metrics import DiversityScore
+from tdm_lightning.vit import TokenReducedViT
+from tdm_lightning.vit.find import tap_blocks
+
+#: Images that the diversity score is the mean over, spread evenly: it takes longer than the pass itself.
+SAMPLED = 100
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of a set of images.
+
+    Attributes:
+        correct: N, bool.
+        diversity: the score of the patch tokens after each block.
+    """
+
+    correct: Tensor
+    diversity: list[float]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the images, in [0, 1]."""
+        return self.correct.double().mean().item()
+
+
+def gathered(batches: Iterable[tuple[Tensor, Tensor]], limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """The first images of a loader and their labels in two tensors, to read a split once and evaluate on it often."""
+    images, labels, count = [], [], 0
+    for batch, target in batches:
+        images.append(batch)
+        labels.append(target)
+        count += len(target)
+        if limit is not None and count >= limit:
+            break
+    return torch.cat(images)[:limit], torch.cat(labels)[:limit]
+
+
+@torch.inference_mode()
+def evaluate(model: TokenReducedViT, images: Tensor, labels: Tensor, batch_size: int = 100) -> Evaluation:
+    """Classify images, and score the diversity of the tokens on some of them.
+
+    Args:
+        model: on any device; left in evaluation mode.
+        images: N×C×H×W.
+        labels: N.
+        batch_size: images in a pass.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    correct = [
+        (model(batch.to(device)).argmax(dim=1).cpu() == target)
+        for batch, target in zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    ]
+    return Evaluation(torch.cat(correct), _diversity(model, images[:: max(1, len(images) // SAMPLED)][:SAMPLED].to(device)))
+
+
+def _diversity(model: TokenReducedViT, images: Tensor) -> list[float]:
+    scores = [DiversityScore().to(images.device) for _ in model.vit.blocks]
+    with tap_blocks(model, lambda block, tokens: scores[block].update(tokens[:, model.num_prefix_tokens :])):
+        model(images)
+    return [score.compute().item() for score in scores]
