@@ -8,9 +8,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tdm_lightning import checkpoints, flops, metrics
+from tdm_lightning import checkpoints, flops, metrics, sparsity
 from tdm_lightning.budget import solve_keep_rate
-from tdm_lightning.strategies import DPCKNN, IARED2, TDM, DyViT, EViT, EvoViT, Random, Strategy, TokenMerger, ToMe, TopK
+from tdm_lightning.strategies import (
+    DPCKNN,
+    IARED2,
+    TDM,
+    DyViT,
+    EViT,
+    EvoViT,
+    PSViT,
+    Random,
+    Stack,
+    Strategy,
+    SViTE,
+    TokenMerger,
+    ToMe,
+    TopK,
+)
 from tdm_lightning.tokens import Output, Role, Tokens, Trace
 from tdm_lightning.version import __version__
 from tdm_lightning.vit import TokenReducedViT, attach, detach
@@ -29,8 +44,11 @@ __all__ = [
     "EvoViT",
     "ImageNetDataModule",
     "Output",
+    "PSViT",
     "Random",
     "Role",
+    "SViTE",
+    "Stack",
     "Strategy",
     "ToMe",
     "TokenMerger",
@@ -46,6 +64,7 @@ __all__ = [
     "flops",
     "metrics",
     "solve_keep_rate",
+    "sparsity",
 ]
 
 _LAZY = {"TokenReductionClassifier": "tdm_lightning.module", "ImageNetDataModule": "tdm_lightning.data"}

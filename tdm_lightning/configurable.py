@@ -67,6 +67,8 @@ def _plain(value: Any) -> Any:
 
 
 def _built(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_built(item) for item in value]
     return Configurable.from_config(value) if isinstance(value, Mapping) and "class_path" in value else value
 
 
@@ -78,4 +80,6 @@ def arguments_line(config: Mapping[str, Any]) -> str:
 def _readable(value: Any) -> str:
     if isinstance(value, Mapping) and "class_path" in value:
         return f"{value['class_path'].rsplit('.', 1)[-1]}({arguments_line(value)})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_readable, value))}]"
     return repr(value)

@@ -218,6 +218,11 @@ class TokenReductionClassifier(LightningModule):
         scheduler.step_update(num_updates=self.global_step)
         freeze(scheduler.optimizer.param_groups, int(self.global_step / self._steps_per_epoch()))
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step; then the strategy has its say on the weights."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.model.strategy.after_optimizer_step(self.model, self.global_step + 1, int(self.trainer.estimated_stepping_batches))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Forget where the weights started: loading a checkpoint must not need another file or a download."""
         for name in ("pretrained", "checkpoint"):

@@ -1,5 +1,6 @@
 """Token-reduction methods, one file per published system."""
 
+from tdm_lightning.strategies.avit import AViT
 from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.strategies.dpcknn import DPCKNN
 from tdm_lightning.strategies.dyvit import DyViT
@@ -7,9 +8,27 @@ from tdm_lightning.strategies.evit import EViT
 from tdm_lightning.strategies.evovit import EvoViT
 from tdm_lightning.strategies.iared2 import IARED2
 from tdm_lightning.strategies.merger import TokenMerger
+from tdm_lightning.strategies.psvit import PSViT
 from tdm_lightning.strategies.random import Random
+from tdm_lightning.strategies.stack import Stack
+from tdm_lightning.strategies.svite import SViTE
 from tdm_lightning.strategies.tdm import TDM
 from tdm_lightning.strategies.tome import ToMe
 from tdm_lightning.strategies.topk import TopK
 
-__all__ = ["DPCKNN", "IARED2", "TDM", "DyViT", "EViT", "EvoViT", "Random", "Strategy", "ToMe", "TokenMerger", "TopK"]
+__all__ = [
+    "DPCKNN", "AViT",
+    "IARED2",
+    "TDM",
+    "DyViT",
+    "EViT",
+    "EvoViT",
+    "PSViT",
+    "Random",
+    "SViTE",
+    "Stack",
+    "Strategy",
+    "ToMe",
+    "TokenMerger",
+    "TopK",
+]

@@ -33,6 +33,9 @@ class Strategy(nn.Module, Configurable):
     #: Whether :meth:`loss` compares with a frozen, unreduced copy of the model.
     needs_teacher: bool = False
 
+    #: Whether the method leaves all tokens as they are, so that it can stand beside one that reduces them.
+    keeps_tokens: bool = False
+
     #: Whether blocks compute chosen rows only (``Tokens.queries``); then the model's blocks must be able to.
     selects_rows: bool = False
 
@@ -132,6 +135,15 @@ class Strategy(nn.Module, Configurable):
         Args:
             epoch: epochs done.
             step: optimizer steps done.
+            total_steps: optimizer steps in the whole run.
+        """
+
+    def after_optimizer_step(self, model: Any, step: int, total_steps: int) -> None:
+        """Told after every optimizer step, its gradients still there, for methods that act on the weights.
+
+        Args:
+            model: the reduced model.
+            step: optimizer steps done, this one included.
             total_steps: optimizer steps in the whole run.
         """
 

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import Attention
 from torch import nn
 
 from tdm_lightning.strategies.base import Strategy
+from tdm_lightning.strategies.stack import stacked
 from tdm_lightning.vit.blocks import UnsupportedBlock, adapter_for
 from tdm_lightning.vit.families import VIT_CLASSES, class_rows, family_of, patch_count
 from tdm_lightning.vit.wrapper import TokenReducedViT
 
 
-def attach(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
+def attach(vit: nn.Module, strategy: Strategy | Sequence[Strategy]) -> TokenReducedViT:
     """Wrap a timm ViT so that it reduces its tokens. The model and its parameters are shared, not copied or changed.
 
     Args:
         vit: any model of timm's ViT classes: ``VisionTransformer`` (DeiT, DINOv2, CLIP, hybrids, …), ``Eva`` (EVA-02, DINOv3,
             PE), ``Beit``, ``VisionTransformerRelPos``, ``NaFlexVit``.
-        strategy: a token-reduction method. One with parameters of its own can be attached once.
+        strategy: a token-reduction method, or a list of one and of methods that act on the weights, ``[SViTE(), TDM()]``. One
+            with parameters or masks of its own can be attached once.
 
     Returns:
         The reduced model; the timm model is its ``vit``.
@@ -41,8 +44,7 @@ def attach(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
         )
     if isinstance(vit, type) or not isinstance(vit, nn.Module):
         raise TypeError(f"attach() takes a timm model, got {vit!r}; make one with timm.create_model(name)")
-    if not isinstance(strategy, Strategy):
-        raise TypeError(f"strategy must be a Strategy such as TDM(keep_rate=0.7), got {strategy!r}")
+    strategy = stacked(strategy)
     _check_reducible(vit)
     if strategy.absolute_positions_only and family_of(vit).places(vit):
         raise TypeError(
