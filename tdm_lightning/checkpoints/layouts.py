@@ -21,8 +21,8 @@ class Layout:
         recognises: whether a file's names belong to it.
         translate: the file's weights under timm's names; those of a strategy's own layers under ``strategy.…``, as
             :class:`~tdm_lightning.TokenReducedViT` names them. What it leaves out is not loaded.
-        auxiliary: how the names of weights begin, after translation, that only serve training: a model without them does
-            not need them.
+        auxiliary: how the names of weights begin, after translation, that only serve training or one strategy: a model
+            without them does not need them.
     """
 
     name: str
@@ -101,7 +101,7 @@ def _from_ours(weights: Weights) -> Weights:
 
 #: Asked in this order, so the most specific come first. EViT, A-ViT and others that add no layer keep DeiT's names.
 LAYOUTS: tuple[Layout, ...] = (
-    Layout("tdm-lightning", _is_ours, _from_ours),
+    Layout("tdm-lightning", _is_ours, _from_ours, auxiliary=("strategy.kept",)),  # PS-ViT's masks
     Layout("evo-vit", _is_evovit, _from_evovit, auxiliary=("strategy.head_cls.", "strategy.norm_cls.")),
     Layout("dynamicvit", _is_dynamicvit, _from_dynamicvit),
     Layout("ia-red2", _is_iared2, _from_iared2),

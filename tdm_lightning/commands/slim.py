@@ -122,7 +122,7 @@ def _from_run(path: str) -> tuple[nn.Module, str, dict[str, Any] | None]:
     """The timm model of a checkpoint, its name, and what it was created with."""
     from tdm_lightning.module import TokenReductionClassifier
 
-    module = TokenReductionClassifier.load_from_checkpoint(path, map_location="cpu", pretrained=False, checkpoint=None)
+    module = TokenReductionClassifier.load_from_checkpoint(path, map_location="cpu")
     return module.model.vit, module.hparams["model"], module.hparams["model_kwargs"]
 
 

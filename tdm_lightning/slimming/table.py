@@ -21,9 +21,9 @@ def rows(slimmed: Slimmed) -> list[tuple[str, ...]]:
     before, after = mac_report(plain), mac_report(slimmed.model)
     lines = []
     for block, was, now in zip(slimmed.blocks, before.blocks, after.blocks, strict=True):
-        cost = [f"{(macs.attention + macs.mlp) / 1e9:.4f}" for macs in (now, was)]
+        cost = [f"{(macs.attention + macs.mlp) / 1e9:.4g}" for macs in (now, was)]
         lines.append((str(block.index), str(block.patches), f"{block.error:.5f}", "yes" if block.tuned else "no", *cost))
-    total = [f"{report.backbone / 1e9:.4f}" for report in (after, before)]
+    total = [f"{report.backbone / 1e9:.4g}" for report in (after, before)]
     return [*lines, ("model", "", f"{slimmed.error:.5f}", "", *total)]
 
 

@@ -99,9 +99,9 @@ class PSViT(Strategy):
         if self.masks is not None:
             if len(self.masks) != depth or len(self.masks[0]) != patches:
                 raise ValueError(
-                    f"masks of {len(self.masks)} blocks and {len(self.masks[0])} patches do not fit this model's {depth} blocks and "
-                    f"{patches} patches; masks belong to positions: search again with `tdm slim`, or create the timm model with the "
-                    f"img_size that they were made for"
+                    f"masks of {len(self.masks)} blocks and {len(self.masks[0])} patches do not fit this model's {depth} "
+                    f"blocks and {patches} patches; masks belong to positions: search again with `tdm slim`, or create the "
+                    f"timm model with the img_size that they were made for"
                 )
             return torch.tensor(self.masks, dtype=torch.bool)
         counts = self.schedule(depth, patches, class_head)
