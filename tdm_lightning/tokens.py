@@ -57,8 +57,9 @@ class Reduction:
 
     def sizes(self, size: Tensor) -> Tensor:
         """Number of patches in each leaving token, B×M, from that of each entering one, B×N."""
-        held = size.masked_fill(self.assignment < 0, 0)
-        return size.new_zeros(self.x.shape[:2]).scatter_add(1, self.assignment.clamp(min=0), held)
+        batch, count = self.x.shape[:2]
+        holder = torch.where(self.assignment < 0, count, self.assignment)  # what is dropped goes to one place more
+        return size.new_zeros(batch, count + 1).scatter_add(1, holder, size)[:, :count]
 
 
 @dataclass(frozen=True)

@@ -144,8 +144,9 @@ def test_training_starts_from_the_plain_model(images):
 
 @pytest.mark.parametrize("group", [0, 1, 2])
 @pytest.mark.parametrize("training", [False, True])
-def test_an_image_may_lose_all_of_its_patches(images, group, training):
-    model = keep_none(small(), group).train(training)
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_an_image_may_lose_all_of_its_patches(images, group, training, pool):
+    model = keep_none(small(global_pool=pool), group).train(training)
     model.strategy.on_progress(0 if group == 0 else 61, 0, 1)  # drawn while its own group learns, thresholded before
     with torch.no_grad():
         model.strategy.interpreters[group].qk.bias.mul_(10)
