@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tdm_lightning.callbacks.batches import first_images, is_sampled
 from torch import Tensor, nn
 
 from tdm_lightning.checks import check_count
-from tdm_lightning.flops import mac_report
+from tdm_lightning.flops import ImageCosts, image_costs, mac_report
 from tdm_lightning.vit import TokenReducedViT
 from tdm_lightning.vit.families import grid_size
 from tdm_lightning.vit.find import find_vit
@@ -27,10 +28,13 @@ class FLOPsMonitor(Callback):
     memory, and about as much time as the Python of one pass.
 
     Where a strategy decides image by image how many tokens it keeps, real images are counted: the mean over a few batches
-    spread evenly over the loader, printed at the end of the first epoch.
+    spread evenly over the loader, printed at the end of the first epoch. ``flops/gmacs`` is then what a batch costs per image,
+    padding included; beside it stand ``flops/gmacs_alone``, the mean of what the images would cost one by one, and the standard
+    deviations over images, ``flops/gmacs_alone_std`` and ``tokens/block_XX_std``.
 
     Args:
         max_batches: how many batches to count for such strategies, per epoch and process.
+        max_images: how many images of each of them to count one by one.
         vit: path of the ViT in the LightningModule, where it holds several.
 
     Attributes:
@@ -41,17 +45,19 @@ class FLOPsMonitor(Callback):
             not hold exactly one ViT; with the first batch, if that holds no images.
     """
 
-    def __init__(self, max_batches: int = 8, vit: str | None = None) -> None:
+    def __init__(self, max_batches: int = 8, vit: str | None = None, max_images: int = 8) -> None:
         self.max_batches = check_count(max_batches, "max_batches")
+        self.max_images = check_count(max_images, "max_images")
         self.vit = vit
         self.costs: dict[str, float] = {}
         self._costs: list[dict[str, float]] = []
+        self._images: list[ImageCosts] = []
         self._told = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there is one ViT."""
         find_vit(pl_module, self.vit)
-        self._costs, self._told = [], False
+        self._costs, self._images, self._told = [], [], False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count."""
@@ -87,7 +93,9 @@ class FLOPsMonitor(Callback):
         vit = find_vit(pl_module, self.vit)
         if _adaptive(vit):
             if is_sampled(index, total, self.max_batches):
-                self._costs.append(cost(vit, images=first_images(batch)))
+                images = first_images(batch)
+                self._costs.append(cost(vit, images=images))
+                self._images.append(image_costs(vit, images[: self.max_images]))
             return
         if self._costs:
             return
@@ -98,13 +106,14 @@ class FLOPsMonitor(Callback):
     def _log(self, pl_module: LightningModule) -> None:
         if self._costs:
             self._tell(pl_module, find_vit(pl_module, self.vit))
-            self.costs, self._costs = _mean(self._costs), []
+            self.costs = {**_mean(self._costs), **spread(self._images)}
+            self._costs, self._images = [], []
             pl_module.log_dict(self.costs, sync_dist=True)
 
     def _tell(self, pl_module: LightningModule, vit: nn.Module) -> None:
         if not self._told:
             self._told = True
-            pl_module.print(describe(_mean(self._costs), vit))
+            pl_module.print(describe({**_mean(self._costs), **spread(self._images)}, vit))
 
 
 def cost(vit: nn.Module, input_size: tuple[int, int, int] | None = None, images: Tensor | None = None) -> dict[str, float]:
@@ -118,12 +127,31 @@ def cost(vit: nn.Module, input_size: tuple[int, int, int] | None = None, images:
     return {"flops/gmacs": report.backbone / 1e9, "flops/reduction": report.reduction, **tokens}
 
 
+def spread(costs: Sequence[ImageCosts]) -> dict[str, float]:
+    """How much images differ: what is logged beside :func:`cost` for adaptive strategies; nothing for others."""
+    if not costs:
+        return {}
+    macs, tokens = torch.cat([each.macs for each in costs]), torch.cat([each.tokens for each in costs])
+    deviations = tokens.std(dim=0, correction=0).tolist()
+    return {
+        "flops/gmacs_alone": macs.mean().item() / 1e9,
+        "flops/gmacs_alone_std": macs.std(correction=0).item() / 1e9,
+        **{f"tokens/block_{index:02d}_std": deviation for index, deviation in enumerate(deviations)},
+    }
+
+
 def describe(costs: dict[str, float], vit: nn.Module) -> str:
     """Costs in words, for a ViT in its present state."""
     gmacs, reduction = costs["flops/gmacs"], costs["flops/reduction"]
-    tokens = " ".join(f"{count:g}" for key, count in costs.items() if key.startswith("tokens/"))
+    counts = {key: count for key, count in costs.items() if key.startswith("tokens/") and not key.endswith("_std")}
+    tokens = " ".join(
+        f"{count:.4g}" + (f"±{costs[f'{key}_std']:.2g}" if f"{key}_std" in costs else "") for key, count in counts.items()
+    )
     if not isinstance(vit, TokenReducedViT):
         return f"{type(vit).__name__}: {gmacs:.4g} GMACs per image; patch tokens after each block: {tokens}"
+    if "flops/gmacs_alone" in costs:
+        alone, deviation = costs["flops/gmacs_alone"], costs["flops/gmacs_alone_std"]
+        tokens = f"{tokens}; one by one the images take {alone:.4g}±{deviation:.2g} GMACs"
     rate = vit.strategy.current_keep_rate
     now = "" if rate is None else f" at the current keep rate {rate:.3g}"
     return (

@@ -393,3 +393,34 @@ def test_a_timed_training_step_leaves_the_model_as_it_was():
     assert not model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Positive(tdm.Strategy):
+    """Each image keeps its patches with a positive first channel."""
+
+    adaptive = True
+
+    def before_block(self, index, tokens):
+        return tokens.packed(index, tokens.patches[..., 0] > 0) if index == 1 else tokens
+
+
+def test_adaptive_methods_tell_their_spread(tmp_path):
+    plan = run.Plan(batch_size=3, rounds=1, warmup=0)
+    comparison = run.prepare(NAME, [Positive()], plan, SHAPE)
+    costs = comparison.alone[1]
+    assert comparison.rows()[1].macs_alone == pytest.approx(costs.macs.mean().item())
+    assert comparison.rows()[1].macs_alone_std > 0
+    assert comparison.macs[1] > costs.macs.mean()  # padding
+    assert "Positive, image by image:" in comparison.remarks()[0]
+
+
+def test_real_images_are_timed_on(compare, tmp_path, monkeypatch):
+    vit = timm.create_model(NAME, **SHAPE)
+    torch.save({"model": vit.state_dict()}, tmp_path / "vit.pth")
+    seen = []
+    monkeypatch.setattr(run, "peak_bytes", lambda model, images: seen.append(images) or 1)
+    extra = ["--data.dataset=digits", "--data.num_workers=0", "--data.batch_size=500"]
+    compare(f"--ckpt={tmp_path / 'vit.pth'}", *extra, rounds=1, strategies=STRATEGIES[:1])
+    data = tdm.ImageNetDataModule("digits", model=NAME, model_kwargs=SHAPE, num_workers=0, batch_size=2)
+    data.setup("test")
+    torch.testing.assert_close(seen[0], next(iter(data.test_dataloader()))[0])

@@ -97,3 +97,20 @@ def test_adaptive_strategies_need_images():
     model = tdm.attach(VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2), Adaptive())
     with pytest.raises(ValueError, match="Adaptive keeps another number of tokens.*images="):
         count_macs(model)
+
+
+def test_images_one_by_one():
+    class Some(tdm.Strategy):
+        adaptive = True
+
+        def before_block(self, index, tokens):
+            return tokens.packed(index, tokens.patches[..., 0] > 0) if index == 1 else tokens
+
+    torch.manual_seed(0)
+    model = tdm.attach(timm.create_model("test_vit", img_size=32, patch_size=8).eval(), Some())
+    images = torch.randn(3, 3, 32, 32)
+    costs = tdm.flops.image_costs(model, images)
+    assert costs.macs.tolist() == [count_macs(model, images=image[None]) for image in images]
+    counts = model.trace(images)[1].token_counts
+    assert torch.equal(costs.tokens, torch.stack(counts, dim=1).double())
+    assert costs.macs.mean() < count_macs(model, images=images)

@@ -44,7 +44,8 @@ def compare(
         dtype: ``float32``, ``bfloat16`` or ``float16``, of weights and images.
         match_gmacs: solve every method's keep rate, or ToMe's r, for this many 10⁹ multiply-accumulates per image.
         ckpt: weights for all methods, an official checkpoint or one of ``tdm fit``; ``None``: random ones, which do for speed.
-        data: images for top-1; the model they are prepared for is filled in.
+        data: images for top-1, and to time on in place of random numbers, which matters for methods that decide image by image;
+            the model they are prepared for is filled in.
         training: also time a training step (forward and backward), which takes about three passes more per round.
         seed: of random weights and images.
         out: folder for the files.
@@ -67,7 +68,7 @@ def compare(
     chosen = posters_strategies() if strategies is None else strategies
     classes = {} if data is None else {"num_classes": data.num_classes}
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        comparison = prepare(model, chosen, plan, {**classes, **(model_kwargs or {})}, ckpt, match_gmacs, progress)
+        comparison = prepare(model, chosen, plan, {**classes, **(model_kwargs or {})}, ckpt, match_gmacs, progress, data)
         folder = make_folder(out)
         measure(comparison, data, progress)
     written = write(comparison, folder)

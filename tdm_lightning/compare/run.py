@@ -17,7 +17,7 @@ from tdm_lightning.compare.memory import peak_bytes, saved_bytes
 from tdm_lightning.compare.methods import Method, make_method, make_plain
 from tdm_lightning.compare.table import Row, Spread
 from tdm_lightning.compare.timing import Round, interleaved_rounds, own_share
-from tdm_lightning.flops import count_macs, default_input_size
+from tdm_lightning.flops import ImageCosts, count_macs, default_input_size, image_costs
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.vit import TokenReducedViT
 
@@ -66,8 +66,9 @@ class Comparison:
     Attributes:
         plan: how they are measured.
         methods: the plain model first.
-        images: the batch that they are timed on, random numbers B×C×H×W.
-        macs: multiply-accumulates per image, one for each method.
+        images: the batch that they are timed on, B×C×H×W: random numbers, or real images where there are data.
+        macs: multiply-accumulates per image, one for each method; of an adaptive one in this batch, padding included.
+        alone: what each image of the batch costs by itself, by the place of each adaptive method.
         facts: what the numbers depend on, by name.
         memory: peak bytes, one for each method that got its turn.
         saved: bytes saved for a backward pass, likewise.
@@ -82,6 +83,7 @@ class Comparison:
     images: Tensor
     macs: list[int]
     facts: dict[str, str]
+    alone: dict[int, ImageCosts] = field(default_factory=dict)
     memory: list[int] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
     own: list[float] = field(default_factory=list)
@@ -96,6 +98,12 @@ class Comparison:
     def remarks(self) -> list[str]:
         """What a reader of the table should know."""
         remarks = [f"no top-1 of {method.name}: {method.remark}" for method in self.methods if method.remark]
+        for index, costs in self.alone.items():
+            gmacs, tokens = costs.macs / 1e9, costs.tokens[:, -1]
+            remarks.append(
+                f"{self.methods[index].name}, image by image: {gmacs.mean():.3f} ± {gmacs.std(correction=0):.3f} GMACs (standard "
+                f"deviation) and {tokens.mean():.1f} ± {tokens.std(correction=0):.1f} tokens after the last block"
+            )
         if self.interrupted:
             remarks.append(f"interrupted after {len(self.rounds)} of {self.plan.rounds} rounds")
         return remarks
@@ -113,6 +121,9 @@ class Comparison:
             extra |= {"saved": self.saved[index], "plain_saved": self.saved[0]}
         if index < len(self.own):
             extra["own_time"] = self.own[index]
+        if index in self.alone:
+            macs = self.alone[index].macs
+            extra |= {"macs_alone": macs.mean().item(), "macs_alone_std": macs.std(correction=0).item()}
         if index in self.accuracy:
             extra["top1"] = self.accuracy[index]
         return Row(
@@ -137,6 +148,7 @@ def prepare(
     ckpt: str | None = None,
     match_gmacs: float | None = None,
     progress: Progress | None = None,
+    data: ImageNetDataModule | None = None,
 ) -> Comparison:
     """Make the models and count what they cost; nothing is measured yet.
 
@@ -148,6 +160,7 @@ def prepare(
         ckpt: file with weights for all of them.
         match_gmacs: budget to solve every method's setting for, in 10⁹ multiply-accumulates per image.
         progress: where to show a bar.
+        data: where to take the batch from; ``None``: random numbers, which do for methods of a fixed budget.
 
     Raises:
         TypeError, ValueError: if the model cannot be reduced or a strategy does not fit it, see :func:`make_method`.
@@ -161,7 +174,7 @@ def prepare(
     for method in methods:
         method.model.to(device, dtype)
     size = default_input_size(methods[0].model)
-    images = torch.randn(plan.batch_size, *size).to(device, dtype)
+    images = (torch.randn(plan.batch_size, *size) if data is None else _batch(data, plan.batch_size)).to(device, dtype)
     facts = {
         "model": f"{model}, {'×'.join(map(str, size))}, {f'weights of {ckpt}' if ckpt else 'random weights'}",
         "measured": (
@@ -171,7 +184,8 @@ def prepare(
         **({"budget": f"settings solved for {match_gmacs} GMACs"} if match_gmacs is not None else {}),
         **surroundings(device),
     }
-    return Comparison(plan, methods, images, [_macs(method, images) for method in methods], facts)
+    alone = {index: image_costs(method.model, images) for index, method in enumerate(methods) if _adaptive(method)}  # type: ignore[arg-type]
+    return Comparison(plan, methods, images, [_macs(method, images) for method in methods], facts, alone)
 
 
 def measure(comparison: Comparison, data: ImageNetDataModule | None = None, progress: Progress | None = None) -> None:
@@ -212,5 +226,20 @@ def _measure(comparison: Comparison, data: ImageNetDataModule | None, progress: 
 
 
 def _macs(method: Method, images: Tensor) -> int:
-    adaptive = isinstance(method.model, TokenReducedViT) and method.model.strategy.adaptive
-    return count_macs(method.model, images=images if adaptive else None)
+    return count_macs(method.model, images=images if _adaptive(method) else None)
+
+
+def _adaptive(method: Method) -> bool:
+    return isinstance(method.model, TokenReducedViT) and method.model.strategy.adaptive
+
+
+def _batch(data: ImageNetDataModule, size: int) -> Tensor:
+    """The first images of the test split; again from the start where there are fewer."""
+    data.setup("test")
+    found: list[Tensor] = []
+    while sum(map(len, found)) < size:
+        for images, _ in data.test_dataloader():
+            found.append(images)
+            if sum(map(len, found)) >= size:
+                break
+    return torch.cat(found)[:size]

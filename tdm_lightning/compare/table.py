@@ -46,6 +46,8 @@ class Row:
         parameters: number of them, the strategy's own included.
         macs: multiply-accumulates per image.
         plain_macs: those of the plain model.
+        macs_alone: mean over images of what each costs by itself, for adaptive methods.
+        macs_alone_std: their standard deviation.
         throughput: images per second.
         speedup: throughput as a multiple of the plain model's in the same round.
         latency: milliseconds for one image.
@@ -74,6 +76,8 @@ class Row:
     saved: float = math.nan
     plain_saved: float = math.nan
     own_time: float = math.nan
+    macs_alone: float = math.nan
+    macs_alone_std: float = math.nan
     top1: float = math.nan
 
     @property
@@ -170,6 +174,8 @@ def _numbers(row: Row) -> dict[str, str | float]:
         "own_time": row.own_time,
         "peak_bytes": row.memory,
         "saved_bytes": row.saved,
+        "macs_alone": row.macs_alone,
+        "macs_alone_std": row.macs_alone_std,
         "top1": row.top1,
     }
 

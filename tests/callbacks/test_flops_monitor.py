@@ -80,7 +80,7 @@ def test_adaptive_strategies_are_counted_on_images(tmp_path, capsys):
     assert found["flops/gmacs"] * 1e9 == pytest.approx(sum(report.backbone for report in reports) / 3)
     assert found["tokens/block_03"] == pytest.approx(sum(report.blocks[3].tokens for report in reports) / 3)
     assert 0 < found["flops/reduction"] < 0.5
-    assert capsys.readouterr().out.count("GMACs") == 1
+    assert capsys.readouterr().out.count("GMACs per image") == 1
 
 
 def test_half_precision_weights(tmp_path):
@@ -104,3 +104,23 @@ def test_a_batch_without_images(tmp_path):
 def test_wrong_settings():
     with pytest.raises(ValueError, match="at least 1"):
         FLOPsMonitor(max_batches=0)
+
+
+class Some(Strategy):
+    """Each image keeps its patches above the mean of the batch."""
+
+    adaptive = True
+
+    def before_block(self, index, tokens):
+        norm = tokens.patches.norm(dim=-1)
+        return tokens.packed(index, norm > norm.mean()) if index == 1 else tokens
+
+
+def test_spread_over_images(tmp_path, capsys):
+    model = tdm.attach(small_vit(), Some())
+    found = costs(tmp_path, model)
+    assert found["flops/gmacs_alone_std"] > 0
+    assert found["flops/gmacs_alone"] < found["flops/gmacs"]  # a batch pays for its padding
+    assert found["tokens/block_00_std"] == 0
+    assert found["tokens/block_03_std"] > 0
+    assert "one by one the images take" in capsys.readouterr().out
