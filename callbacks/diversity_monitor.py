@@ -11,12 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from tdm_lightning.callbacks.batches import is_sampled
 from tdm_lightning.callbacks.output import check_folder, output_folder
-from torch import Tensor
-from torchmetrics import Metric
 
 from tdm_lightning.checks import check_choice, check_count
 from tdm_lightning.metrics import DiversityScore, Norm
-from tdm_lightning.vit.find import find_vit, inner_vit, tap_blocks
+from tdm_lightning.recorder import DiversityRecorder
+from tdm_lightning.vit.find import find_vit
 
 _STAGES = ("train", "val", "test")
 
@@ -54,13 +53,15 @@ class DiversityMonitor(Callback):
         dir: str | None = None,
         vit: str | None = None,
     ) -> None:
-        self.metric = DiversityScore(norm, normalize)
+        DiversityScore(norm)  # a wrong norm is refused here, before the run
+        self.norm: Norm = norm
+        self.normalize = normalize
         self.max_batches = check_count(max_batches, "max_batches")
         self.stages = tuple(check_choice(stage, _STAGES, "stages") for stage in stages)
         self.dir = dir
         self.vit = vit
         self.scores: dict[str, list[float]] = {}
-        self._metrics: dict[str, list[Metric]] = {}
+        self._recorders: dict[str, DiversityRecorder] = {}
         self._listening = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -140,29 +141,16 @@ class DiversityMonitor(Callback):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage in self.stages:
-            depth = len(inner_vit(find_vit(pl_module, self.vit)).blocks)
-            self._metrics[stage] = [self.metric.clone().to(pl_module.device) for _ in range(depth)]
+            self._recorders[stage] = DiversityRecorder(pl_module, self.norm, self.normalize, self.vit)
 
     def _listen(self, trainer: Trainer, pl_module: LightningModule, stage: str, index: int, total: float) -> None:
-        if stage not in self.stages or trainer.sanity_checking or not is_sampled(index, total, self.max_batches):
-            return
-        vit = find_vit(pl_module, self.vit)
-        metrics, prefix, heard = self._metrics[stage], vit.num_prefix_tokens, set()
-
-        def see(block: int, tokens: Tensor) -> None:
-            # Once per batch: gradient checkpointing runs blocks again, and some modules make several passes.
-            if block not in heard:
-                heard.add(block)
-                patches = tokens[:, prefix:]
-                # Where no patch is left there is no diversity either: score a single token.
-                metrics[block].update(patches if patches.shape[1] else tokens.new_zeros(len(tokens), 1, tokens.shape[2]))
-
-        self._listening.enter_context(tap_blocks(vit, see))
+        if stage in self.stages and not trainer.sanity_checking and is_sampled(index, total, self.max_batches):
+            self._listening.enter_context(self._recorders[stage])
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage not in self.stages or trainer.sanity_checking:
             return
-        scores = [metric.compute() for metric in self._metrics.pop(stage)]
+        scores = self._recorders.pop(stage).compute()
         if any(score.isnan() for score in scores):
             rank_zero_warn(
                 f"DiversityMonitor saw no tokens in the {stage} batches it listened to: the ViT was not called, or it was "
@@ -181,7 +169,7 @@ class DiversityMonitor(Callback):
         pl_module.print(f"diversity score of the patch tokens after each block ({stage})  {listed}")
         folder = output_folder(trainer, self.dir)
         if folder is not None:
-            plot_scores(folder / f"diversity_{stage}.png", scores, stage, self.metric.normalize)
+            plot_scores(folder / f"diversity_{stage}.png", scores, stage, self.normalize)
 
 
 def plot_scores(path: Path, scores: Sequence[float], stage: str, normalized: bool = False) -> None:

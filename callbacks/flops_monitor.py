@@ -92,6 +92,7 @@ class FLOPsMonitor(Callback):
     def _count(self, pl_module: LightningModule, batch: Any, index: int, total: float) -> None:
         vit = find_vit(pl_module, self.vit)
         if _adaptive(vit):
+            assert isinstance(vit, TokenReducedViT)
             if is_sampled(index, total, self.max_batches):
                 images = first_images(batch)
                 self._costs.append(cost(vit, images=images))
