@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
 from tdm_lightning.data import ImageNetDataModule
 
+#: What each part that runs models evaluates on: whatever is chosen is chosen on the validation split.
+_SPLITS: dict[str, Literal["validation", "test"]] = {"grid": "test", "ablation": "validation"}
+
 
 def study(
-    part: Literal["grid", "ablation"] = "grid",
+    part: Literal["grid", "ablation", "report"] = "report",
     plain: str | None = None,
     data: ImageNetDataModule | None = None,
     out: str = "study",
@@ -21,13 +25,14 @@ def study(
     eval_images: int | None = None,
     lr: float = 2e-4,
     weight_decay: float = 0.05,
-) -> None:
-    """Run a part of the study.
+) -> list[Path]:
+    """Run a part of the study, or draw what it found.
 
-    Runs are resumed where they stopped: every finished cell is a file in ``OUT/PART``, and several processes may share a folder.
+    It goes on where it stopped: every finished cell is a file in ``OUT/PART``. Several processes may share a folder.
 
     Args:
-        part: ``grid``: methods at TDM's budgets, on the test split.
+        part: ``grid``: methods at TDM's budgets, on the test split. ``ablation``: TDM with one of its merger's arguments
+            changed at a time, on the validation split. ``report``: tables and figures of what is there, in seconds.
         plain: checkpoint that ``tdm fit`` wrote of the unreduced model.
         data: its images; the model they are prepared for is filled in.
         out: folder for results.
@@ -40,18 +45,31 @@ def study(
         lr: learning rate of the fine-tuning.
         weight_decay: of the fine-tuning.
 
+    Returns:
+        The files that the report wrote.
+
     Raises:
         TypeError, ValueError: if a setting is wrong, or the folder holds results made with others.
     """
+    from tdm_lightning.study.ablate import ablation_cells
     from tdm_lightning.study.finetune import Recipe
     from tdm_lightning.study.plain import Plain
     from tdm_lightning.study.plan import grid_cells
+    from tdm_lightning.study.report import report
     from tdm_lightning.study.run import run_cells
 
+    folder = Path(out)
+    if part == "report":
+        written = report(folder)
+        for path in written:
+            print(path)
+        return written
     if plain is None or data is None:
-        raise ValueError("give --plain FILE, a checkpoint of `tdm fit`, and --data.dataset with its images")
+        raise ValueError("give --plain FILE, a checkpoint of `tdm fit`, and --data with its images")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it introduces itself once per cell
     start = Plain.read(plain)
     data = type(data)(**{**data.hparams, "model": start.model, "model_kwargs": start.model_kwargs})
-    cells = grid_cells(methods, rates, seeds)
+    cells = (grid_cells if part == "grid" else ablation_cells)(methods, rates, seeds)
     recipe = Recipe(train_images, lr, weight_decay)
-    run_cells(cells, start, data, Path(out) / part, recipe, split or "test", eval_images)
+    run_cells(cells, start, data, folder / part, recipe, split or _SPLITS[part], eval_images)
+    return []

@@ -23,10 +23,12 @@ class Evaluation:
     Attributes:
         correct: N, bool.
         diversity: the score of the patch tokens after each block.
+        tokens: how many patch tokens those are.
     """
 
     correct: Tensor
     diversity: list[float]
+    tokens: list[int]
 
     @property
     def accuracy(self) -> float:
@@ -62,11 +64,14 @@ def evaluate(model: TokenReducedViT, images: Tensor, labels: Tensor, batch_size:
         (model(batch.to(device)).argmax(dim=1).cpu() == target)
         for batch, target in zip(images.split(batch_size), labels.split(batch_size), strict=True)
     ]
-    return Evaluation(torch.cat(correct), _diversity(model, images[:: max(1, len(images) // SAMPLED)][:SAMPLED].to(device)))
+    scores = [DiversityScore().to(device) for _ in model.vit.blocks]
+    tokens = [0] * len(scores)
 
+    def see(block: int, x: Tensor) -> None:
+        patches = x[:, model.num_prefix_tokens :]
+        scores[block].update(patches)
+        tokens[block] = patches.shape[1]
 
-def _diversity(model: TokenReducedViT, images: Tensor) -> list[float]:
-    scores = [DiversityScore().to(images.device) for _ in model.vit.blocks]
-    with tap_blocks(model, lambda block, tokens: scores[block].update(tokens[:, model.num_prefix_tokens :])):
-        model(images)
-    return [score.compute().item() for score in scores]
+    with tap_blocks(model, see):
+        model(images[:: max(1, len(images) // SAMPLED)][:SAMPLED].to(device))
+    return Evaluation(torch.cat(correct), [score.compute().item() for score in scores], tokens)

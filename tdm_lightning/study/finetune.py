@@ -53,7 +53,7 @@ def finetune(module: TokenReductionClassifier, data: ImageNetDataModule, recipe:
 
     Args:
         module: made with :meth:`Recipe.arguments`.
-        data: its training split is shuffled: the seed decides which images are seen.
+        data: set up to fit; its training split is shuffled: the seed decides which images are seen.
         recipe: for how long.
     """
     module.train()  # it may have been evaluated before, and Lightning leaves each part in the mode it is in
@@ -70,4 +70,4 @@ def finetune(module: TokenReductionClassifier, data: ImageNetDataModule, recipe:
             enable_model_summary=False,
             default_root_dir=folder,
         )
-        trainer.fit(module, datamodule=data)
+        trainer.fit(module, data.train_dataloader())

@@ -53,7 +53,7 @@ class Plain:
         return cls(path, settings["model"], {**arguments, **(settings.get("model_kwargs") or {})}, digest)
 
     def kwargs_for(self, strategy: Strategy) -> dict[str, Any]:
-        """How to make the timm model for a strategy: one that needs another pooling gets it, under the norm that was trained."""
+        """How to make the timm model for a strategy; one that needs another pooling gets it, after the norm as trained."""
         if strategy.global_pool is None:
             return self.model_kwargs
         return {**self.model_kwargs, "global_pool": strategy.global_pool, "fc_norm": False}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tdm_lightning.strategies import DPCKNN, TDM, DyViT, EViT, EvoViT, Random, Strategy, TokenMerger, ToMe, TopK
 
@@ -36,7 +37,7 @@ class Method:
 
 #: DyViT's recipe trains the backbone at a hundredth of its predictors' rate and freezes it for five epochs; fine-tunes as short
 #: as these would end before it thaws, so the backbone gets the rate that all methods get and the predictors ten times as much.
-_DYVIT = {"backbone_lr_scale": 0.1, "freeze_epochs": 0}
+_DYVIT: dict[str, Any] = {"backbone_lr_scale": 0.1, "freeze_epochs": 0}
 _DYVIT_NOTE = (
     "distils from the plain model; predictors learn at ten times the rate, the backbone is not frozen; random predictors before"
 )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import timm
 import torch
 from lightning.pytorch import seed_everything
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdm_lightning.budget import at_budget
 from tdm_lightning.compare.environment import choose_device, device_name
@@ -77,7 +77,8 @@ def run_cells(
         with store.claimed(cell.name) as mine:
             if not mine:
                 continue
-            if images is None:  # only once there is something to do: reading a split takes a while
+            if images is None:  # only once there is something to do: reading a set takes a while
+                data.setup("fit")
                 images = _images(data, split, eval_images)
             record = run_cell(cell, plain, data, recipe, images)
             store.save(cell.name, record)
@@ -85,12 +86,12 @@ def run_cells(
 
 
 def run_cell(cell: Cell, plain: Plain, data: ImageNetDataModule, recipe: Recipe, images: Images) -> Record:
-    """All that is to know of one cell; ``"setting"`` is ``None`` and ``"reason"`` says why where a method cannot meet the budget."""
+    """All that is to know of one cell; where a method cannot meet the budget, no ``"setting"`` and the ``"reason"``."""
     record: Record = {"method": cell.method.name, "rate": cell.rate, "seed": cell.seed, "note": cell.method.note}
     record |= {"images": len(images[1]), "environment": _environment()}
     start = perf_counter()
     try:
-        strategy, costs = solved(cell, plain)
+        strategy, costs = solved(cell, plain.vit)
     except NoSetting as error:
         return {**record, "setting": None, "reason": str(error)}
     record |= {"setting": strategy.config(), **costs, "seconds_to_solve": _since(start)}
@@ -108,43 +109,52 @@ def run_cell(cell: Cell, plain: Plain, data: ImageNetDataModule, recipe: Recipe,
     return record
 
 
-def solved(cell: Cell, plain: Plain) -> tuple[Strategy, dict[str, float]]:
+def solved(cell: Cell, vit: Callable[[Strategy], nn.Module]) -> tuple[Strategy, dict[str, float]]:
     """A cell's strategy at TDM's budget, and what it costs, in 10⁹ multiply-accumulates per image.
 
     Costs are ``gmacs``, all that the method does, which is what the budget is about; ``gmacs_backbone``, as papers count; and
     ``gmacs_budget``.
 
+    Args:
+        cell: what to solve.
+        vit: makes the timm model for a strategy.
+
     Raises:
         NoSetting: if the method has no setting within 1 % of the budget.
     """
     strategy = cell.method.make(cell.rate)
-    vit = plain.vit(strategy)
-    budget = macs_with(plain.vit(Strategy()), TDM(cell.rate), total=True)
-    if cell.method.solve:
-        try:
-            strategy = at_budget(vit, strategy, budget / 1e9, total=True)
-        except ValueError as error:
-            raise NoSetting(str(error)) from error
-    total = macs_with(vit, strategy, total=True)
+    model = vit(strategy)
+    budget = macs_with(vit(Strategy()), TDM(cell.rate), total=True)
+    try:
+        if cell.method.solve:
+            strategy = at_budget(model, strategy, budget / 1e9, total=True)
+        # Counting attaches the strategy, and one with parameters can be attached only once.
+        total, backbone = (macs_with(model, _again(strategy), total=total) for total in (True, False))
+    except ValueError as error:
+        raise NoSetting(str(error)) from error
     if cell.method.solve and abs(total / budget - 1) > TOLERANCE:
         raise NoSetting(f"the nearest setting below {budget / 1e9:.4f} GMACs costs {total / 1e9:.4f}")
-    costs = {"gmacs": total, "gmacs_backbone": macs_with(vit, strategy), "gmacs_budget": budget}
-    # Counting has attached the strategy, and one with parameters can be attached only once.
-    return Strategy.from_config(strategy.config()), {name: value / 1e9 for name, value in costs.items()}
+    costs = {"gmacs": total, "gmacs_backbone": backbone, "gmacs_budget": budget}
+    return _again(strategy), {name: value / 1e9 for name, value in costs.items()}
+
+
+def _again(strategy: Strategy) -> Strategy:
+    return Strategy.from_config(strategy.config())
 
 
 def _images(data: ImageNetDataModule, split: Part, limit: int | None) -> Images:
-    if split == "validation":
-        data.setup("validate")
-        return gathered(data.val_dataloader(), limit)
-    data.setup("test")
-    return gathered(data.test_dataloader(), limit)
+    data.setup({"validation": "validate"}.get(split, split))
+    loader: Any = data.val_dataloader() if split == "validation" else data.test_dataloader()
+    if not loader:
+        raise ValueError("there is no validation split to evaluate on: set data.val_split or data.val_holdout")
+    return gathered(loader, limit)
 
 
 def _evaluated(when: str, found: Evaluation) -> dict[str, Any]:
     return {
         f"accuracy_{when}": found.accuracy,
         f"diversity_{when}": [round(score, 4) for score in found.diversity],
+        "tokens": found.tokens,
         f"correct_{when}": pack_bits(found.correct.numpy()),
     }
 

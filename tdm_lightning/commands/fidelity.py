@@ -1,0 +1,67 @@
+"""``tdm fidelity``: how far methods move what a pretrained ViT makes of photographs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def fidelity(
+    model: str = "vit_small_patch14_dinov2",
+    model_kwargs: dict[str, Any] | None = None,
+    pretrained: bool = False,
+    checkpoint: str | None = None,
+    methods: list[str] | None = None,
+    rates: list[float] | None = None,
+    out: str = "study",
+) -> list[Path]:
+    """Compare patch features and attention of a reduced ViT with its own unreduced, on photographs, without labels.
+
+    The methods are those that need no training, each at the GMACs of TDM's keep rates. The photographs come with scikit-learn
+    and scikit-image. Writes ``fidelity.csv`` and ``fidelity.png``; ``tdm study`` redraws the figure too.
+
+    Args:
+        model: name of a timm ViT.
+        model_kwargs: passed to ``timm.create_model``, such as ``img_size``.
+        pretrained: take timm's pretrained weights.
+        checkpoint: take the weights in this file.
+        methods: only these methods.
+        rates: only these of TDM's keep rates.
+        out: folder for the files.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: without trained weights, or for a setting that does not fit.
+    """
+    import timm
+    from timm.data import create_transform
+
+    from tdm_lightning.checkpoints import load_official
+    from tdm_lightning.study import figures
+    from tdm_lightning.study.fidelity import measure_fidelity
+    from tdm_lightning.study.photographs import photographs
+    from tdm_lightning.study.results import write_fidelity
+    from tdm_lightning.visualize.images import data_config
+    from tdm_lightning.visualize.sheet import make_folder
+
+    if not pretrained and checkpoint is None:
+        raise ValueError("an untrained model's features mean nothing: give --checkpoint FILE or --pretrained true")
+    arguments = model_kwargs or {}
+    vit = timm.create_model(model, pretrained=pretrained, **arguments).eval()
+    if checkpoint is not None:
+        load_official(vit, checkpoint)
+    found = measure_fidelity(
+        vit,
+        lambda strategy: timm.create_model(model, **arguments),
+        photographs(),
+        create_transform(**data_config(vit)),
+        methods,
+        rates,
+    )
+    folder = make_folder(out)
+    written = [write_fidelity(folder, found), figures.save(figures.fidelity(found), folder / "fidelity.png")]
+    for path in written:
+        print(path)
+    return written

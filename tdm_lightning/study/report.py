@@ -1,0 +1,56 @@
+"""Redraw everything from the saved tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tdm_lightning.study import figures, tables
+from tdm_lightning.study.ablate import DEFAULT, VARIANTS
+from tdm_lightning.study.plan import METHODS
+from tdm_lightning.study.results import WHEN, Result, collect, read, read_fidelity
+
+#: The keep rate of the figure with the diversity scores.
+_DIVERSITY_RATE = 0.5
+
+
+def report(folder: Path) -> list[Path]:
+    """Collect the finished cells, and draw every figure and table that there are results for.
+
+    Args:
+        folder: what the study wrote to.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: if there are no results.
+    """
+    written = [*collect(folder, "grid", METHODS), *collect(folder, "ablation", VARIANTS)]
+    grid, ablation = read(folder, "grid"), read(folder, "ablation")
+    if any(result.accuracy for result in grid):
+        written += _grid(folder, grid)
+    if ablation:
+        written.append(_text(folder / "ablation.md", [tables.ablation_table(ablation, DEFAULT), tables.remarks(ablation)]))
+    if found := read_fidelity(folder):
+        written.append(figures.save(figures.fidelity(found), folder / "fidelity.png"))
+    if not written:
+        raise ValueError(f"there are no results in {folder}: run `tdm study --part grid` first, or give the right --out")
+    return written
+
+
+def _grid(folder: Path, grid: list[Result]) -> list[Path]:
+    when = [name for name in reversed(WHEN) if any(name in result.accuracy for result in grid)]
+    parts = [table(grid, name) for name in when for table in (tables.accuracy_table, tables.difference_table)]
+    written = [_text(folder / "grid.md", [*parts, tables.remarks(grid)])]
+    written.append(figures.save(figures.accuracy_against_gmacs(grid), folder / "accuracy.png"))
+    if "after" in when:
+        written.append(figures.save(figures.accuracy_per_keep_rate(grid), folder / "keep_rates.png"))
+        rates = tables.rates_of(grid)
+        rate = min(rates, key=lambda rate: abs(rate - _DIVERSITY_RATE))
+        written.append(figures.save(figures.diversity_beside_accuracy(grid, rate), folder / "diversity.png"))
+    return written
+
+
+def _text(path: Path, parts: list[str]) -> Path:
+    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return path
