@@ -81,3 +81,18 @@ def check_count(value: Any, name: str, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
+
+
+def check_number(value: Any, name: str, least: float = 0.0, above: bool = False) -> float:
+    """A finite number of at least ``least``, or ``above`` it.
+
+    Raises:
+        TypeError: if it is not a number.
+        ValueError: if it is smaller, infinite or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value) or value < least or (above and value == least):
+        limit = "" if least == -math.inf else f" and {'above' if above else 'at least'} {least:g}"
+        raise ValueError(f"{name} must be finite{limit}, got {value!r}")
+    return float(value)

@@ -43,10 +43,12 @@ class DiversityRecorder:
         self._prefix = inner.num_prefix_tokens
         self._listening = ExitStack()
         self._heard: set[int] = set()
+        self._images = 0
 
     def __enter__(self) -> DiversityRecorder:
         """Listen to the next pass."""
         self._heard.clear()
+        self._images = 0
         self._listening.enter_context(tap_blocks(self._vit, self._see))
         return self
 
@@ -62,8 +64,13 @@ class DiversityRecorder:
             return
         self._heard.add(block)
         patches = tokens[:, self._prefix :]
-        # Where no patch is left there is no diversity either: score a single token.
-        self._metrics[block].update(patches if patches.shape[1] else tokens.new_zeros(len(tokens), 1, tokens.shape[2]))
+        self._images = max(self._images, len(tokens))
+        present = len(tokens) if patches.shape[1] else 0
+        if present:
+            self._metrics[block].update(patches)
+        if present < self._images:
+            # Where no patch is left, or an image has left its batch, there is no diversity either: score a single token.
+            self._metrics[block].update(tokens.new_zeros(self._images - present, 1, tokens.shape[2]))
 
     def compute(self) -> list[Tensor]:
         """Mean score per image after each block, over all processes; NaN where nothing was heard."""

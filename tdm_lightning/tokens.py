@@ -12,6 +12,9 @@ from torch import Tensor
 
 from tdm_lightning.ops import first_members, gather_tokens, pack, rank_order
 
+#: Added to the logits of keys that nobody may attend to. Finite in half precision too, because an image may have no other keys.
+_UNSEEN = -1e4
+
 
 class Role(IntEnum):
     """What a reducing layer did with a patch."""
@@ -49,11 +52,13 @@ class Reduction:
         x: the M tokens that leave, B×M×C.
         assignment: the leaving token that now holds each entering one, B×N, int64; -1 where it was dropped.
         role: :class:`Role` of each entering token, B×N, int64.
+        place: the entering token in whose place each leaving one stands, B×M, int64; ``None``: its most important member.
     """
 
     x: Tensor
     assignment: Tensor
     role: Tensor
+    place: Tensor | None = None
 
     def sizes(self, size: Tensor) -> Tensor:
         """Number of patches in each leaving token, B×M, from that of each entering one, B×N."""
@@ -115,10 +120,14 @@ class Tokens:
         x: B×T×C, prefix tokens first.
         prefix: number of prefix tokens: class, distillation, registers, and what a strategy lets run with them for a while.
         depth: number of blocks in the model.
+        readout: number of leading tokens that the head reads; ``None``: it pools over patches.
+        images: B, int64, which images of the batch the tokens belong to, once some have left it; ``None``: all of them.
         size: B×(T-prefix), patches each token stands for; ``None`` where nothing asks for it.
-        source: B×N0, int64, the token of :attr:`held` that holds each original patch, -1 dropped; only while tracing.
+        source: the token of :attr:`held` that holds each original patch, -1 dropped, int64, N0 for every image of the whole
+            batch; only while tracing.
         geometry: tables of positions; ``None`` in models whose blocks do not ask where a token is.
-        position: B×N, int64, the original patch in whose place each token stands; ``None``: every patch still in its own.
+        position: B×N, int64, the original patch in whose place each token stands; ``None``: every patch still in its own, or
+            nothing asks.
         key_bias: added to the attention logits, broadcast to B×H×T×T.
         policy: B×T, differentiable: how far each token may be attended to; selects the explicit attention of
             :func:`~tdm_lightning.ops.policy_softmax`.
@@ -133,6 +142,8 @@ class Tokens:
     x: Tensor
     prefix: int
     depth: int = 0
+    readout: int | None = None
+    images: Tensor | None = None
     size: Tensor | None = None
     source: Tensor | None = None
     geometry: Geometry | None = None
@@ -167,6 +178,13 @@ class Tokens:
         """All patch tokens there are: those in the blocks, then the parked ones, B×(N+P)×C."""
         return self.patches if self.parked is None else torch.cat((self.patches, self.parked), dim=1)
 
+    def whole(self, values: Tensor, fill: float = 0) -> Tensor:
+        """Values of the present images, B×…, for the whole batch: ``fill`` for images that left. Only while tracing."""
+        if self.images is None:
+            return values
+        assert self.source is not None
+        return values.new_full((self.source.shape[0], *values.shape[1:]), fill).index_copy(0, self.images, values)
+
     def replace(self, **changes: Any) -> Tokens:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
@@ -196,15 +214,31 @@ class Tokens:
         x = gather_tokens(self.patches, order).masked_fill(~valid.unsqueeze(-1), 0)
         assignment = torch.where(kept, kept.cumsum(dim=1) - 1, -1)
         role = torch.where(kept, int(Role.KEPT), int(Role.DROPPED))
-        tokens = self.reduced(index, Reduction(x, assignment, role), importance)
-        return tokens.masked(torch.nn.functional.pad(valid, (self.prefix, 0), value=True))
+        tokens = self.reduced(index, Reduction(x, assignment, role, place=order), importance)
+        if self.valid is None:
+            return tokens.masked(torch.nn.functional.pad(valid, (self.prefix, 0), value=True))
+        return tokens.masked(torch.cat((self.valid[:, : self.prefix], valid), dim=1))
+
+    def staying(self, stay: Tensor) -> Tokens:
+        """The tokens of some of the images, B, bool; the others leave the batch."""
+        index = stay.nonzero().flatten()
+        names = ("x", "size", "position", "key_bias", "policy", "valid", "parked")
+        present = {name: getattr(self, name) for name in names}
+        changes = {
+            name: value.index_select(0, index)
+            for name, value in present.items()
+            if value is not None and len(value) == len(stay)  # one bias may serve all images
+        }
+        images = torch.arange(len(stay), device=stay.device) if self.images is None else self.images
+        if self.source is not None:
+            changes["source"] = self.source.index_fill(0, images[~stay], -1)
+        return self.replace(images=images[stay], **changes)
 
     def masked(self, valid: Tensor) -> Tokens:
         """The tokens with padding, B×T bool, masked out of the attention. Takes the place of any other key bias."""
         if bool(valid.all()):  # a batch of one: nothing to mask, so the fastest attention kernel
             return self.replace(valid=None, key_bias=None)
-        lowest = torch.finfo(self.x.dtype).min
-        bias = torch.zeros(valid.shape, dtype=self.x.dtype, device=self.x.device).masked_fill(~valid, lowest)
+        bias = torch.zeros(valid.shape, dtype=self.x.dtype, device=self.x.device).masked_fill(~valid, _UNSEEN)
         return self.replace(valid=valid, key_bias=bias[:, None, None, :])
 
     def reduced(self, index: int, reduction: Reduction, importance: Tensor | None = None) -> Tokens:
@@ -214,17 +248,20 @@ class Tokens:
         places would lie where no patch is, for which a relative position bias has no entry and a rotation no angle.
         """
         changes: dict[str, Any] = {"x": torch.cat((self.x[:, : self.prefix], reduction.x), dim=1)}
-        if self.geometry is not None:
+        place = reduction.place
+        if place is None and (self.geometry is not None or self.position is not None):
             order = None if importance is None else rank_order(importance)
-            leader = first_members(reduction.assignment, reduction.x.shape[1], order)
-            changes["position"] = leader if self.position is None else self.position.gather(1, leader)
+            place = first_members(reduction.assignment, reduction.x.shape[1], order)
+        if place is not None:
+            changes["position"] = place if self.position is None else self.position.gather(1, place)
         if self.size is not None:
             changes["size"] = reduction.sizes(self.size)
         if self.source is not None:
-            held = torch.where(self.source < 0, reduction.assignment.shape[1], self.source)  # what is gone stays so, at the end
-            source = torch.nn.functional.pad(reduction.assignment, (0, 1), value=-1).gather(1, held)
-            role = torch.nn.functional.pad(reduction.role, (0, 1), value=int(Role.DROPPED)).gather(1, held)
-            scores = None if importance is None else importance.detach()
+            assignment, fate = self.whole(reduction.assignment, -1), self.whole(reduction.role, int(Role.DROPPED))
+            held = torch.where(self.source < 0, assignment.shape[1], self.source)  # what is gone stays so, at the end
+            source = torch.nn.functional.pad(assignment, (0, 1), value=-1).gather(1, held)
+            role = torch.nn.functional.pad(fate, (0, 1), value=int(Role.DROPPED)).gather(1, held)
+            scores = None if importance is None else self.whole(importance.detach())
             changes["source"] = source
             changes["layers"] = (*self.layers, LayerTrace(index, scores, source, role))
         return self.replace(**changes)

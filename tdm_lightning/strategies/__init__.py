@@ -17,9 +17,10 @@ from tdm_lightning.strategies.tome import ToMe
 from tdm_lightning.strategies.topk import TopK
 
 __all__ = [
-    "DPCKNN", "AViT",
+    "DPCKNN",
     "IARED2",
     "TDM",
+    "AViT",
     "DyViT",
     "EViT",
     "EvoViT",

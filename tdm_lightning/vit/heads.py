@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdm_lightning.vit.families import family_of
+from tdm_lightning.vit.families import class_rows, family_of
+
+
+def rows_read(vit: Any) -> int | None:
+    """How many leading tokens the model's head reads; ``None`` where it pools over patches."""
+    return class_rows(vit) or None if vit.global_pool == "token" else None
 
 
 def needs_sizes(vit: Any) -> bool:

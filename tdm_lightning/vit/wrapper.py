@@ -127,12 +127,12 @@ class TokenReducedViT(nn.Module):
         maps: list[Any] = []
         for state in states:
             assert state.source is not None
-            dense = unmerge(self.vit.norm(state.held) if norm else state.held, state.source)
+            dense = unmerge(state.whole(self.vit.norm(state.held) if norm else state.held), state.source)
             if output_fmt == "NCHW":
                 dense = dense.transpose(1, 2).unflatten(2, grid).contiguous()
             if return_prefix_tokens and self.num_prefix_tokens:
                 first = state.x[:, : self.num_prefix_tokens]
-                maps.append((dense, self.vit.norm(first) if norm else first))
+                maps.append((dense, state.whole(self.vit.norm(first) if norm else first)))
             else:
                 maps.append(dense)
         return maps if intermediates_only else (self.vit.norm(tokens.x), maps)
@@ -154,7 +154,7 @@ class TokenReducedViT(nn.Module):
             else:
                 tokens = self._block(index, tokens, watch)
             tokens = tokens.replace(x=self.taps[index](tokens.x))
-            counts.append(tokens.valid_patches.sum(dim=1) if self.strategy.adaptive and trace else tokens.count)
+            counts.append(tokens.whole(tokens.valid_patches.sum(dim=1)) if self.strategy.adaptive and trace else tokens.count)
             if index in keep:
                 kept.append(tokens)
         tokens = self.strategy.finish(tokens)
@@ -166,6 +166,8 @@ class TokenReducedViT(nn.Module):
         adapter = adapter_for(block, class_rows(self.vit), index)
         tokens = strategy.before_block(index, tokens)
         watch("before_block", index)
+        if tokens.images is not None and not len(tokens.images):
+            return tokens  # all have left
         x, inputs = adapter.attend(block, tokens)
         watch("attention", index)
         needs = strategy.needs(index)
@@ -187,7 +189,8 @@ class TokenReducedViT(nn.Module):
         sized = self.strategy.tracks_size() or heads.needs_sizes(vit)
         size = torch.ones(batch, patches, device=x.device) if sized else None
         source = torch.arange(patches, device=x.device).expand(batch, -1) if trace else None
-        return Tokens(x, prefix, depth=len(vit.blocks), size=size, source=source, geometry=geometry)
+        readout = heads.rows_read(vit)
+        return Tokens(x, prefix, depth=len(vit.blocks), readout=readout, size=size, source=source, geometry=geometry)
 
     # What timm's tools ask of a model. Parameter names carry the prefix of the attribute they hang on.
 
