@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import tdm_lightning as tdm
 from tdm_lightning.ops import policy_softmax
 from tdm_lightning.tokens import Output, Role, Tokens
-from tdm_lightning.vit.blocks import _attention
+from tdm_lightning.vit.attention import full_attention
 
 
 def without_noise(logits, tau=1, hard=False, dim=-1):
@@ -140,8 +140,8 @@ def test_explicit_attention_is_timms(kwargs):
     attention = Attention(32, num_heads=4, norm_layer=torch.nn.LayerNorm, **kwargs).eval()
     x, bias = torch.randn(2, 9, 32), torch.randn(2, 1, 1, 9)
     tokens = Tokens(x, 1, policy=torch.ones(2, 9))
-    torch.testing.assert_close(_attention(attention, x, tokens), attention(x), atol=1e-5, rtol=1e-4)
-    biased = _attention(attention, x, tokens.replace(key_bias=bias))
+    torch.testing.assert_close(full_attention(attention, x, tokens), attention(x), atol=1e-5, rtol=1e-4)
+    biased = full_attention(attention, x, tokens.replace(key_bias=bias))
     torch.testing.assert_close(biased, attention(x, attn_mask=bias), atol=1e-5, rtol=1e-4)
 
 
@@ -175,7 +175,7 @@ def test_a_dropped_token_never_returns_and_is_seen_by_nobody(images):
         x = torch.ones(1, 17, 64).cumsum(1).sin()
         x[0, 5] += changed
         tokens = Tokens(x, 1, policy=policy)
-        return _attention(model.vit.blocks[0].attn, x, tokens)[0, [i for i in range(17) if i != 5]]
+        return full_attention(model.vit.blocks[0].attn, x, tokens)[0, [i for i in range(17) if i != 5]]
 
     torch.testing.assert_close(class_token(0.0), class_token(3.0), atol=1e-4, rtol=0)
 

@@ -12,6 +12,10 @@ from torch import Tensor
 Weights = dict[str, Tensor]
 
 
+def _none(weights: Weights) -> dict[str, str]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Layout:
     """One family of files.
@@ -23,12 +27,15 @@ class Layout:
             :class:`~tdm_lightning.TokenReducedViT` names them. What it leaves out is not loaded.
         auxiliary: how the names of weights begin, after translation, that only serve training or one strategy: a model
             without them does not need them.
+        copies: names, after translation, under which a complete file repeats a weight, each with the name that a model gives
+            it which has it only once.
     """
 
     name: str
     recognises: Callable[[Weights], bool]
     translate: Callable[[Weights], Weights]
     auxiliary: tuple[str, ...] = ()
+    copies: Callable[[Weights], dict[str, str]] = _none
 
 
 def _is_deit(weights: Weights) -> bool:
@@ -44,9 +51,24 @@ def _is_dynamicvit(weights: Weights) -> bool:
     return _is_deit(weights) and "score_predictor.0.in_conv.1.weight" in weights
 
 
-def _from_dynamicvit(weights: Weights) -> Weights:
+def _with_predictors(weights: Weights) -> Weights:
     """DeiT's names; the predictors belong to the strategy."""
     return {f"strategy.{name}" if name.startswith("score_predictor.") else name: w for name, w in weights.items()}
+
+
+#: A weight of one head's MLP in a selector of SPViT: what stands before the head, and behind it.
+_HEAD = re.compile(r"(.*\bscore_predictor\.\d+\.(?:in|out)_conv\.)(\d+)(\.\d+\..+)")
+
+
+def _is_spvit(weights: Weights) -> bool:
+    return _is_deit(weights) and any(_HEAD.fullmatch(name) for name in weights)
+
+
+def _heads_of_spvit(weights: Weights) -> dict[str, str]:
+    """Every head has the MLP of the first one, in the published code."""
+    found = [match.groups() for match in map(_HEAD.fullmatch, weights) if match]
+    heads = {head for _, head, _ in found} - {"0"}
+    return {f"{before}{head}{behind}": f"{before}0{behind}" for before, _, behind in found for head in heads}
 
 
 def _is_evovit(weights: Weights) -> bool:
@@ -103,7 +125,8 @@ def _from_ours(weights: Weights) -> Weights:
 LAYOUTS: tuple[Layout, ...] = (
     Layout("tdm-lightning", _is_ours, _from_ours, auxiliary=("strategy.kept",)),  # PS-ViT's masks
     Layout("evo-vit", _is_evovit, _from_evovit, auxiliary=("strategy.head_cls.", "strategy.norm_cls.")),
-    Layout("dynamicvit", _is_dynamicvit, _from_dynamicvit),
+    Layout("dynamicvit", _is_dynamicvit, _with_predictors),
+    Layout("spvit", _is_spvit, _with_predictors, copies=_heads_of_spvit),
     Layout("ia-red2", _is_iared2, _from_iared2),
     Layout("deit", _is_deit, _from_deit),
 )

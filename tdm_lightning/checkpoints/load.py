@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -89,7 +90,10 @@ def load_official(
         weights = {name: value for name, value in weights.items() if name not in head}
     if not any(_is_strategys(name) for name in weights):
         untouched |= {name for name in state if _is_strategys(name)}
-    _check_fit(weights, {name: value for name, value in state.items() if name not in untouched}, origin, head)
+    copies = {copy: name for copy, name in layout.copies(weights).items() if copy not in state and name in state}
+    wanted = {name: value for name, value in state.items() if name not in untouched}
+    _check_fit(weights, wanted | {copy: state[name] for copy, name in copies.items()}, origin, head, copies)
+    weights = {name: value for name, value in weights.items() if name not in copies}
 
     prefix = "" if model is vit else "vit."
     # Not strict, because some weights may stay untouched; everything else was compared above.
@@ -140,18 +144,25 @@ def _fit_position_grid(weights: Weights, vit: Any) -> tuple[Grid, Grid] | None:
     return (side, side), (height, width)
 
 
-def _check_fit(weights: Weights, state: Mapping[str, Tensor], origin: str, head: set[str]) -> None:
-    """Raise one ``ValueError`` that names everything that does not fit."""
+def _check_fit(weights: Weights, state: Mapping[str, Tensor], origin: str, head: set[str], copies: Mapping[str, str]) -> None:
+    """Raise one ``ValueError`` that names everything that does not fit; ``copies`` of weights must all be there and equal."""
     missing, extra = state.keys() - weights.keys(), weights.keys() - state.keys()
     other = {name for name in weights.keys() & state.keys() if weights[name].shape != state[name].shape}
-    if not missing and not extra and not other:
+    given = {copy: name for copy, name in copies.items() if {copy, name} <= weights.keys() - other}
+    unlike = {copy for copy, name in given.items() if not torch.equal(weights[copy], weights[name])}
+    if not missing and not extra and not other and not unlike:
         return
     lines = [f"{origin} does not fit this model; nothing was loaded."]
-    there, here = _kind(weights), _kind(state)
-    if there != here:
-        lines.append(f"It holds another model: {there}; this one has {here}.")
+    held, here = _kind(weights), _kind(state)
+    if held != here:
+        lines.append(f"It holds another model: {held}; this one has {here}.")
     shapes = {f"{name} ({_shape(weights[name])} instead of {_shape(state[name])})" for name in other}
-    for title, names in (("Of another shape", shapes), ("Missing from the file", missing), ("Not in the model", extra)):
+    for title, names in (
+        ("Of another shape", shapes),
+        ("Missing from the file", missing),
+        ("Not in the model", extra),
+        ("Copies that differ, where this model has one weight", unlike),
+    ):
         if names:
             lines.append(f"{title}: {_listed(sorted(names))}.")
     if head & (missing | extra | other):

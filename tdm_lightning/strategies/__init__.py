@@ -10,6 +10,7 @@ from tdm_lightning.strategies.iared2 import IARED2
 from tdm_lightning.strategies.merger import TokenMerger
 from tdm_lightning.strategies.psvit import PSViT
 from tdm_lightning.strategies.random import Random
+from tdm_lightning.strategies.spvit import SPViT
 from tdm_lightning.strategies.stack import Stack
 from tdm_lightning.strategies.svite import SViTE
 from tdm_lightning.strategies.tdm import TDM
@@ -26,6 +27,7 @@ __all__ = [
     "EvoViT",
     "PSViT",
     "Random",
+    "SPViT",
     "SViTE",
     "Stack",
     "Strategy",
