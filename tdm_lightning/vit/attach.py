@@ -74,8 +74,8 @@ def detach(model: TokenReducedViT) -> nn.Module:
 
 
 def _check_reducible(vit: Any) -> None:
-    name = type(vit).__name__
-    if not isinstance(vit, VIT_CLASSES):
+    name, known = type(vit).__name__, isinstance(vit, VIT_CLASSES)
+    if not known:
         raise TypeError(f"cannot reduce the tokens of {name}: {_reason(vit)}")
     try:
         for block in vit.blocks:
