@@ -2,6 +2,9 @@
 
 The "FLOPs" of the token-reduction papers are multiply-accumulates (MACs). Counted are the patch embedding, all linear layers,
 both attention products and the head; not counted are biases, softmax, activations, norms, residual sums and gathers.
+
+Masked heads and MLP units (:class:`~tdm_lightning.sparsity.Structured`) count as taken out, because that is how the model runs
+once it is trained; masks on single weights save nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tdm_lightning.sparsity.extract import Parts, kept_parts, shrink
 from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.vit import TokenReducedViT, attach, families
 
@@ -51,7 +55,7 @@ class MACReport:
         head: pooling and classifier.
         blocks: each block.
         learned: the strategy's own layers with parameters, such as predictors.
-        plain: the same timm model without the strategy.
+        plain: the same timm model without the strategy, all of its heads and units there.
     """
 
     embed: float
@@ -119,7 +123,7 @@ class _Counter:
 def _learned_layers(module: nn.Module) -> Iterator[nn.Module]:
     """The strategy's own layers; a list of layers is never called itself, so its items count."""
     for child in module.children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict, Strategy)):
             yield from _learned_layers(child)
         else:
             yield child
@@ -167,6 +171,7 @@ def mac_report(model: nn.Module, input_size: tuple[int, int, int] | None = None,
     Raises:
         ValueError: for an adaptive strategy without images.
     """
+    given = images
     counted, images = _prepared(model, input_size, images)
     per_image = 2 * images.shape[0]  # the counter counts a multiply and an add
     stages = _count(counted, images)
@@ -174,7 +179,7 @@ def mac_report(model: nn.Module, input_size: tuple[int, int, int] | None = None,
         total = stages.backbone / per_image
         return MACReport(embed=total, head=0, blocks=[], learned=0, plain=total)
     counts = _token_counts(counted, images)
-    plain = _count(counted.vit, images).backbone / per_image
+    plain = _count(*_prepared(model.vit, input_size, given)).backbone / per_image  # type: ignore[arg-type]
 
     def part(*names: str, index: int) -> float:
         return sum(stages.stages[name, index] for name in names) / per_image
@@ -202,8 +207,15 @@ def _prepared(model: nn.Module, input_size: tuple[int, int, int] | None, images:
             )
         dtype = next(model.parameters()).dtype
         images = torch.zeros(1, *(input_size or default_input_size(model)), dtype=dtype, device="meta")
-        return _on_meta(model), images
-    return copy.deepcopy(model).eval(), images
+        return _trimmed(_on_meta(model), kept_parts(model)), images
+    return _trimmed(copy.deepcopy(model).eval(), kept_parts(model)), images
+
+
+def _trimmed(copied: nn.Module, parts: list[Parts] | None) -> nn.Module:
+    """A copied model without its masked heads and units."""
+    if parts is not None:
+        copied.vit = shrink(copied.vit, parts)
+    return copied
 
 
 @torch.no_grad()
@@ -224,6 +236,30 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int] | None = None,
     """
     counted, images = _prepared(model, input_size, images)
     return round(_count(counted, images).backbone / (2 * images.shape[0]))
+
+
+@dataclass(frozen=True)
+class ImageCosts:
+    """What each image costs by itself, for strategies that decide image by image.
+
+    Attributes:
+        macs: multiply-accumulates of the backbone, B, without the padding that a batch adds; float64.
+        tokens: patch tokens after each block, B×depth, float64.
+    """
+
+    macs: Tensor
+    tokens: Tensor
+
+
+@torch.no_grad()
+def image_costs(model: TokenReducedViT, images: Tensor) -> ImageCosts:
+    """Costs of images B×C×H×W one by one, on the model's device."""
+    counted, _ = _prepared(model, None, images)
+    assert isinstance(counted, TokenReducedViT)
+    macs = [_count(counted, image.unsqueeze(0)).backbone / 2 for image in images]
+    counts = counted.trace(images)[1].token_counts
+    tokens = [count if isinstance(count, Tensor) else torch.full((len(images),), count) for count in counts]
+    return ImageCosts(torch.tensor(macs, dtype=torch.float64), torch.stack([count.cpu().double() for count in tokens], dim=1))
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:

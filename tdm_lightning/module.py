@@ -19,6 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from tdm_lightning.checkpoints import load_official
 from tdm_lightning.recipe import even, freeze, make_cosine, make_criterion
 from tdm_lightning.strategies import Strategy
+from tdm_lightning.strategies.stack import stacked
 from tdm_lightning.tokens import Output
 from tdm_lightning.vit import TokenReducedViT, attach
 
@@ -37,7 +38,8 @@ class TokenReductionClassifier(LightningModule):
     Args:
         model: name of a timm ViT, or the module itself. A module is not stored in checkpoints' hyperparameters: pass it again
             to ``load_from_checkpoint``.
-        strategy: the token-reduction method; ``None`` trains the plain model.
+        strategy: the token-reduction method, or several as :func:`~tdm_lightning.attach` takes them; ``None`` trains the plain
+            model.
         num_classes: number of classes; ``None``: the timm model's own.
         label_names: what the classes are called, for :meth:`predict_step`.
         pretrained: start from timm's pretrained weights.
@@ -66,7 +68,7 @@ class TokenReductionClassifier(LightningModule):
     def __init__(
         self,
         model: str | nn.Module = "deit_small_patch16_224",
-        strategy: Strategy | None = None,
+        strategy: Strategy | list[Strategy] | None = None,
         num_classes: int | None = None,
         label_names: list[str] | None = None,
         pretrained: bool = False,
@@ -89,6 +91,7 @@ class TokenReductionClassifier(LightningModule):
         super().__init__()
         if isinstance(strategy, Mapping):  # the stored form, from a checkpoint's hyperparameters
             strategy = Strategy.from_config(strategy)
+        strategy = None if strategy is None else stacked(strategy)
         self.save_hyperparameters(ignore=["strategy"] if isinstance(model, str) else ["strategy", "model"])
         self.model = self.configure_vit(model, Strategy() if strategy is None else strategy)
         self.save_hyperparameters({"strategy": None if strategy is None else strategy.config()})

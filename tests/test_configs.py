@@ -47,7 +47,13 @@ PAIRS = [
     for recipe, names in {"scratch": SCRATCH, "deit": DEIT, "dyvit": DYVIT, "finetune": FINETUNED}.items()
     for name in names
 ]
-PAIRS += [("strategies/avit", "recipes/avit"), ("strategies/iared2", "recipes/iared2")]
+PAIRS += [
+    ("strategies/avit", "recipes/avit"),
+    ("strategies/iared2", "recipes/iared2"),
+    ("strategies/psvit", "recipes/psvit"),
+    ("strategies/svite", "recipes/svite"),
+    ("strategies/svite_tdm", "recipes/svite"),
+]
 
 
 def test_every_strategy_and_recipe_is_tried():

@@ -11,13 +11,23 @@ from torch.utils.hooks import RemovableHandle
 
 from tdm_lightning.configurable import Configurable
 from tdm_lightning.sparsity.exchange import draw
+from tdm_lightning.tokens import Observed, Tokens
 
 
 class Sparsity(nn.Module, Configurable):
     """Masks on the weights of a timm ViT, kept as buffers, and the rule by which they move.
 
     The timm model is handed to each method and never kept. Subclasses store every ``__init__`` argument under its own name.
+
+    Attributes:
+        in_force: buffer, bool: whether the masks have been applied to the weights.
     """
+
+    in_force: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("in_force", torch.tensor(False))
 
     def bind(self, vit: Any, generator: torch.Generator) -> None:
         """Draw masks that fit a timm model; those that fit already stay."""
@@ -30,6 +40,10 @@ class Sparsity(nn.Module, Configurable):
     def adopt(self, vit: Any) -> None:
         """Read the masks off weights that are sparse already."""
         raise TypeError(f"{type(self).__name__} must override adopt()")
+
+    def correct(self, index: int, vit: Any, tokens: Tokens, observed: Observed) -> Observed:
+        """What block ``index`` shows of its attention, as the model shows it that has only the active weights."""
+        return observed
 
     def probe(self, vit: Any, generator: torch.Generator) -> None:
         """Before the step of an exchange: give inactive parts a gradient to be judged by. No output may change."""
@@ -53,6 +67,7 @@ class Sparsity(nn.Module, Configurable):
         """Set the inactive weights to zero."""
         for weight, mask in self.masked(vit):
             weight.masked_fill_(~mask, 0)
+        self.in_force.fill_(True)
 
     @torch.no_grad()
     def enforced(self, vit: Any) -> bool:

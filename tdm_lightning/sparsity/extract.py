@@ -63,8 +63,8 @@ def extract_dense(model: Any) -> nn.Module:
     """The timm model without the heads and MLP units that are masked: smaller layers, the same outputs.
 
     A removed head still gives its value bias, for every token alike, because a row of attention sums to 1: that constant moves
-    to ``attn.proj``'s bias. Token reduction on top of the result takes its class attention from the heads that are left; in the
-    masked model the removed ones add a constant to it, which changes no ranking.
+    to ``attn.proj``'s bias. A method that stood beside ``SViTE`` does the same on the result, because it
+    saw the attention of the active heads only.
 
     Args:
         model: what :func:`~tdm_lightning.attach` made of a timm model and ``SViTE`` with

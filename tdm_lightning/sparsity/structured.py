@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from tdm_lightning.checks import check_fraction
 from tdm_lightning.sparsity.base import Sparsity, gradient
 from tdm_lightning.sparsity.exchange import exchange
+from tdm_lightning.tokens import Observed, Tokens
 
 
 class Structured(Sparsity):
@@ -27,7 +29,7 @@ class Structured(Sparsity):
     The official code differs in two points, without which hardly a unit would ever be exchanged: there what was removed
     competes for its own place, and what comes in is zero on both sides, a point with no gradient where it would stay. Here
     others take the place, so at most as many leave as there are others, and inactive parts try freshly initialised input rows
-    (``fc1``, queries and keys) from the step that judges them; their output side starts at zero, so nothing else changes.
+    (``fc1`` from the step that judges them, queries and keys when they come in); their output side starts at zero.
 
     Args:
         heads: share of each block's heads that is active, in (0, 1].
@@ -87,14 +89,30 @@ class Structured(Sparsity):
                 raise ValueError(f"block {index} has no active head or no active unit: all of their weights are zero")
             heads.copy_(found[0])
             units.copy_(found[1])
+        self.in_force.fill_(True)
+
+    def correct(self, index: int, vit: Any, tokens: Tokens, observed: Observed) -> Observed:
+        """See :meth:`Sparsity.correct`: without the masked heads, which look at all tokens alike and whose keys are a bias."""
+        mask, _ = self.active(index)
+        if observed.heads != len(mask):
+            return observed  # they have been taken out
+        active, importance, keys = mask.sum(), observed.importance, observed.keys
+        if importance is not None:
+            alike: Any = 1 / tokens.x.shape[1]
+            if tokens.key_bias is not None:
+                alike = tokens.key_bias.float().softmax(dim=-1)[:, 0, 0, tokens.prefix :]
+            ours = (len(mask) * importance - (len(mask) - active) * alike) / active
+            importance = torch.where(self.in_force, ours.clamp(min=0), importance)
+        if keys is not None:
+            idle = _idle_keys(vit.blocks[index].attn)[~mask].sum(dim=0)
+            keys = torch.where(self.in_force, (len(mask) * keys - idle) / active, keys)
+        return dataclasses.replace(observed, importance=importance, keys=keys)
 
     @torch.no_grad()
     def probe(self, vit: Any, generator: torch.Generator) -> None:
-        """See :meth:`Sparsity.probe`."""
+        """See :meth:`Sparsity.probe`: fresh rows of ``mlp.fc1``; behind them the columns of ``mlp.fc2`` are zero."""
         for index, block in enumerate(vit.blocks):
-            heads, units = self.active(index)
-            for rows, inactive in ((block.mlp.fc1.weight, ~units), (_rows(block)[0], ~heads), (_rows(block)[1], ~heads)):
-                rows[inactive] = _fresh((int(inactive.sum()), *rows.shape[1:]), generator).to(rows)
+            _renew(block.mlp.fc1.weight, ~self.active(index)[1], generator)
 
     def watch(self, vit: Any) -> list[RemovableHandle]:
         """See :meth:`Sparsity.watch`."""
@@ -120,7 +138,10 @@ class Structured(Sparsity):
         Raises:
             ValueError: if no training pass was watched, or a gradient is missing.
         """
-        self.probe(vit, generator)  # what was judged, as it was before the step
+        self.probe(vit, generator)  # as they were when they were judged
+        for index, block in enumerate(vit.blocks):
+            for rows in _rows(block)[:2]:
+                _renew(rows, ~self.active(index)[0], generator)
         scores, self._scores = self._scores, {}
         for index, block in enumerate(vit.blocks):
             if index not in scores:
@@ -141,14 +162,21 @@ def _rows(block: Any) -> Tensor:
     return block.attn.qkv.weight.view(3, block.attn.num_heads, block.attn.head_dim, -1)
 
 
+def _idle_keys(attn: Any) -> Tensor:
+    """The keys of heads without weights, H×d."""
+    bias = attn.qkv.weight.new_zeros(3 * attn.attn_dim) if attn.qkv.bias is None else attn.qkv.bias
+    return attn.k_norm(bias.view(3, attn.num_heads, -1)[1])
+
+
 def _norms(fc1: Tensor, fc2: Tensor) -> Tensor:
     """ℓ1 norms of the units' rows and columns together."""
     return fc1.abs().sum(dim=1) + fc2.abs().sum(dim=0)
 
 
-def _fresh(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Weights as timm initialises a ViT's; drawn on the CPU, so that all processes have the same."""
-    return nn.init.trunc_normal_(torch.empty(shape), std=0.02, generator=generator)
+def _renew(rows: Tensor, which: Tensor, generator: torch.Generator) -> None:
+    """Start some rows afresh, as timm initialises a ViT's; drawn on the CPU, so that all processes have the same."""
+    fresh = torch.empty(int(which.sum()), *rows.shape[1:])
+    rows[which] = nn.init.trunc_normal_(fresh, std=0.02, generator=generator).to(rows)
 
 
 def _summed(scores: Tensor) -> Tensor:
@@ -161,8 +189,9 @@ def _summed(scores: Tensor) -> Tensor:
 def _check(block: Any) -> None:
     attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
     plain = type(attn) is Attention and type(mlp) is Mlp
-    # A gate or a norm behind the heads, or a norm between the MLP's layers, would make the extracted model another function.
-    if not plain or attn.gate is not None or any(type(part) is not nn.Identity for part in (attn.norm, mlp.norm)):  # type: ignore[union-attr]
+    # With a gate or a norm between the layers, taking parts out would make another function of the model.
+    inner = [getattr(attn, "gate", None), getattr(attn, "norm", None), getattr(mlp, "norm", None)]
+    if not plain or any(part is not None and type(part) is not nn.Identity for part in inner):
         raise TypeError(
             f"Structured sparsity needs blocks with timm's plain Attention and Mlp, and this model's {type(block).__name__} "
             f"holds {type(attn).__name__} and {type(mlp).__name__}, a gate, or a norm between their layers; take another "

@@ -38,7 +38,7 @@ class Unstructured(Sparsity):
         shares = erk_densities([weight.shape for weight in weights.values()], self.density)
         for (name, weight), share in zip(weights.items(), shares, strict=True):
             self._hold(_key(name), weight.shape, max(1, round(share * weight.numel())), generator, weight.device)
-        for stale in set(self._buffers) - {_key(name) for name in weights}:
+        for stale in set(self._buffers) - {"in_force", *map(_key, weights)}:
             delattr(self, stale)
 
     def masked(self, vit: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -49,6 +49,7 @@ class Unstructured(Sparsity):
         """See :meth:`Sparsity.adopt`."""
         for weight, mask in self.masked(vit):
             mask.copy_(weight != 0)
+        self.in_force.fill_(True)
 
     @torch.no_grad()
     def exchange(self, vit: Any, rate: float, generator: torch.Generator) -> None:

@@ -80,6 +80,10 @@ class Strategy(nn.Module, Configurable):
         """Before block ``index``."""
         return tokens
 
+    def correct(self, index: int, tokens: Tokens, observed: Observed) -> Observed:
+        """In a stack, before any member's :meth:`after_attention`: put right what members are about to see."""
+        return observed
+
     def after_attention(self, index: int, tokens: Tokens, observed: Observed) -> Tokens:
         """Between attention and MLP of block ``index``; after the whole block where both run in parallel."""
         return tokens

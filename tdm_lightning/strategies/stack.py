@@ -89,7 +89,9 @@ class Stack(Strategy):
         return tokens
 
     def after_attention(self, index: int, tokens: Tokens, observed: Observed) -> Tokens:
-        """All members in order."""
+        """All members in order, once each has put right what they see."""
+        for member in self.members:
+            observed = member.correct(index, tokens, observed)
         for member in self.members:
             tokens = member.after_attention(index, tokens, observed)
         return tokens

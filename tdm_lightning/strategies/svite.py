@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from tdm_lightning.checks import check_count, check_fraction
 from tdm_lightning.sparsity import Sparsity, Structured, death_rate
 from tdm_lightning.strategies.base import Strategy
-from tdm_lightning.tokens import Tokens
+from tdm_lightning.tokens import Observed, Tokens
 
 
 class SViTE(Strategy):
@@ -29,7 +29,8 @@ class SViTE(Strategy):
     ``DistributedDataParallel`` leaves them, the heads' scores summed here), so all processes hold the same masks.
 
     The model trains at its full cost. What it costs afterwards is that of :func:`tdm_lightning.sparsity.extract_dense`, which
-    takes masked heads and units out; :func:`tdm_lightning.flops.count_macs` counts that.
+    takes masked heads and units out; :func:`tdm_lightning.flops.count_macs` counts that. A stacked method sees the
+    attention of the active heads only.
 
     Args:
         masks: what is masked and how it is exchanged: heads and MLP units
@@ -66,7 +67,7 @@ class SViTE(Strategy):
         self.until = check_fraction(until, "until")
         self.seed = check_count(seed, "seed", least=0)
         self._vit: tuple[Any, ...] = ()  # in a tuple, so that it is no part of the strategy and its state
-        self._in_force = False
+        self._started = False
         self._exchanging = False
         self._watching: list[RemovableHandle] = []
 
@@ -89,9 +90,9 @@ class SViTE(Strategy):
     def on_progress(self, epoch: int, step: int, total_steps: int) -> None:
         """Bring the masks into force, and prepare for an exchange where the coming step ends in one."""
         (vit,) = self._vit
-        if not self._in_force:
+        if not self._started:
             self.masks.enforce(vit)
-            self._in_force = True
+            self._started = True
         exchanging = self._exchanges_after(step + 1, total_steps)
         if exchanging and not self._exchanging:  # once, where gradients of several batches accumulate
             self.masks.probe(vit, self._generator(step + 1))
@@ -108,6 +109,10 @@ class SViTE(Strategy):
         """Leave nothing on the model."""
         self._unwatch()
         return tokens
+
+    def correct(self, index: int, tokens: Tokens, observed: Observed) -> Observed:
+        """What stacked methods see of the attention, without its masked heads."""
+        return self.masks.correct(index, self._vit[0], tokens, observed)
 
     def after_optimizer_step(self, model: Any, step: int, total_steps: int) -> None:
         """Hold the masked weights at zero; exchange where it is time."""
