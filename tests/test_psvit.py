@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tdm_lightning as tdm
+from tdm_lightning.recorder import DiversityRecorder
 from tdm_lightning.strategies.psvit import spread_order
 from tdm_lightning.tokens import Role
 from tdm_lightning.visualize import panels
@@ -343,6 +344,11 @@ def test_dense_features_and_pictures_without_patches(images):
     _, (early, last) = model.forward_intermediates(images, indices=[2, 5], output_fmt="NLC")
     assert torch.equal((early != 0).any(-1)[0], random_masks(COUNTS)[2])
     assert not last.any()
+    with DiversityRecorder(model) as recorder:
+        model(images)
+    scores = recorder.compute()
+    assert scores[-1] == 0
+    assert all(score > 0 for score in scores[:-1])
     drawn = panels(model, images[0])
     assert list(drawn) == ["original", "reduced", "block 1", "block 3", "block 4", "block 6"]
     assert "diversity" in panels(model, images[0], layer=1)
