@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from lightning.pytorch import Trainer
 from PIL import Image
 
+import tdm_lightning as tdm
 from tdm_lightning.cli import main
 
 TINY = '{"img_size": 64, "patch_size": 8, "embed_dim": 32, "num_heads": 2}'
@@ -51,3 +53,17 @@ def test_output_folder_that_cannot_be_written(photo, tmp_path):
     (tmp_path / "out").write_text("a file, not a folder")
     with pytest.raises(ValueError, match="cannot write"):
         call(photo, tmp_path, "--random_weights=true")
+
+
+def test_a_checkpoint_of_fit(photo, tmp_path):
+    """The model, its weights and its strategy come from the run, and another strategy can be tried on them."""
+    shape = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "num_heads": 2}
+    module = tdm.TokenReductionClassifier("deit_tiny_patch16_224", tdm.TDM(0.5), num_classes=3, model_kwargs=shape)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    (own,) = main(["visualize", photo, f"--ckpt_path={tmp_path / 'run.ckpt'}", f"--out={tmp_path / 'own'}"])
+    (other,) = main(
+        ["visualize", photo, f"--ckpt_path={tmp_path / 'run.ckpt'}", "--strategy=ToMe", f"--out={tmp_path / 'other'}"]
+    )
+    assert own.read_bytes() != other.read_bytes()

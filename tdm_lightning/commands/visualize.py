@@ -65,7 +65,7 @@ def visualize(
 def _from_run(path: str, strategy: Strategy | None) -> TokenReducedViT:
     from tdm_lightning.module import TokenReductionClassifier
 
-    reduced = TokenReductionClassifier.load_from_checkpoint(path, map_location="cpu", pretrained=False, checkpoint=None).model
+    reduced = TokenReductionClassifier.load_from_checkpoint(path, map_location="cpu").model
     return reduced if strategy is None else attach(reduced.vit, strategy)
 
 
