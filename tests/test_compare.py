@@ -245,6 +245,7 @@ def test_the_posters_methods_at_their_published_settings():
         "ToMe": 0.731,
         "DPCKNN": 0.775,
         "TopK": 0.808,
+        "SViTE": 0.868,
     }
     with torch.device("meta"):
         made = [methods.make_method(strategy, NAME, {}) for strategy in methods.posters_strategies()]
@@ -260,6 +261,8 @@ def test_the_posters_methods_at_their_published_settings():
         (tdm.DyViT(merger=tdm.TokenMerger()), ("DyViT+TokenMerger", "keep_rate=0.7")),
         (tdm.ToMe([11] * 9 + [10] * 3), ("ToMe", "r=[11×9, 10×3]")),
         (tdm.ToMe((8, -1.0)), ("ToMe", "r=[8, -1.0]")),
+        (tdm.SViTE(interval=9), ("SViTE", "masks=Structured(heads=0.7, units=0.7), interval=9")),
+        (tdm.Stack([tdm.SViTE(), tdm.ToMe(8)]), ("SViTE+ToMe", "masks=Structured(heads=0.7, units=0.7), r=8")),
     ],
 )
 def test_names_and_settings(strategy, expected):
@@ -270,6 +273,18 @@ def test_names_and_settings(strategy, expected):
         assert "matching='mutual'" in found[1]
     else:
         assert found == expected
+
+
+def test_masked_heads_and_units_are_taken_out_before_measuring(compare, tmp_path, capsys):
+    compare(strategies=[{"class_path": "SViTE"}])
+    rows = table(tmp_path)
+    vit = timm.create_model(NAME, **SHAPE)
+    model = tdm.attach(vit, tdm.SViTE())
+    tdm.sparsity.apply_masks(model)
+    dense = tdm.sparsity.extract_dense(model)
+    assert int(rows["SViTE"]["parameters"]) == sum(parameter.numel() for parameter in dense.parameters())
+    assert int(rows["SViTE"]["macs"]) == tdm.flops.count_macs(dense)
+    assert "SViTE: the model without its masked heads and units" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_strategy_of_ones_own_that_needs_an_argument():

@@ -14,11 +14,12 @@ from torch import nn
 from tdm_lightning.budget import at_budget
 from tdm_lightning.checkpoints import load_official
 from tdm_lightning.configurable import arguments_line
-from tdm_lightning.strategies import DPCKNN, TDM, DyViT, EViT, EvoViT, Strategy, TokenMerger, ToMe, TopK
+from tdm_lightning.sparsity.extract import as_extracted
+from tdm_lightning.strategies import DPCKNN, TDM, DyViT, EViT, EvoViT, Stack, Strategy, SViTE, TokenMerger, ToMe, TopK
 from tdm_lightning.vit import attach
 
 #: Arguments that make a method what it is in a table: shown even where they have their defaults.
-_KNOBS = ("keep_rate", "r")
+_KNOBS = ("keep_rate", "r", "masks")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Method:
         model: the model in evaluation mode.
         trained: whether all of its weights came from the checkpoint, so that its accuracy means something.
         remark: why not, if there was a checkpoint.
+        extracted: whether masked heads and MLP units were taken out of the model, as one would run it after training.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Method:
     model: nn.Module
     trained: bool = False
     remark: str = ""
+    extracted: bool = False
 
 
 def posters_strategies() -> list[Strategy]:
@@ -52,6 +55,7 @@ def posters_strategies() -> list[Strategy]:
         ToMe(),
         DPCKNN(),
         TopK(),
+        SViTE(),
     ]
 
 
@@ -114,16 +118,20 @@ def make_method(
     except (ValueError, TypeError, AssertionError) as error:  # timm asserts on poolings that a model cannot have
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{title}({settings}) does not fit {name}: {error}") from error
-    if ckpt is None:
-        return Method(title, settings, model)
+    trained, remark = (False, "") if ckpt is None else _load(model, ckpt)
+    return Method(title, settings, model, trained, remark, extracted=as_extracted(model))
+
+
+def _load(model: nn.Module, ckpt: str) -> tuple[bool, str]:
+    """Load a file; whether it held all weights, and if not, what was wrong."""
     try:
         untouched = load_official(model, ckpt).untouched
     except ValueError as error:
-        return Method(title, settings, model, remark=" ".join(str(error).split()))
+        return False, " ".join(str(error).split())
     if untouched:
         others = f" and {len(untouched) - 1} others" if len(untouched) > 1 else ""
-        return Method(title, settings, model, remark=f"{ckpt} has no weights for {untouched[0]}{others}")
-    return Method(title, settings, model, trained=True)
+        return False, f"{ckpt} has no weights for {untouched[0]}{others}"
+    return True, ""
 
 
 def describe(strategy: Strategy) -> tuple[str, str]:
@@ -131,7 +139,12 @@ def describe(strategy: Strategy) -> tuple[str, str]:
 
     >>> describe(EViT(0.5, merger=TokenMerger()))
     ('EViT+TokenMerger', 'keep_rate=0.5')
+    >>> describe(Stack([SViTE(), TDM()]))
+    ('SViTE+TDM', 'masks=Structured(heads=0.7, units=0.7), keep_rate=0.7')
     """
+    if isinstance(strategy, Stack):
+        names, settings = zip(*map(describe, strategy.members), strict=True) if len(strategy.members) else ((), ())
+        return "+".join(names) or "plain", ", ".join(filter(None, settings))
     config, usual = strategy.config()["init_args"], _defaults(type(strategy))
     shown = {name: value for name, value in config.items() if name in _KNOBS or name not in usual or value != usual[name]}
     title = type(strategy).__name__

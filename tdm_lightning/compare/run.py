@@ -98,6 +98,12 @@ class Comparison:
     def remarks(self) -> list[str]:
         """What a reader of the table should know."""
         remarks = [f"no top-1 of {method.name}: {method.remark}" for method in self.methods if method.remark]
+        remarks += [
+            f"{method.name}: the model without its masked heads and units; while it trains they are there, and a training step "
+            f"costs what the plain model's does"
+            for method in self.methods
+            if method.extracted
+        ]
         for index, costs in self.alone.items():
             gmacs, tokens = costs.macs / 1e9, costs.tokens[:, -1]
             remarks.append(

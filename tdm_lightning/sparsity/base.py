@@ -27,7 +27,7 @@ class Sparsity(nn.Module, Configurable):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("in_force", torch.tensor(False))
+        self.register_buffer("in_force", torch.tensor(False, device="cpu"))
 
     def bind(self, vit: Any, generator: torch.Generator) -> None:
         """Draw masks that fit a timm model; those that fit already stay."""
@@ -66,7 +66,7 @@ class Sparsity(nn.Module, Configurable):
     def enforce(self, vit: Any) -> None:
         """Set the inactive weights to zero."""
         for weight, mask in self.masked(vit):
-            weight.masked_fill_(~mask, 0)
+            weight.masked_fill_(~mask.to(weight.device), 0)
         self.in_force.fill_(True)
 
     @torch.no_grad()
@@ -78,9 +78,12 @@ class Sparsity(nn.Module, Configurable):
         """Number of inactive weights."""
         return sum(weight.numel() - int(mask.expand_as(weight).sum()) for weight, mask in self.masked(vit))
 
-    def _hold(self, name: str, shape: Iterable[int], count: int, generator: torch.Generator, device: torch.device) -> None:
-        """Keep a random mask as the buffer ``name``, unless one of this shape is there."""
+    def _hold(self, name: str, weight: Tensor, shape: Iterable[int], count: int, generator: torch.Generator) -> None:
+        """Keep a random mask for a weight as the buffer ``name``, unless one of this shape is there."""
         size, held = torch.Size(shape), self._buffers.get(name)
+        # Weights without storage are only counted, and that needs the masks' values.
+        device = "cpu" if weight.is_meta else weight.device
+        self.in_force = self.in_force.to(device)
         if held is None or held.shape != size:
             self.register_buffer(name, draw(size.numel(), count, generator).view(size).to(device))
 

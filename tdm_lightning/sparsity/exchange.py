@@ -46,6 +46,6 @@ def exchange(active: Tensor, worth: Tensor, promise: Tensor, rate: float, readmi
 
 def draw(size: int, count: int, generator: torch.Generator) -> Tensor:
     """A mask of ``size`` parts with ``count`` active ones, chosen at random, bool."""
-    mask = torch.zeros(size, dtype=torch.bool)
-    mask[torch.randperm(size, generator=generator)[:count]] = True
+    mask = torch.zeros(size, dtype=torch.bool, device="cpu")
+    mask[torch.randperm(size, generator=generator, device="cpu")[:count]] = True
     return mask

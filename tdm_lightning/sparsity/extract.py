@@ -97,10 +97,23 @@ def extract_dense(model: Any) -> nn.Module:
     return shrink(copy.deepcopy(model.vit), parts)
 
 
+def as_extracted(model: Any) -> bool:
+    """Let a reduced model run without its masked heads and MLP units, for measuring it; in place, and not to be trained again.
+
+    Returns:
+        Whether it has structured masks; without them nothing happens.
+    """
+    parts = kept_parts(model)
+    if parts is not None:
+        apply_masks(model)
+        shrink(model.vit, parts)
+    return parts is not None
+
+
 def kept_parts(model: Any) -> list[Parts] | None:
-    """What each block of a reduced model keeps; ``None`` without structured masks."""
+    """What each block of a reduced model keeps; ``None`` without structured masks, or where all is done already."""
     for masks in sparsities(model):
-        if isinstance(masks, Structured):
+        if isinstance(masks, Structured) and masks.fits(model.vit):
             found = [masks.active(index) for index in range(len(model.vit.blocks))]
             return [(heads.nonzero().flatten().tolist(), units.nonzero().flatten().tolist()) for heads, units in found]
     return None

@@ -61,11 +61,16 @@ class Structured(Sparsity):
                     raise ValueError(
                         f"{name}={share} of {size} leaves no {name[:-1]} in a block; at least {1 / size:.3g} keeps one"
                     )
-                self._hold(f"{name}_{index}", (size,), count, generator, weight.device)
+                self._hold(f"{name}_{index}", weight, (size,), count, generator)
 
     def active(self, index: int) -> tuple[Tensor, Tensor]:
         """Which heads, H, and which MLP units, bool, of block ``index`` are active."""
         return self.get_buffer(f"heads_{index}"), self.get_buffer(f"units_{index}")
+
+    def fits(self, vit: Any) -> bool:
+        """Whether the model has all the heads and units that there are masks for."""
+        sizes = [(block.attn.num_heads, block.mlp.fc1.out_features) for block in vit.blocks]
+        return sizes == [tuple(map(len, self.active(index))) for index in range(len(sizes))]
 
     def masked(self, vit: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """See :meth:`Sparsity.masked`."""

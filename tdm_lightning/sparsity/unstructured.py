@@ -37,7 +37,7 @@ class Unstructured(Sparsity):
         weights = dict(_weights(vit))
         shares = erk_densities([weight.shape for weight in weights.values()], self.density)
         for (name, weight), share in zip(weights.items(), shares, strict=True):
-            self._hold(_key(name), weight.shape, max(1, round(share * weight.numel())), generator, weight.device)
+            self._hold(_key(name), weight, weight.shape, max(1, round(share * weight.numel())), generator)
         for stale in set(self._buffers) - {"in_force", *map(_key, weights)}:
             delattr(self, stale)
 
