@@ -51,6 +51,8 @@ PAIRS += [
     ("strategies/avit", "recipes/avit"),
     ("strategies/iared2", "recipes/iared2"),
     ("strategies/psvit", "recipes/psvit"),
+    ("strategies/spvit", "recipes/spvit"),
+    ("strategies/spvit_tdm", "recipes/spvit"),
     ("strategies/svite", "recipes/svite"),
     ("strategies/svite_tdm", "recipes/svite"),
 ]
@@ -63,7 +65,7 @@ def test_every_strategy_and_recipe_is_tried():
 
 @pytest.mark.parametrize(("strategy", "recipe"), PAIRS)
 def test_every_strategy_with_its_recipes(tiny, tmp_path, strategy, recipe):
-    if recipe == "recipes/dyvit":
+    if recipe in ("recipes/dyvit", "recipes/spvit"):  # they learn from the model they start from
         vit = timm.create_model("deit_tiny_patch16_224", num_classes=10, **TINY["model"]["model_kwargs"])
         start = tmp_path / "start.yaml"
         torch.save({"model": vit.state_dict()}, tmp_path / "start.pth")

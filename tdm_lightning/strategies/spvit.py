@@ -47,8 +47,8 @@ class SPViT(Strategy):
 
     Args:
         layers: blocks *before* which patches are packed, counted from 0.
-        targets: share of the initial patches that each layer leaves, none above the one before, in (0, 1]. ``None``: the official
-            0.617, 0.369, 0.137 for three layers, powers of 0.617 for another number of them.
+        targets: share of the initial patches that each layer leaves, in (0, 1], none above the one before. ``None``:
+            the official 0.617, 0.369, 0.137 for three layers, powers of 0.617 for another number of them.
         merger: combines tokens in place of the packages; only with ``fixed_count``.
         fixed_count: keep as many patches of every image, see above.
         stochastic: draw Gumbel noise at inference too, as the official code does.
