@@ -15,6 +15,7 @@ COMMANDS = {
     "fidelity": ("tdm_lightning.commands.fidelity", "fidelity", "Compare a ViT's features with its own unreduced."),
     "slim": ("tdm_lightning.commands.slim", "slim", "Find the patches that each block must compute (PS-ViT)."),
     "study": ("tdm_lightning.commands.study", "study", "Compare methods at equal cost on real images."),
+    "sweep": ("tdm_lightning.commands.sweep", "sweep", "Try every Vision Transformer that timm has."),
     "visualize": ("tdm_lightning.commands.visualize", "visualize", "Draw what becomes of an image's patches."),
 }
 _TRAINER = {

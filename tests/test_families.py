@@ -9,9 +9,8 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 import tdm_lightning as tdm
-from tdm_lightning.ops import inverse_order
 from tdm_lightning.strategies import Strategy
-from tdm_lightning.tokens import Reduction, Role
+from tdm_lightning.sweep.examine import Shuffled
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10}
 
@@ -69,16 +68,6 @@ def made(name):
 def images():
     torch.manual_seed(1)
     return torch.randn(3, 3, 32, 32)
-
-
-class Shuffled(Strategy):
-    """Changes the order of the patch tokens in front of every block, and nothing else."""
-
-    def before_block(self, index, tokens):
-        torch.manual_seed(index)
-        order = torch.stack([torch.randperm(tokens.count) for _ in range(len(tokens.x))])
-        x = torch.stack([patches[row] for patches, row in zip(tokens.patches, order, strict=True)])
-        return tokens.reduced(index, Reduction(x, inverse_order(order), torch.full_like(order, Role.KEPT)))
 
 
 @pytest.mark.parametrize("name", MODELS)
