@@ -41,8 +41,8 @@ class AViT(Strategy):
     place (0 here); a token whose scores sum to exactly ``1 - eps`` loses the rest of its weight there.
 
     The published weights only fit the gate they were trained with, which stands in their file's name, see
-    :meth:`from_file_name`: (10, 30) for DeiT-T, (10, 75) for DeiT-S. A model trained from scratch needs a low center, such as
-    10: its channel 0 starts around 0, where ``sigmoid(-10)`` lets all tokens run to the end.
+    :meth:`from_file_name`: (10, 30) for DeiT-T, (10, 75) for DeiT-S. For other models look at channel 0 first: where few states
+    reach ``gate_center/gate_scale`` training starts from the whole model; where most do, tokens halt at once and hardly learn.
 
     Args:
         gate_scale: α, the slope of the score over channel 0; above 0.
@@ -128,7 +128,7 @@ class AViT(Strategy):
         """Add this block's states to the sums, and see which tokens run on."""
         carry, present = tokens.carry, _present(tokens)
         places = None if tokens.position is None else _places(tokens, carry["spent"].shape[1])
-        x = _zeroed(tokens.x, present)
+        x = tokens.x if tokens.valid is None else _zeroed(tokens.x, present)
         score = torch.sigmoid(self.gate_scale * x[..., 0].to(_wide(x)) - self.gate_center) * present
         spent = _taken(carry["spent"], places, score)
         left = 1 - spent
