@@ -78,7 +78,7 @@ def accuracy_per_keep_rate(results: Sequence[Result]) -> Figure:
 
 def diversity_beside_accuracy(results: Sequence[Result], rate: float) -> Figure:
     """Diversity score of the patch tokens after each block, beside the accuracy, at the budget of a keep rate."""
-    figure, (left, right) = _panels((f"diversity at the budget of keep rate {rate:g}", "accuracy"), height=4.2)
+    figure, (left, right) = _panels((f"diversity at the budget of keep rate {rate:g}", "accuracy there, after fine-tuning"), height=4.2)
     drawn = [(method, style) for method, style in _drawn(results) if runs(results, method, rate, "after")]
     plain = runs(results, "Plain", 1.0, "after")
     for result in plain.values():
@@ -90,16 +90,14 @@ def diversity_beside_accuracy(results: Sequence[Result], rate: float) -> Figure:
     left.set_ylabel("diversity score ÷ number of tokens")
     left.set_ylim(bottom=0)
     order = sorted(drawn, key=lambda item: mean_accuracy(results, item[0], rate, "after"))
-    values = [100 * mean_accuracy(results, method, rate, "after") for method, _ in order]
-    right.barh([method for method, _ in order], values, color=[style[0] for _, style in order], height=0.7)
-    for place, value in enumerate(values):
-        right.annotate(f"{value:.2f}", (value, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+    for place, (method, (colour, marker, _)) in enumerate(order):
+        mean, below, above = _spread(runs(results, method, rate, "after").values(), "after")
+        right.errorbar(mean, place, xerr=[[below], [above]], color=colour, marker=marker, markersize=8, capsize=2)
+        right.annotate(f"{mean:.2f}", (mean, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+    right.set_yticks(range(len(order)), [method for method, _ in order])
+    right.set_ylim(-0.6, len(order) - 0.3)
     _plain_line(right, results, "after", vertical=True)
-    highest = max([*values, *(100 * result.accuracy["after"] for result in plain.values())])
-    span = max(highest - min(values), 1.0)
-    right.set_xlim(min(values) - 0.25 * span, highest + 0.2 * span)
     right.set_xlabel("top-1 accuracy (%)")
-    right.grid(axis="y", visible=False)
     _legend(figure, [left])
     return figure
 
