@@ -78,7 +78,9 @@ def accuracy_per_keep_rate(results: Sequence[Result]) -> Figure:
 
 def diversity_beside_accuracy(results: Sequence[Result], rate: float) -> Figure:
     """Diversity score of the patch tokens after each block, beside the accuracy, at the budget of a keep rate."""
-    figure, (left, right) = _panels((f"diversity at the budget of keep rate {rate:g}", "accuracy there, after fine-tuning"), height=4.2)
+    figure, (left, right) = _panels(
+        (f"diversity at the budget of keep rate {rate:g}", "accuracy there, after fine-tuning"), height=4.2
+    )
     drawn = [(method, style) for method, style in _drawn(results) if runs(results, method, rate, "after")]
     plain = runs(results, "Plain", 1.0, "after")
     for result in plain.values():

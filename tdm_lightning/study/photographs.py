@@ -18,7 +18,7 @@ def photographs() -> dict[str, Image.Image]:
         from sklearn.datasets import load_sample_images
     except ImportError as error:
         raise ValueError(
-            f"the photographs come with scikit-learn and scikit-image: pip install scikit-learn scikit-image ({error})"
+            f"the photographs come with scikit-learn and scikit-image: pip install 'tdm-lightning[study]' ({error})"
         ) from error
     bundled = load_sample_images()
     found = {name.rsplit(".", 1)[0]: image for name, image in zip(bundled.filenames, bundled.images, strict=True)}
