@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import GluMlp
 from torch import nn
 
 #: timm's modules of Vision Transformers whose tokens all attend to each other.
@@ -37,6 +38,7 @@ class Facts:
         parameters: of the whole model.
         block_parameters: of its blocks together.
         key_heads: heads of the keys in each block, where queries may have more; empty otherwise.
+        gated: channels of an MLP's first layer that makes values and their gates in one go; 0 otherwise.
         fixed_width: whether a convolutional network in front sets the width.
     """
 
@@ -49,6 +51,7 @@ class Facts:
     parameters: int
     block_parameters: int
     key_heads: tuple[int, ...] = ()
+    gated: int = 0
     fixed_width: bool = False
 
 
@@ -105,6 +108,7 @@ def facts_of(vit: Any) -> Facts:
         _count(vit),
         sum(map(_count, blocks)),
         tuple(heads // group for group in groups if group is not None),
+        next((int(module.fc1.out_features) for module in first.modules() if isinstance(module, GluMlp)), 0),
         isinstance(getattr(getattr(vit, "patch_embed", None), "proj", None), nn.Identity),
     )
 

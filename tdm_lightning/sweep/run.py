@@ -88,7 +88,7 @@ def try_name(module: str, name: str, sweep: Sweep) -> Row:
         refusal = _refusal(outline)
         return _examined(row, arguments, sweep.seed) if refusal is None else replace(row, outcome="refused", reason=refusal)
     except Exception as error:
-        return replace(row, reason=f"{type(error).__name__}: {_line(error)}")
+        return replace(row, reason=f"{type(error).__name__}: {_line(error)}".removesuffix(": "))
     finally:
         gc.collect()  # modules that refer to themselves would keep their memory until much later
 

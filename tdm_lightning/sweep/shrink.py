@@ -32,7 +32,7 @@ def shrinking(facts: Facts, max_params: float, small: bool = False) -> Arguments
         return {}
     depth = min(facts.depth, BLOCKS)
     shrunk: Arguments = {"depth": depth} if depth < facts.depth else {}
-    heads = min(facts.heads, HEADS) if small else _affordable_heads(facts, depth, max_params)
+    heads = _dividing(facts, min(facts.heads, HEADS) if small else _affordable_heads(facts, depth, max_params))
     if heads < facts.heads and not facts.fixed_width:
         shrunk |= {"embed_dim": facts.width // facts.heads * heads, "num_heads": heads}
     if shrunk and facts.key_heads:  # blocks of each kind stay, in their order
@@ -48,6 +48,11 @@ def _affordable_heads(facts: Facts, depth: int, max_params: float) -> int:
         return facts.heads
     most = int(facts.heads * math.sqrt(max_params / (2 * blocks)))  # half for all that is not blocks
     return max(1, most // 4 * 4 or most)  # multiples of four suit a pooling head with another number of heads
+
+
+def _dividing(facts: Facts, most: int) -> int:
+    """The largest number of heads up to ``most`` whose share of a gated MLP has halves."""
+    return next((heads for heads in range(most, 0, -1) if facts.gated * heads % (2 * facts.heads) == 0), most)
 
 
 def shrunk_text(facts: Facts, arguments: Arguments) -> str:
