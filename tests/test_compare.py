@@ -1,6 +1,7 @@
 """``tdm compare``: what it counts and how it measures; never how fast something is."""
 
 import csv
+import dataclasses
 import json
 import math
 
@@ -245,10 +246,13 @@ def test_the_posters_methods_at_their_published_settings():
         "ToMe": 0.731,
         "DPCKNN": 0.775,
         "TopK": 0.808,
+        "PSViT": 0.694,
+        "SPViT": 0.669,
         "SViTE": 0.868,
     }
+    fixed = [strategy for strategy in methods.posters_strategies() if not strategy.adaptive]
     with torch.device("meta"):
-        made = [methods.make_method(strategy, NAME, {}) for strategy in methods.posters_strategies()]
+        made = [methods.make_method(strategy, NAME, {}) for strategy in fixed]
     assert {method.name: round(tdm.flops.count_macs(method.model) / 1e9, 3) for method in made} == expected
 
 
@@ -422,6 +426,8 @@ class Positive(tdm.Strategy):
 def test_adaptive_methods_tell_their_spread(tmp_path):
     plan = run.Plan(batch_size=3, rounds=1, warmup=0)
     comparison = run.prepare(NAME, [Positive()], plan, SHAPE)
+    assert "without trained weights its costs say nothing" in comparison.remarks()[0]
+    comparison.methods[1] = dataclasses.replace(comparison.methods[1], trained=True)
     costs = comparison.alone[1]
     assert comparison.rows()[1].macs_alone == pytest.approx(costs.macs.mean().item())
     assert comparison.rows()[1].macs_alone_std > 0
@@ -439,3 +445,10 @@ def test_real_images_are_timed_on(compare, tmp_path, monkeypatch):
     data = tdm.ImageNetDataModule("digits", model=NAME, model_kwargs=SHAPE, num_workers=0, batch_size=2)
     data.setup("test")
     torch.testing.assert_close(seen[0], next(iter(data.test_dataloader()))[0])
+
+
+def test_the_whole_poster_is_compared_by_default():
+    names = {type(strategy).__name__ for strategy in methods.posters_strategies()}
+    assert names >= {"TDM", "EViT", "DyViT", "EvoViT", "PSViT", "SViTE", "SPViT", "IARED2", "AViT", "ToMe", "DPCKNN"}
+    adjustable = {type(strategy).__name__ for strategy in methods.posters_strategies(adjustable=True)}
+    assert adjustable == {"TDM", "EViT", "DyViT", "EvoViT", "PSViT", "ToMe", "DPCKNN", "TopK"}

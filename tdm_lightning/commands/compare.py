@@ -36,7 +36,8 @@ def compare(
     Args:
         model: name of a timm ViT.
         model_kwargs: passed to ``timm.create_model``, such as ``img_size``.
-        strategies: the methods; ``None``: TDM, EViT and DyViT with and without the merger, EvoViT, ToMe, DPCKNN and TopK.
+        strategies: the methods; ``None``: all of the poster's, and the diversity-only ones; with ``match_gmacs`` those that
+            have a setting to solve for.
         batch_size: images in a batch, for throughput and memory.
         rounds: times that each method is timed, in turn with all others.
         warmup: rounds before them that are not counted.
@@ -65,7 +66,7 @@ def compare(
         raise ValueError("an untrained model's accuracy means nothing: give --ckpt FILE with the data")
     if data is not None and data.hparams.model is None:
         data = type(data)(**{**data.hparams, "model": model, "model_kwargs": model_kwargs})
-    chosen = posters_strategies() if strategies is None else strategies
+    chosen = posters_strategies(adjustable=match_gmacs is not None) if strategies is None else strategies
     classes = {} if data is None else {"num_classes": data.num_classes}
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         comparison = prepare(model, chosen, plan, {**classes, **(model_kwargs or {})}, ckpt, match_gmacs, progress, data)

@@ -15,7 +15,23 @@ from tdm_lightning.budget import at_budget
 from tdm_lightning.checkpoints import load_official
 from tdm_lightning.configurable import arguments_line
 from tdm_lightning.sparsity.extract import as_extracted
-from tdm_lightning.strategies import DPCKNN, TDM, DyViT, EViT, EvoViT, Stack, Strategy, SViTE, TokenMerger, ToMe, TopK
+from tdm_lightning.strategies import (
+    DPCKNN,
+    IARED2,
+    TDM,
+    AViT,
+    DyViT,
+    EViT,
+    EvoViT,
+    PSViT,
+    SPViT,
+    Stack,
+    Strategy,
+    SViTE,
+    TokenMerger,
+    ToMe,
+    TopK,
+)
 from tdm_lightning.vit import attach
 
 #: Arguments that make a method what it is in a table: shown even where they have their defaults.
@@ -43,9 +59,13 @@ class Method:
     extracted: bool = False
 
 
-def posters_strategies() -> list[Strategy]:
-    """The methods of the paper's poster that this library has, and the diversity-only ones beside them, as published."""
-    return [
+def posters_strategies(adjustable: bool = False) -> list[Strategy]:
+    """The methods of the paper's poster, and the diversity-only ones beside them, as published; SPViT with fixed counts.
+
+    Args:
+        adjustable: only those with a setting to solve for a budget.
+    """
+    found = [
         TDM(),
         EViT(),
         EViT(merger=TokenMerger()),
@@ -55,8 +75,13 @@ def posters_strategies() -> list[Strategy]:
         ToMe(),
         DPCKNN(),
         TopK(),
+        PSViT(),
+        SPViT(fixed_count=True),
         SViTE(),
+        AViT(),
+        IARED2(),
     ]
+    return [strategy for strategy in found if not adjustable or {"keep_rate", "r"} & strategy.config()["init_args"].keys()]
 
 
 def make_vit(name: str, arguments: Mapping[str, Any]) -> nn.Module:

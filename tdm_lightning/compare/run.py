@@ -105,6 +105,11 @@ class Comparison:
             if method.extracted
         ]
         for index, costs in self.alone.items():
+            if not self.methods[index].trained:
+                remarks.append(
+                    f"{self.methods[index].name} decides image by image; without trained weights its costs say nothing"
+                )
+                continue
             gmacs, tokens = costs.macs / 1e9, costs.tokens[:, -1]
             remarks.append(
                 f"{self.methods[index].name}, image by image: {gmacs.mean():.3f} ± {gmacs.std(correction=0):.3f} GMACs (standard "
