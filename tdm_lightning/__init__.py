@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tdm_lightning import checkpoints, flops, metrics, sparsity
+from tdm_lightning import checkpoints, export, flops, metrics, sparsity
 from tdm_lightning.budget import solve_keep_rate
 from tdm_lightning.strategies import (
     DPCKNN,
@@ -65,6 +65,7 @@ __all__ = [
     "attach",
     "checkpoints",
     "detach",
+    "export",
     "flops",
     "metrics",
     "solve_keep_rate",

@@ -12,6 +12,7 @@ from typing import Any
 #: Our own subcommands: name → (module, function, summary). Imported when called, so that help stays quick.
 COMMANDS = {
     "compare": ("tdm_lightning.commands.compare", "compare", "Time methods against each other."),
+    "export": ("tdm_lightning.commands.export", "export", "Write a model for ONNX Runtime, torch.export or the hub."),
     "fidelity": ("tdm_lightning.commands.fidelity", "fidelity", "Compare a ViT's features with its own unreduced."),
     "slim": ("tdm_lightning.commands.slim", "slim", "Find the patches that each block must compute (PS-ViT)."),
     "study": ("tdm_lightning.commands.study", "study", "Compare methods at equal cost on real images."),

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from tdm_lightning.strategies import TDM, Strategy
-from tdm_lightning.vit import TokenReducedViT, attach
+from tdm_lightning.commands.models import choose_model
+from tdm_lightning.strategies import Strategy
 
 
 def visualize(
@@ -50,33 +50,9 @@ def visualize(
             "an untrained model's attention means nothing: give --ckpt_path FILE, --pretrained true or --checkpoint FILE, or "
             "insist with --random_weights true"
         )
-    reduced = (
-        _from_run(ckpt_path, strategy)
-        if ckpt_path
-        else _from_timm(model, model_kwargs or {}, strategy or TDM(), pretrained, checkpoint)
-    )
+    reduced = choose_model(ckpt_path, None, model, model_kwargs, strategy, pretrained, checkpoint).model
     with torch.inference_mode():
-        written = visualize_images(images, reduced.eval(), out, layer)
+        written = visualize_images(images, reduced, out, layer)
     for path in written:
         print(path)
     return written
-
-
-def _from_run(path: str, strategy: Strategy | None) -> TokenReducedViT:
-    from tdm_lightning.module import TokenReductionClassifier
-
-    reduced = TokenReductionClassifier.load_from_checkpoint(path, map_location="cpu").model
-    return reduced if strategy is None else attach(reduced.vit, strategy)
-
-
-def _from_timm(
-    name: str, arguments: dict[str, Any], strategy: Strategy, pretrained: bool, checkpoint: str | None
-) -> TokenReducedViT:
-    import timm
-
-    from tdm_lightning.checkpoints import load_official
-
-    reduced = attach(timm.create_model(name, pretrained=pretrained, **arguments), strategy)
-    if checkpoint is not None:
-        load_official(reduced, checkpoint)
-    return reduced

@@ -112,8 +112,8 @@ class Comparison:
                 continue
             gmacs, tokens = costs.macs / 1e9, costs.tokens[:, -1]
             remarks.append(
-                f"{self.methods[index].name}, image by image: {gmacs.mean():.3f} ± {gmacs.std(correction=0):.3f} GMACs (standard "
-                f"deviation) and {tokens.mean():.1f} ± {tokens.std(correction=0):.1f} tokens after the last block"
+                f"{self.methods[index].name}, image by image: {gmacs.mean():.3f} ± {gmacs.std(correction=0):.3f} GMACs "
+                f"(standard deviation) and {tokens.mean():.1f} ± {tokens.std(correction=0):.1f} tokens after the last block"
             )
         if self.interrupted:
             remarks.append(f"interrupted after {len(self.rounds)} of {self.plan.rounds} rounds")

@@ -55,8 +55,8 @@ class QueryKey:
 def class_row(x: Tensor, qk: QueryKey, rows: int = 1, key_bias: Tensor | None = None) -> Tensor:
     """Attention that the first ``rows`` tokens pay to every token.
 
-    Without a norm or rotation of the keys their projection is never formed: ``q·(W_k x) = (qᵀW_k)·x``, and the bias ``q·b_k`` is
-    the same for every key, so the softmax cancels it. That costs ``rows·(2C² + H·T·C)`` multiply-accumulates instead of
+    Without a norm or rotation of the keys their projection is never formed: ``q·(W_k x) = (qᵀW_k)·x``, and the bias ``q·b_k``
+    is the same for every key, so the softmax cancels it. That costs ``rows·(2C² + H·T·C)`` multiply-accumulates instead of
     ``T·C²``.
 
     Args:

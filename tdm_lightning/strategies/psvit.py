@@ -72,7 +72,8 @@ class PSViT(Strategy):
             raise ValueError("this PSViT is attached already and owns masks; make a new one for another model")
         if not isinstance(getattr(vit, "patch_drop", None), (torch.nn.Identity, type(None))):
             raise ValueError("masks belong to positions, and this model drops patches by chance: use patch_drop_rate=0")
-        kept = self._masks(len(vit.blocks), patches, vit.global_pool == "token")
+        with torch.device("cpu"):  # they are read here, also where the model is made on the meta device
+            kept = self._masks(len(vit.blocks), patches, vit.global_pool == "token")
         if vit.global_pool != "token" and not kept[-1].any():
             raise ValueError("this model's head reads its patches, so the last block must keep at least one")
         self.token_counts = tuple(kept.sum(dim=1).tolist())

@@ -98,6 +98,7 @@ def facts_of(vit: Any) -> Facts:
     attention = next((module.attn for module in first.modules() if isinstance(getattr(module, "attn", None), nn.Module)), None)
     heads = next((int(module.num_heads) for module in first.modules() if hasattr(module, "num_heads")), 0)
     groups = [getattr(getattr(block, "attn", None), "num_kv_groups", None) for block in blocks]
+    gated: list[Any] = [module for module in first.modules() if isinstance(module, GluMlp)]
     return Facts(
         type(vit).__name__,
         type(first).__name__ if blocks else "",
@@ -108,7 +109,7 @@ def facts_of(vit: Any) -> Facts:
         _count(vit),
         sum(map(_count, blocks)),
         tuple(heads // group for group in groups if group is not None),
-        next((int(module.fc1.out_features) for module in first.modules() if isinstance(module, GluMlp)), 0),
+        gated[0].fc1.out_features if gated else 0,
         isinstance(getattr(getattr(vit, "patch_embed", None), "proj", None), nn.Identity),
     )
 

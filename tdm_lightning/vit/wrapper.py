@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tdm_lightning.ops import unmerge
+from tdm_lightning.sharing import Shareable
 from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.tokens import Observed, Output, Tokens, Trace
 from tdm_lightning.vit import heads
@@ -21,7 +22,7 @@ from tdm_lightning.vit.families import class_rows, family_of, grid_size
 Watch = Callable[[str, int], None]
 
 
-class TokenReducedViT(nn.Module):
+class TokenReducedViT(nn.Module, Shareable):
     """A timm Vision Transformer that reduces its tokens as it goes. Made by :func:`tdm_lightning.attach`.
 
     It behaves as the timm model does: ``forward``, ``forward_features``, ``forward_head``, ``forward_intermediates``, and
