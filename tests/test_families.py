@@ -5,6 +5,7 @@ import timm
 import torch
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
@@ -174,3 +175,11 @@ def test_other_image_sizes(images):
 def test_an_image_smaller_than_a_patch():
     with pytest.raises(ValueError, match="smaller than one patch"):
         tdm.attach(naflex(class_token=True, global_pool="token"), tdm.TDM(0.5, (1,)))(torch.zeros(1, 3, 4, 4))
+
+
+def test_a_models_own_size_may_be_no_multiple_of_the_patch():
+    vit = VisionTransformer(**{**SMALL, "img_size": 36}).eval()
+    images = torch.randn(1, 3, 36, 36)
+    with torch.no_grad():
+        torch.testing.assert_close(tdm.attach(vit, tdm.TDM(1.0, (1,)))(images), vit(images))
+    assert tdm.attach(vit, tdm.TDM(0.5, (1,))).trace(images)[1].token_counts == [16, 8, 8, 8]

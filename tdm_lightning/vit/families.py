@@ -78,11 +78,13 @@ class Family:
             raise ValueError(f"images must have shape B×{channels}×H×W for this model, got {tuple(images.shape)}")
         height, width = images.shape[-2:]
         expected = getattr(embed, "img_size", None)
-        if getattr(embed, "strict_img_size", False) and expected is not None and (height, width) != tuple(expected):
-            raise ValueError(
-                f"images must be {expected[0]}×{expected[1]} for this model, got {height}×{width}; resize "
-                f"them, or create the timm model with img_size=… or dynamic_img_size=True"
-            )
+        if getattr(embed, "strict_img_size", False) and expected is not None:
+            if (height, width) != tuple(expected):
+                raise ValueError(
+                    f"images must be {expected[0]}×{expected[1]} for this model, got {height}×{width}; resize "
+                    f"them, or create the timm model with img_size=… or dynamic_img_size=True"
+                )
+            return  # a model's own size may leave a margin that is no whole patch
         patch = embed.patch_size
         if height < patch[0] or width < patch[1]:
             raise ValueError(f"an image of {height}×{width} is smaller than one patch, {patch[0]}×{patch[1]}")
