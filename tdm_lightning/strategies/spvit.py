@@ -35,7 +35,9 @@ class SPViT(Strategy):
     At inference a patch stays where keeping outscores dropping, so every image keeps its own number of patches: they are
     gathered to the longest, padding masked, and an image's logits are those of masking. With ``fixed_count`` stage s instead
     keeps the ``int(target_s · N0)`` patches that keeping outscores dropping by most: 120, 72 and 26 of DeiT-S's 196, and one,
-    two and three packages; then shapes are static. Nothing is drawn at random, unless ``stochastic``.
+    two and three packages; then shapes are static. Nothing is drawn at random, unless ``stochastic``. Training holds *sampled*
+    decisions to the targets: while selectors are unsure, thresholds keep other shares than samples do, and only
+    ``fixed_count`` meets a budget for certain. The same weights serve all modes.
 
     With a merger (and ``fixed_count``) the dropped patches are clustered and the kept ones matched instead, down to the stage's
     count, by their keep probability. Training then merges as inference does, as :class:`~tdm_lightning.DyViT` does it.
