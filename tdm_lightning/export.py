@@ -1,0 +1,174 @@
+"""Write a reduced model to a file that runs without this library, and check the file.
+
+Strategies with a fixed budget have static shapes but for the batch, so they can be exported, and compiled with
+``torch.compile(model, fullgraph=True)``. Those that keep another number of tokens for each image (``strategy.adaptive``) can
+not be exported; ``torch.compile(model)`` takes them with breaks in the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdm_lightning.flops import default_input_size
+from tdm_lightning.vit import TokenReducedViT
+
+#: Largest difference allowed between the logits of the file and those of the model, relative to the largest logit above 1.
+TOLERANCE = 1e-4
+
+#: Batch sizes at which a file is run before it is handed out.
+BATCH_SIZES = (1, 2, 5)
+
+#: Weights of more bytes lie in a file beside the ONNX file, which cannot hold 2 GiB.
+_ONE_FILE = 1_900_000_000
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written and gave the model's logits.
+
+    Attributes:
+        path: the file.
+        size: bytes, with the weights where they lie in a file of their own.
+        inputs: shape of each input by name; a word stands for a size that is free.
+        outputs: likewise.
+        difference: largest difference between its logits and the model's.
+    """
+
+    path: Path
+    size: int
+    inputs: dict[str, tuple[int | str, ...]]
+    outputs: dict[str, tuple[int | str, ...]]
+    difference: float
+
+
+def export_onnx(
+    model: nn.Module, path: str | Path, images: Tensor | None = None, input_size: tuple[int, int, int] | None = None
+) -> Exported:
+    """Write an ONNX file for batches of any size, in float32, and compare it with the model in ONNX Runtime.
+
+    The model itself stays as it is: the file is made from a copy in evaluation mode.
+
+    Args:
+        model: a reduced model, or a plain timm ViT to compare with.
+        path: the file to write.
+        images: B×C×H×W, to compare on beside random ones.
+        input_size: channels, height and width of the images that the file takes; the model's own by default.
+
+    Raises:
+        ValueError: if a package is missing, the number of tokens depends on the image, the file cannot be written, or it gives
+            other logits than the model, see :data:`TOLERANCE`; then no file is left.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if find_spec(package) is None:
+            raise ValueError(f"writing and checking ONNX files needs {package}: pip install 'tdm-lightning[export]'")
+    import onnxruntime
+
+    def write(program: torch.export.ExportedProgram, path: Path) -> None:
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        torch.onnx.export(
+            program,
+            f=path,
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            external_data=weights > _ONE_FILE,
+            verbose=False,
+        )
+
+    def load(path: Path) -> Callable[[Tensor], Tensor]:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+    return _exported(model, Path(path), images, input_size, write, load)
+
+
+def export_program(
+    model: nn.Module, path: str | Path, images: Tensor | None = None, input_size: tuple[int, int, int] | None = None
+) -> Exported:
+    """Write a program of ``torch.export`` (``.pt2``): ``torch.export.load(path).module()(images)`` runs it with torch alone.
+
+    Arguments and errors as :func:`export_onnx`; it needs no further package.
+    """
+
+    def load(path: Path) -> Callable[[Tensor], Tensor]:
+        return torch.export.load(path).module()
+
+    return _exported(model, Path(path), images, input_size, torch.export.save, load)
+
+
+def _exported(
+    model: nn.Module,
+    path: Path,
+    images: Tensor | None,
+    input_size: tuple[int, int, int] | None,
+    write: Callable[[torch.export.ExportedProgram, Path], Any],
+    load: Callable[[Path], Callable[[Tensor], Tensor]],
+) -> Exported:
+    if isinstance(model, TokenReducedViT) and model.strategy.adaptive:
+        name = type(model.strategy).__name__
+        raise ValueError(
+            f"{name} keeps another number of tokens for each image, so its shapes are not static and it cannot be exported. "
+            f"Export a strategy with a fixed budget, such as TDM, EViT or SPViT(fixed_count=True), or run {name} with "
+            f"torch.compile(model)"
+        )
+    frozen = copy.deepcopy(model).cpu().float().eval()
+    shape = input_size or default_input_size(model)
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
+    with torch.no_grad():
+        program = torch.export.export(frozen, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        write(program, path)
+        try:
+            difference = _compare(frozen, load(path), _batches(shape, images))
+        except ValueError:
+            for file in _files(path):
+                file.unlink()
+            raise
+        logits = frozen(torch.zeros(1, *shape)).shape[1:]
+    size = sum(file.stat().st_size for file in _files(path))
+    return Exported(path, size, {"images": ("batch", *shape)}, {"logits": ("batch", *logits)}, difference)
+
+
+def _batches(shape: tuple[int, int, int], images: Tensor | None) -> Iterable[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    for size in BATCH_SIZES:
+        yield torch.randn(size, *shape, generator=generator)
+    if images is not None:
+        yield images.cpu().float()
+
+
+def _compare(model: nn.Module, run: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> float:
+    """The largest difference between the logits of both.
+
+    Raises:
+        ValueError: if it is above :data:`TOLERANCE`.
+    """
+    largest = 0.0
+    for images in batches:
+        expected = model(images)
+        found = (run(images) - expected).abs().flatten(1).amax(dim=1)
+        allowed = TOLERANCE * max(1.0, expected.abs().max().item())
+        wrong = ~(found <= allowed)  # NaN is wrong too
+        if wrong.any():
+            reason = "near ties between tokens may be decided in another way there"
+            if not torch.allclose(model(images), expected, atol=allowed):
+                reason = "the model draws at random, so no file can repeat it: turn that off in the strategy"
+            raise ValueError(
+                f"the exported file gives other logits than the model for {int(wrong.sum())} of {len(images)} images: they "
+                f"differ by up to {found.max():.2g}, and {allowed:.2g} is allowed; no file was kept ({reason})"
+            )
+        largest = max(largest, found.max().item())
+    return largest
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, and that of its weights where there is one."""
+    return [file for file in (path, path.with_name(f"{path.name}.data")) if file.exists()]
