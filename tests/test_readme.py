@@ -101,5 +101,15 @@ def test_a_loop_of_ones_own(reduced, capsys):
     assert not any(tap._forward_hooks for tap in reduced.taps)
 
 
+def test_sharing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tdm.attach(timm.create_model("test_vit"), tdm.TDM(0.5, (1, 3))).eval()
+    names = {"model": model, "tdm": tdm}
+    exec(block("save_pretrained"), names)
+    images = torch.randn(1, 3, 160, 160)
+    with torch.no_grad():
+        assert torch.equal(names["same"].eval()(images), model(images))
+
+
 def test_at_most_300_lines():
     assert len(README.splitlines()) <= 300
