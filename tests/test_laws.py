@@ -14,6 +14,7 @@ import tdm_lightning as tdm
 from tdm_lightning.ops import class_row
 from tdm_lightning.tokens import Role, Tokens
 from tdm_lightning.vit import blocks
+from tests.exporting import check_compiled, check_exported, check_onnx
 
 MERGERS = {
     "default": lambda: tdm.TokenMerger(),
@@ -236,40 +237,19 @@ def test_an_image_does_not_depend_on_its_batch(images, strategy, pooling):
 @every_strategy
 @torch.no_grad()
 def test_compiles_without_a_graph_break(shallow, images, strategy):
-    model = tdm.attach(shallow, early(strategy()))
-    eager = model(images)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images), eager, atol=1e-4, rtol=1e-4)
-    assert torch.equal(model(images), eager)
+    check_compiled(tdm.attach(shallow, early(strategy())), images, backend="aot_eager")
 
 
 @every_strategy
 @torch.no_grad()
 def test_exports_with_any_batch_size(shallow, images, strategy):
-    model = tdm.attach(shallow, early(strategy()))
-    eager = model(images)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
-    for size in (1, 2, 3):
-        torch.testing.assert_close(program.module()(images[:size]), eager[:size], atol=1e-4, rtol=1e-4)
-    assert torch.equal(model(images), eager)
+    check_exported(tdm.attach(shallow, early(strategy())), images)
 
 
 @pytest.mark.parametrize("name", ["tdm", "evit"])
 @torch.no_grad()
 def test_exports_to_onnx(shallow, images, name, tmp_path):
-    import onnxruntime
-
-    model = tdm.attach(shallow, early(STRATEGIES[name]()))
-    eager = model(images)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    torch.onnx.export(model, (images,), tmp_path / "m.onnx", dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
-    for size in (1, 3):
-        (found,) = session.run(None, {session.get_inputs()[0].name: images[:size].numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), eager[:size], atol=1e-4, rtol=1e-4)
-    assert torch.equal(model(images), eager)
+    check_onnx(tdm.attach(shallow, early(STRATEGIES[name]())), images, tmp_path / "m.onnx")
 
 
 # 9 ------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import tdm_lightning as tdm
 from tdm_lightning.tokens import Role, Tokens
+from tests.exporting import check_compiled, check_exported, check_onnx
 
 STRATEGIES = {
     "tome": lambda rate=0.7: tdm.ToMe(0 if rate == 1 else 2),
@@ -164,39 +165,19 @@ def test_an_image_does_not_depend_on_its_batch(images, name):
 @every_strategy
 @torch.no_grad()
 def test_compiles_without_a_graph_break(images, name):
-    model = reduced(name)
-    eager = model(images)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(images), eager, atol=1e-4, rtol=1e-4)
-    assert torch.equal(model(images), eager)
+    check_compiled(reduced(name), images)
 
 
 @every_strategy
 @torch.no_grad()
 def test_exports_with_any_batch_size(images, name):
-    model = reduced(name)
-    eager = model(images)
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
-    for size in (1, 2, 3):
-        torch.testing.assert_close(program.module()(images[:size]), eager[:size], atol=1e-4, rtol=1e-4)
-    assert torch.equal(model(images), eager)
+    check_exported(reduced(name), images)
 
 
 @pytest.mark.parametrize("name", ["tome", "dyvit-merger", "evovit-merger"])
 @torch.no_grad()
 def test_exports_to_onnx(images, name, tmp_path):
-    import onnxruntime
-
-    model = reduced(name)
-    eager = model(images)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    torch.onnx.export(model, (images,), tmp_path / "m.onnx", dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
-    for size in (1, 3):
-        (found,) = session.run(None, {session.get_inputs()[0].name: images[:size].numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), eager[:size], atol=1e-4, rtol=1e-4)
-    assert torch.equal(model(images), eager)
+    check_onnx(reduced(name), images, tmp_path / "m.onnx")
 
 
 @every_strategy

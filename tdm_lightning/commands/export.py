@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +62,7 @@ def export(
     path = Path(out or f"model{_ENDINGS[format]}")
     if format == "hub":
         return _share(chosen, path)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # a line for each step that it cannot simplify
     write = {"onnx": export_onnx, "pt2": export_program}[format]
     written = write(chosen.model, path, _opened(chosen.model, images))
     runtime = {"onnx": "ONNX Runtime", "pt2": "torch"}[format]
