@@ -246,7 +246,8 @@ def _check_rebuilt(model: Any, config: Mapping[str, Any]) -> None:
         f"a {config['architecture']} made with {config.get('model_args', {})} is not this model; say what it was created with: "
         f"config={{'model_args': {{…}}}}"
     )
-    rebuilt = _build(config, "what would be written")
+    with torch.random.fork_rng(devices=[]):  # weights are drawn at first, and a run goes on as if nothing had been saved
+        rebuilt = _build(config, "what would be written")
     try:
         rebuilt.vit.load_state_dict(model.vit.state_dict())
     except RuntimeError as error:

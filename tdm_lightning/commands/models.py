@@ -60,7 +60,7 @@ def choose_model(
 def _from_run(path: str) -> Chosen:
     from tdm_lightning.module import TokenReductionClassifier
 
-    module = TokenReductionClassifier.load_from_checkpoint(path, map_location="cpu", pretrained=False, checkpoint=None)
+    module = TokenReductionClassifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     hp: Any = module.hparams
     arguments = {"global_pool": hp.global_pool, **(hp.model_kwargs or {})}
     config = {"model_args": {name: value for name, value in arguments.items() if value is not None}}
