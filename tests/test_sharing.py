@@ -17,6 +17,7 @@ import tdm_lightning as tdm
 from tdm_lightning.cli import main
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 7}
+RECORDED = hasattr(timm.models, "get_model_args")  # older releases of timm do not know what a model was created with
 load = tdm.TokenReducedViT.from_pretrained
 
 
@@ -24,10 +25,15 @@ def reduced(strategy, name="deit_tiny_patch16_224", **kwargs):
     """A model in which every weight, the strategy's own too, has a value that no initialisation gives."""
     torch.manual_seed(5)
     model = tdm.attach(timm.create_model(name, **{**TINY, **kwargs}), strategy).eval()
+    model.made_with = {} if RECORDED else {"model_args": {**TINY, **kwargs}}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
     return model
+
+
+def save(model, folder, config=None, **kwargs):
+    model.save_pretrained(folder, config={**model.made_with, **(config or {})}, **kwargs)
 
 
 @pytest.fixture
@@ -39,7 +45,7 @@ def images():
 @pytest.fixture
 def shared(tmp_path):
     """A folder with a saved model."""
-    reduced(tdm.DyViT(0.5, (1, 2))).save_pretrained(tmp_path / "shared")
+    save(reduced(tdm.DyViT(0.5, (1, 2))), tmp_path / "shared")
     return tmp_path / "shared"
 
 
@@ -75,7 +81,7 @@ STRATEGIES = {
 @torch.no_grad()
 def test_reloading_gives_identical_outputs(name, images, tmp_path):
     model = reduced(STRATEGIES[name]())
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
     again = load(tmp_path)
     assert torch.equal(again(images), model(images))
     assert again.strategy.config() == model.strategy.config()
@@ -88,7 +94,7 @@ def test_reloading_gives_identical_outputs(name, images, tmp_path):
 @torch.no_grad()
 def test_a_classifier_of_the_strategy_comes_back(images, tmp_path):
     model = reduced(tdm.EvoViT(0.5, class_head=True, layers=(1, 2)), global_pool="avg")
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
     assert torch.equal(load(tmp_path)(images), model(images))
 
 
@@ -106,7 +112,7 @@ ARCHITECTURES = {
 @torch.no_grad()
 def test_architectures_are_made_again(name, images, tmp_path):
     model = reduced(tdm.TDM(0.5, (1,)), name, **ARCHITECTURES[name])
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
     assert torch.equal(load(tmp_path)(images), model(images))
 
 
@@ -121,12 +127,12 @@ def test_timm_loads_the_model_without_the_reduction(images, shared):
 @torch.no_grad()
 def test_formats_of_the_weights(images, tmp_path):
     half = reduced(tdm.TDM(0.5, (1,))).to(torch.bfloat16)
-    half.save_pretrained(tmp_path / "half")
+    save(half, tmp_path / "half")
     again = load(tmp_path / "half")
     assert {value.dtype for value in again.state_dict().values()} == {torch.bfloat16}
     assert torch.equal(again(images.bfloat16()), half(images.bfloat16()))
     last = reduced(tdm.TDM(0.5, (1,))).to(memory_format=torch.channels_last)
-    last.save_pretrained(tmp_path / "last")
+    save(last, tmp_path / "last")
     torch.testing.assert_close(load(tmp_path / "last")(images), last(images))
 
 
@@ -134,14 +140,14 @@ def test_how_images_are_prepared_comes_along(tmp_path):
     overlay = {"mean": (0.1, 0.2, 0.3), "crop_pct": 0.5}
     model = reduced(tdm.TDM(0.5, (1,)), pretrained_cfg_overlay=overlay, dynamic_img_size=True)
     names = [f"kind {index}" for index in range(7)]
-    model.save_pretrained(tmp_path, config={"label_names": names})
+    save(model, tmp_path, config={"label_names": names})
     again = load(tmp_path)
     found = resolve_model_data_config(again)
     assert tuple(found["mean"]) == (0.1, 0.2, 0.3)
     assert found["crop_pct"] == 0.5
     assert tuple(found["input_size"]) == (3, 32, 32)
     assert again.pretrained_cfg["label_names"] == names
-    again.save_pretrained(tmp_path / "second")
+    again.save_pretrained(tmp_path / "second", config=model.made_with)
     assert load(tmp_path / "second").pretrained_cfg["label_names"] == names
 
 
@@ -150,14 +156,14 @@ def test_saving_leaves_the_model_as_it_was(tmp_path):
     model.vit.blocks[0].eval()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
     assert modes == [module.training for module in model.modules()]
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_saving_again_replaces_all_but_the_card(images, shared):
     (shared / "README.md").write_text("mine")
-    reduced(tdm.TDM(0.5, (1,))).save_pretrained(shared)
+    save(reduced(tdm.TDM(0.5, (1,))), shared)
     assert sorted(file.name for file in shared.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert (shared / "README.md").read_text() == "mine"
     assert type(load(shared).strategy) is tdm.TDM
@@ -168,7 +174,7 @@ def test_saving_again_replaces_all_but_the_card(images, shared):
 
 def test_the_card_says_what_it_is_and_how_to_load_it(tmp_path, images):
     model = reduced(tdm.TDM(0.5, (1,)))
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
     card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "tdm-lightning"
     assert card.data.pipeline_tag == "image-classification"
@@ -186,7 +192,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(tmp_path, images):
 
 
 def test_the_licence_is_the_users(tmp_path):
-    reduced(tdm.SPViT((1,))).save_pretrained(tmp_path, model_card_kwargs={"license": "cc-by-4.0"})
+    save(reduced(tdm.SPViT((1,))), tmp_path, model_card_kwargs={"license": "cc-by-4.0"})
     card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
     assert card.data.license == "cc-by-4.0"
     assert "cc-by-4.0" in card.text
@@ -220,7 +226,8 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(tmp_path, images, monke
     hub = Hub(tmp_path / "uploaded")
     monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", hub)
     model = reduced(tdm.DyViT(0.5, (1, 2)))
-    address = model.push_to_hub("me/fast-deit", private=True, commit_message="First", model_card_kwargs={"license": "mit"})
+    settings = {"config": model.made_with, "model_card_kwargs": {"license": "mit"}}
+    address = model.push_to_hub("me/fast-deit", private=True, commit_message="First", **settings)
     assert address == "https://huggingface.co/me/fast-deit/commit/1"
     assert hub.calls == [("create", "me/fast-deit", True), ("upload", "me/fast-deit", "First")]
     files = {"README.md", "config.json", "model.safetensors", "strategy.safetensors"}
@@ -249,7 +256,9 @@ def test_a_downloaded_repository_loads_without_a_network(shared, tmp_path, image
 @pytest.mark.parametrize("name", ["me/fast-deit", "no/such/folder/anywhere", "two words"])
 def test_a_repository_out_of_reach(name, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=f"'{name}' is neither a folder nor a repository(?s:.*)Check the name(?s:.*)hf auth login"):
+    with pytest.raises(
+        ValueError, match=f"'{name}' is neither a folder nor a repository(?s:.*)Check the name(?s:.*)hf auth login"
+    ):
         load(name, cache_dir=tmp_path)
 
 
@@ -359,7 +368,7 @@ def test_a_change_that_no_shape_shows(tmp_path):
     model = reduced(tdm.TDM(0.5, (1,)))
     model.vit.blocks[2].mlp.act = torch.nn.ReLU()
     with pytest.raises(ValueError, match="All shapes agree, but the outputs do not"):
-        model.save_pretrained(tmp_path / "new")
+        save(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
