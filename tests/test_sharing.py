@@ -116,6 +116,7 @@ def test_architectures_are_made_again(name, images, tmp_path):
     assert torch.equal(load(tmp_path)(images), model(images))
 
 
+@pytest.mark.skipif(not RECORDED, reason="older releases of timm trip over a second weights file in a local folder")
 @torch.no_grad()
 def test_timm_loads_the_model_without_the_reduction(images, shared):
     plain = timm.create_model(f"local-dir:{shared}", pretrained=True).eval()
