@@ -173,6 +173,13 @@ def test_a_sweep_goes_on_where_it_stopped(table, tried):
     assert [row.name for row in read_rows(table)] == tried
 
 
+def test_names_that_failed_are_tried_again(table, tried):
+    write_rows(table, [Row("test_vit", "vision_transformer", outcome="failed", settings=Sweep().settings)])
+    sweep_names(TINY, Sweep(), table)
+    assert tried == ["test_vit", "test_vit2"]
+    assert [row.outcome for row in read_rows(table)] == ["reduced", "reduced"]
+
+
 def test_a_line_that_was_cut_off_is_done_again(table, tried):
     sweep_names(TINY, Sweep(), table)
     table.write_text(table.read_text(encoding="utf-8")[:-20], encoding="utf-8")

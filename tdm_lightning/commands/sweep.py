@@ -18,8 +18,9 @@ def sweep(
 ) -> None:
     """Try TDM on every model that timm registers in its Vision Transformer modules, with random weights.
 
-    A line for each name goes to ``families.csv`` as soon as it is done, and names that have one are skipped: a sweep that was
-    broken off goes on. The summary is ``families.md``. Ctrl-C writes the summary of what there is and exits with code 130.
+    A line for each name goes to ``families.csv`` as soon as it is done, and names that have one are skipped unless they failed:
+    a sweep that was broken off goes on. The summary is ``families.md``. Ctrl-C writes the summary of what there is and exits
+    with code 130.
 
     Args:
         modules: timm modules; ``None``: those of ViTs with global attention.

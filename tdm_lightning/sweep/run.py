@@ -42,7 +42,7 @@ class Sweep:
 
 
 def sweep_names(pairs: Sequence[tuple[str, str]], sweep: Sweep, path: Path, progress: Progress | None = None) -> bool:
-    """Try the names that a CSV file does not hold yet; each becomes a row of it when it is done.
+    """Try the names that a CSV file does not hold yet, or holds as failed; each becomes a row of it when it is done.
 
     An interrupt (Ctrl-C) ends the sweep and keeps the rows.
 
@@ -62,7 +62,8 @@ def sweep_names(pairs: Sequence[tuple[str, str]], sweep: Sweep, path: Path, prog
     other = next((row.settings for row in rows if row.settings != sweep.settings), None)
     if other is not None:
         raise ValueError(f"{path} was made with {other}, not with {sweep.settings}; choose another folder, or delete it")
-    write_rows(path, rows)  # without a line that was cut off
+    rows = [row for row in rows if row.outcome != "failed"]
+    write_rows(path, rows)  # also without a line that was cut off
     done = {row.name for row in rows}
     progress = progress or Progress(disable=True)
     task = progress.add_task("sweep", total=len(pairs))
