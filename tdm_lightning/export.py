@@ -118,7 +118,7 @@ def _exported(
         write(program, path)
         try:
             difference = _compare(frozen, load(path), _batches(shape, images))
-        except ValueError:
+        except Exception:
             for file in _files(path):
                 file.unlink()
             raise
