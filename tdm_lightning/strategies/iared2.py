@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tdm_lightning.checks import check_count
+from tdm_lightning.checks import check_count, check_number
 from tdm_lightning.strategies.base import Criterion, Strategy
 from tdm_lightning.strategies.interpreter import MultiHeadInterpreter
 from tdm_lightning.tokens import Output, Tokens
@@ -80,14 +78,14 @@ class IARED2(Strategy):
     ) -> None:
         super().__init__()
         self.groups = check_count(groups, "groups")
-        self.threshold = _check_number(threshold, "threshold")
+        self.threshold = check_number(threshold, "threshold")
         if self.threshold >= 1:
             raise ValueError(f"threshold must lie in [0, 1), got {threshold!r}; no score exceeds 1")
         self.heads = None if heads is None else check_count(heads, "heads")
         self.penalty = _check_penalty(penalty)
         self.interpreter_epochs = check_count(interpreter_epochs, "interpreter_epochs")
         self.block_epochs = check_count(block_epochs, "block_epochs")
-        self.interpreter_lr = _check_number(interpreter_lr, "interpreter_lr")
+        self.interpreter_lr = check_number(interpreter_lr, "interpreter_lr")
         self.stage = Stage(self.groups - 1, interpreting=False)
         self.interpreters = nn.ModuleList()
 
@@ -209,17 +207,9 @@ class IARED2(Strategy):
         return [group for group in groups if group["params"]]
 
 
-def _check_number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not 0 <= float(value) < math.inf:
-        raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
-    return float(value)
-
-
 def _check_penalty(penalty: Any) -> tuple[float, ...]:
     if isinstance(penalty, str) or not isinstance(penalty, Sequence):
         raise TypeError(f"penalty must be a sequence of numbers such as (3, 5, 8), got {penalty!r}")
     if not penalty:
         raise ValueError("penalty must hold at least one number")
-    return tuple(_check_number(value, "penalty") for value in penalty)
+    return tuple(check_number(value, "penalty") for value in penalty)
