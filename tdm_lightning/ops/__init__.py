@@ -3,6 +3,7 @@
 from tdm_lightning.ops.alternating import match_alternating
 from tdm_lightning.ops.clusters import cluster_density_peaks, pairwise_distances
 from tdm_lightning.ops.importance import QueryKey, class_row, mean_keys, received_attention
+from tdm_lightning.ops.linear import linear_bias, linear_weight
 from tdm_lightning.ops.merge import (
     first_members,
     gather_tokens,
@@ -24,6 +25,8 @@ __all__ = [
     "gather_tokens",
     "group_weights",
     "inverse_order",
+    "linear_bias",
+    "linear_weight",
     "match_alternating",
     "match_pairs",
     "mean_keys",

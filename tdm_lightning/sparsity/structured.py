@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from tdm_lightning.checks import check_fraction
+from tdm_lightning.ops import linear_bias, linear_weight
 from tdm_lightning.sparsity.base import Sparsity, gradient
 from tdm_lightning.sparsity.exchange import exchange
 from tdm_lightning.tokens import Observed, Tokens
@@ -169,7 +170,9 @@ def _rows(block: Any) -> Tensor:
 
 def _idle_keys(attn: Any) -> Tensor:
     """The keys of heads without weights, H×d."""
-    bias = attn.qkv.weight.new_zeros(3 * attn.attn_dim) if attn.qkv.bias is None else attn.qkv.bias
+    bias = linear_bias(attn.qkv)
+    if bias is None:
+        bias = linear_weight(attn.qkv).new_zeros(3 * attn.attn_dim)
     return attn.k_norm(bias.view(3, attn.num_heads, -1)[1])
 
 

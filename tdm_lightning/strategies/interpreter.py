@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tdm_lightning.ops import linear_bias, linear_weight
 from tdm_lightning.ops.precision import full_precision
 
 #: Logit of every score before training: all patches stay at a threshold of 0.5, and a sample drops about a quarter.
@@ -34,8 +35,10 @@ class MultiHeadInterpreter(nn.Module):
     def forward(self, cls: Tensor, patches: Tensor) -> Tensor:
         """Scores of patch tokens B×N×C by the class token B×1×C: B×N in (0, 1), float32."""
         width = cls.shape[-1]
-        q_weight, k_weight, _ = self.qk.weight.split(width)
-        q_bias, k_bias, _ = self.qk.bias.split(width)
+        weight, bias = linear_weight(self.qk), linear_bias(self.qk)
+        assert bias is not None
+        q_weight, k_weight, _ = weight.split(width)
+        q_bias, k_bias, _ = bias.split(width)
         cls, patches = (F.layer_norm(x, (width,), eps=1e-5) for x in (cls, patches))
         q = F.linear(cls[:, 0], q_weight, q_bias).unflatten(-1, (self.heads, -1))
         with full_precision(cls.device):  # half precision would tie scores near the threshold

@@ -14,7 +14,7 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdm_lightning.ops import QueryKey, policy_softmax
+from tdm_lightning.ops import QueryKey, linear_bias, linear_weight, policy_softmax
 from tdm_lightning.tokens import Tokens
 
 #: Attentions with rotary positions, and attentions with a relative position bias.
@@ -64,19 +64,20 @@ def norm_or_none(module: nn.Module | None) -> nn.Module | None:
 
 def _weights(attn: Any) -> tuple[Tensor, Tensor]:
     if attn.qkv is None:
-        return attn.q_proj.weight, attn.k_proj.weight
-    q, k, _ = attn.qkv.weight.chunk(3)
+        return linear_weight(attn.q_proj), linear_weight(attn.k_proj)
+    q, k, _ = linear_weight(attn.qkv).chunk(3)
     return q, k
 
 
 def _biases(attn: Any) -> tuple[Tensor | None, Tensor | None]:
     if attn.qkv is None:
-        return attn.q_proj.bias, attn.k_proj.bias
+        return linear_bias(attn.q_proj), linear_bias(attn.k_proj)
     if getattr(attn, "q_bias", None) is not None:
         return attn.q_bias, attn.k_bias
-    if attn.qkv.bias is None:
+    bias = linear_bias(attn.qkv)
+    if bias is None:
         return None, None
-    q, k, _ = attn.qkv.bias.chunk(3)
+    q, k, _ = bias.chunk(3)
     return q, k
 
 
@@ -105,6 +106,11 @@ def rotary_attention(attn: Any, h: Tensor, tokens: Tokens, rope: Tensor | None) 
     """Attention with rotary positions, as timm has it; B×T×C."""
     if tokens.policy is not None or tokens.queries is not None:
         _require_plain(attn, "a policy or a choice of rows")
+    if getattr(attn, "q_bias", None) is not None and not attn.qkv_bias_separate and not isinstance(attn.qkv.weight, Tensor):
+        raise UnsupportedBlock(
+            f"timm's {type(attn).__name__} multiplies by the weight of its qkv layer, which a quantised layer keeps packed; "
+            f"leave the qkv layers as they are, by naming the layers to quantise, or set qkv_bias_separate of every attention"
+        )
     return attn(h, rope=rope, attn_mask=tokens.key_bias)
 
 
@@ -115,10 +121,10 @@ def biased_attention(attn: Any, h: Tensor, tokens: Tokens, bias: Tensor | None) 
     """
     if tokens.policy is not None or tokens.queries is not None:
         _require_plain(attn, "a policy or a choice of rows")
-    own = None
-    if getattr(attn, "q_bias", None) is not None:
-        own = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-    qkv = F.linear(h, attn.qkv.weight, attn.qkv.bias if own is None else own)
+    if getattr(attn, "q_bias", None) is None:
+        qkv = attn.qkv(h)
+    else:
+        qkv = F.linear(h, linear_weight(attn.qkv), torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
     q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     q_norm, k_norm = norm_or_none(getattr(attn, "q_norm", None)), norm_or_none(getattr(attn, "k_norm", None))
     q, k = q if q_norm is None else q_norm(q), k if k_norm is None else k_norm(k)
@@ -147,10 +153,11 @@ def _require_plain(attn: nn.Module, what: str) -> None:
 def _attention_of_rows(attn: Any, h: Tensor, rows: Tensor, tokens: Tokens) -> Tensor:
     """Timm's attention for some rows of B×T×C, which look at all of them; B×Q×C."""
     asking = h.index_select(1, rows)
-    width = attn.qkv.weight.shape[0] // 3
-    bias = (None, None) if attn.qkv.bias is None else (attn.qkv.bias[:width], attn.qkv.bias[width:])
-    q = F.linear(asking, attn.qkv.weight[:width], bias[0]).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-    k, v = F.linear(h, attn.qkv.weight[width:], bias[1]).unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    weight, bias = linear_weight(attn.qkv), linear_bias(attn.qkv)
+    width = weight.shape[0] // 3
+    q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+    q = F.linear(asking, weight[:width], q_bias).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+    k, v = F.linear(h, weight[width:], kv_bias).unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     drop = attn.attn_drop.p if attn.training else 0.0
     x = F.scaled_dot_product_attention(
         attn.q_norm(q), attn.k_norm(k), v, attn_mask=tokens.key_bias, dropout_p=drop, scale=attn.scale

@@ -16,7 +16,7 @@ from timm.models import vision_transformer as timm_vit
 from timm.models import vision_transformer_relpos as timm_relpos
 from torch import Tensor, nn
 
-from tdm_lightning.ops import QueryKey, class_row, mean_keys, received_attention
+from tdm_lightning.ops import QueryKey, class_row, linear_bias, linear_weight, mean_keys, received_attention
 from tdm_lightning.tokens import Observed, Tokens
 from tdm_lightning.vit.attention import (
     BIASED,
@@ -195,7 +195,7 @@ class ParallelScaling(BlockAdapter):
     def projections(self, block: Any, tokens: Tokens) -> list[QueryKey]:
         """Slices of the joint input projection."""
         hidden, width = block.in_split[0], block.in_split[1]
-        weight, bias = block.in_proj.weight, block.in_proj.bias
+        weight, bias = linear_weight(block.in_proj), linear_bias(block.in_proj)
         q, k = slice(hidden, hidden + width), slice(hidden + width, hidden + 2 * width)
         heads = width // block.head_dim
         q_bias, k_bias = (None, None) if bias is None else (bias[q], bias[k])
