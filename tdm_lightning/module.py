@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from lightning.pytorch import LightningModule
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from tdm_lightning.checkpoints import load_official
+from tdm_lightning.randomness import given_seed, reseed
 from tdm_lightning.recipe import even, freeze, make_cosine, make_criterion
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.strategies.stack import stacked
@@ -31,6 +34,9 @@ class TokenReductionClassifier(LightningModule):
 
     The defaults are DeiT's recipe (Touvron et al., 2021). Meant to be subclassed: override one of the ``configure_*`` methods,
     or a step. The reduced model is ``self.model``, a :class:`~tdm_lightning.TokenReducedViT`.
+
+    In a run that was seeded (``seed_everything``) the random numbers of a training step (mixup, drop-path, sampled tokens) follow
+    from the seed, the process, the epoch and the batch: a run that goes on from a checkpoint draws what it would have drawn.
 
     Logged: ``train/loss`` and each term of it by name, what the strategy reports, ``val/loss``, ``val/top1``, ``val/top5``, and
     the same for ``test``.
@@ -48,7 +54,8 @@ class TokenReductionClassifier(LightningModule):
         model_kwargs: passed to ``timm.create_model``, such as ``img_size`` or ``in_chans``.
         drop_path: stochastic depth rate of the last block, rising linearly from 0.
         optimizer: timm's name of the optimizer.
-        lr: learning rate at the global batch size used; DeiT's is 5e-4 per 512 images.
+        lr: learning rate at the global batch size used; DeiT's is 5e-4 per 512 images. Lightning's ``LearningRateFinder`` may
+            replace it before training: the optimizer and its schedule are then made anew.
         weight_decay: decay of all weights but biases, norms, class token and position embedding.
         layer_decay: factor on the learning rate per block towards the input; ``None``: none.
         warmup_epochs: epochs of linear warm-up.
@@ -166,10 +173,12 @@ class TokenReductionClassifier(LightningModule):
         warmup = round(hp.warmup_epochs * self._steps_per_epoch()) if hp.warmup_epochs else 0
         scheduler = make_cosine(optimizer, int(steps), warmup, hp.warmup_lr, hp.min_lr)
         freeze(optimizer.param_groups, self.current_epoch)
+        self._scheduled_lr = hp.lr
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _steps_per_epoch(self) -> float:
-        return self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        return math.ceil(steps) if steps < float("inf") else steps  # the last batches of an epoch make a step, however few
 
     # Training
 
@@ -182,13 +191,25 @@ class TokenReductionClassifier(LightningModule):
         if stage == "fit" and self.model.strategy.needs_teacher and not self._teacher:
             self._teacher = (self.configure_teacher(),)
 
+    def on_train_start(self) -> None:
+        """Follow a learning rate that was found since the optimizer was made; keep the ViT in eval mode where asked for."""
+        if self.hparams["lr"] != self._scheduled_lr:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+        self._set_mode()  # a run that goes on within an epoch does not start one
+
     def on_train_epoch_start(self) -> None:
         """Keep the ViT in eval mode where asked for; the strategy trains all the same."""
+        self._set_mode()
+
+    def _set_mode(self) -> None:
         if self.hparams["train_in_eval_mode"]:
             self.model.vit.eval()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Tell the strategy where training stands."""
+        """Give a seeded run this step's random numbers; tell the strategy where training stands."""
+        seed = given_seed()
+        if seed is not None:
+            reseed(seed, self.global_rank, self.current_epoch, batch_idx)
         self.model.strategy.on_progress(self.current_epoch, self.global_step, int(self.trainer.estimated_stepping_batches))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -217,7 +238,9 @@ class TokenReductionClassifier(LightningModule):
             return self._teacher[0].to(images.device).run(images)  # type: ignore[operator]
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        """Timm's schedulers count updates themselves."""
+        """Timm's schedulers count updates themselves; others (a learning rate finder's) are torch's."""
+        if not isinstance(scheduler, Scheduler):
+            return super().lr_scheduler_step(scheduler, metric)
         scheduler.step_update(num_updates=self.global_step)
         freeze(scheduler.optimizer.param_groups, int(self.global_step / self._steps_per_epoch()))
 

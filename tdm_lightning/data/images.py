@@ -12,12 +12,14 @@ import datasets
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from tdm_lightning.data.sampling import worker_share
 from tdm_lightning.data.transforms import Transform
+from tdm_lightning.randomness import seeded
 
 Sample = tuple[Tensor, int]
+Labelled = tuple[Image.Image, int]
 
 #: What PIL raises for files that are cut off, missing or no images.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -115,8 +117,24 @@ class CorruptImages:
         warnings.warn(f"{message}: skipped; {total} of at most {self.limit} so far", stacklevel=3)
 
 
-class ImageDataset(Dataset[Sample | None]):
-    """The images of a split that can be indexed.
+class Pass:
+    """The number of the pass under way, which workers that live longer than a pass see too."""
+
+    def __init__(self) -> None:
+        self._number = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def begin_pass(self, number: int) -> None:
+        """Tell the workers which pass begins."""
+        self._number.fill_(number)
+
+    @property
+    def number(self) -> int:
+        """Of the pass, from 0."""
+        return int(self._number)
+
+
+class ImageDataset(Pass, Dataset[Sample | None]):
+    """The images of a split that can be indexed. An index beyond the last is a further copy: index ``i`` is image ``i % length``.
 
     Args:
         rows: the split.
@@ -124,18 +142,30 @@ class ImageDataset(Dataset[Sample | None]):
         corrupt: hears of images that cannot be decoded; with one counter per row, so that each counts once in all epochs.
         replace: give the next image in the place of one that cannot be decoded, so that batches keep their size (training);
             otherwise give ``None``, so that every image counts once (evaluation).
+        seed: what an image is made of it follows from this, the pass and its index alone; ``None``: from the random numbers of
+            the process.
     """
 
-    def __init__(self, rows: datasets.Dataset, reader: RowReader, corrupt: CorruptImages, replace: bool) -> None:
+    def __init__(
+        self, rows: datasets.Dataset, reader: RowReader, corrupt: CorruptImages, replace: bool, seed: int | None = None
+    ) -> None:
+        super().__init__()
         self.rows = rows
         self.reader = reader
         self.corrupt = corrupt
         self.replace = replace
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample | None:
+        if self.seed is None:
+            return self._sample(index)
+        with seeded(self.seed, self.number, index):
+            return self._sample(index)
+
+    def _sample(self, index: int) -> Sample | None:
         for candidate in range(index, index + len(self)):
             position = candidate % len(self)
             row = self.rows[position]
@@ -150,7 +180,7 @@ class ImageDataset(Dataset[Sample | None]):
         raise ValueError(f"none of the {len(self)} images of split {self.corrupt.split!r} can be decoded")
 
 
-class ImageStream(IterableDataset[Sample]):
+class ImageStream(Pass, IterableDataset[Sample]):
     """The images of a split that can only be iterated.
 
     Args:
@@ -160,7 +190,8 @@ class ImageStream(IterableDataset[Sample]):
         batch_size: images per batch.
         batches: batches that this process needs in a pass: shorter streams start over; ``None``: as many as there are.
         cycle: without ``batches``, start over without end.
-        epoch: the first pass's number, which decides the order.
+        seed: the images follow from these numbers, the pass, the worker and their place in its stream; ``None``: from the
+            random numbers of the process.
     """
 
     def __init__(
@@ -171,48 +202,58 @@ class ImageStream(IterableDataset[Sample]):
         batch_size: int,
         batches: int | None = None,
         cycle: bool = False,
-        epoch: int = 0,
+        seed: tuple[int, ...] | None = None,
     ) -> None:
+        super().__init__()
         self.stream = stream
         self.reader = reader
         self.corrupt = corrupt
         self.batch_size = batch_size
         self.batches = batches
         self.cycle = cycle
-        self.epoch = epoch
+        self.seed = seed
 
     def __len__(self) -> int:
         if self.batches is None:
             raise TypeError("a stream of unknown size has no length")
         return self.batches * self.batch_size
 
-    def begin_pass(self) -> None:
-        """Tell the stream and its workers which pass begins."""
-        self.stream.set_epoch(self.epoch)
-        self.epoch += 1
+    def begin_pass(self, number: int) -> None:
+        """Tell the stream too, whose order follows from it."""
+        super().begin_pass(number)
+        self.stream.set_epoch(number)
 
     def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         self.corrupt.counts[worker] = 0
         if self.batches is None:
-            return self._cycled(worker) if self.cycle else self._once(worker)
-        return islice(self._cycled(worker), worker_share(self.batches, worker, workers) * self.batch_size)
+            rows = self._cycled(worker) if self.cycle else self._once(worker)
+        else:
+            rows = islice(self._cycled(worker), worker_share(self.batches, worker, workers) * self.batch_size)
+        for place, (image, label) in enumerate(rows):
+            yield self._transformed(image, worker, place), label
 
-    def _cycled(self, worker: int) -> Iterator[Sample]:
+    def _cycled(self, worker: int) -> Iterator[Labelled]:
         while True:
             empty = True
-            for sample in self._once(worker):
+            for image in self._once(worker):
                 empty = False
-                yield sample
+                yield image
             if empty:
                 raise ValueError(f"a pass over split {self.corrupt.split!r} gave no image")
 
-    def _once(self, worker: int) -> Iterator[Sample]:
+    def _once(self, worker: int) -> Iterator[Labelled]:
         for position, row in enumerate(self.stream):
             image = self._read(row, position, worker)
             if image is not None:
-                yield self.reader.transform(image), self.reader.label(row)
+                yield image, self.reader.label(row)
+
+    def _transformed(self, image: Image.Image, *place: int) -> Tensor:
+        if self.seed is None:
+            return self.reader.transform(image)
+        with seeded(*self.seed, self.number, *place):
+            return self.reader.transform(image)
 
     def _read(self, row: Mapping[str, Any], position: int, worker: int) -> Image.Image | None:
         try:
@@ -240,14 +281,3 @@ def collate(samples: Sequence[Sample | None]) -> tuple[Tensor, Tensor] | None:
         return None
     images, labels = zip(*read, strict=True)
     return torch.stack(images), torch.tensor(labels)
-
-
-class ImageLoader(DataLoader):
-    """A ``DataLoader`` that leaves out batches without an image, gives tuples, and tells a stream when a pass begins."""
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
-        if isinstance(self.dataset, ImageStream):
-            self.dataset.begin_pass()
-        for batch in super().__iter__():
-            if batch is not None:
-                yield tuple(batch)  # pinning makes lists of tuples

@@ -10,12 +10,14 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from tdm_lightning.checks import check_count
-from tdm_lightning.data.images import CorruptImages, ImageDataset, ImageLoader, ImageStream, RowReader, collate
+from tdm_lightning.data.images import CorruptImages, ImageDataset, ImageStream, RowReader, collate
 from tdm_lightning.data.labels import check_classes, check_columns, class_names
+from tdm_lightning.data.loader import ImageLoader
 from tdm_lightning.data.rows import Rows, choose_split, encoded, features_of, hold_out
-from tdm_lightning.data.sampling import RepeatedAugmentation, batches_per_process, stream_part, stream_size
+from tdm_lightning.data.sampling import RepeatedAugmentation, TrainingOrder, batches_per_process, stream_part, stream_size
 from tdm_lightning.data.sources import Location, Splits, hub_features, load_splits
 from tdm_lightning.data.transforms import Transform, eval_transform, image_mode, resolve_config, train_transform
+from tdm_lightning.randomness import run_seed
 
 
 class ImageNetDataModule(LightningDataModule):
@@ -25,10 +27,15 @@ class ImageNetDataModule(LightningDataModule):
     override :meth:`train_transform` or :meth:`eval_transform`.
 
     An image that cannot be decoded is reported with its index and skipped: training takes the next one in its place, evaluation
-    leaves it out. Under DDP every process gets equally many training batches: map-style sets are padded by Lightning's sampler;
+    leaves it out. Under DDP every process gets equally many training batches: map-style sets are padded;
     streams give each process ``size // (batch_size × processes)`` batches, starting over where a process's shards are shorter,
     if the set's description tells its size, and otherwise need an integer ``trainer.limit_train_batches``. In evaluation a
     stream gives every image once, map-style sets are padded likewise.
+
+    Order and augmentation of the training images follow from the run's seed (``seed_everything``), ``seed``, the epoch and each
+    image's index, on any number of workers and processes. So a run that goes on from a checkpoint in the middle of an epoch
+    sees the images that it would have seen: at once, or where ``streaming``, on as many workers and processes as before, after
+    reading those it had seen (exactly so if the stream tells its size, or ``trainer.limit_train_batches`` is an integer).
 
     Args:
         dataset: name on the Hugging Face hub; a folder (of images as ``SPLIT/CLASS/IMAGE``, or of parquet, arrow or webdataset
@@ -66,7 +73,7 @@ class ImageNetDataModule(LightningDataModule):
         pin_memory: pin batches in memory where there is an accelerator.
         persistent_workers: keep the workers from epoch to epoch.
         cache_dir: where prepared copies are kept; ``None``: datasets' own place.
-        seed: of the hold-out, of a stream's order and of repeated augmentation's.
+        seed: of the hold-out; and, added to the run's own, of the order and augmentation of training images.
 
     Raises:
         ValueError: for a setting out of range, or from :meth:`setup` for data that is missing or does not fit.
@@ -243,12 +250,15 @@ class ImageNetDataModule(LightningDataModule):
     # Loaders
 
     def train_dataloader(self) -> ImageLoader:
-        """Shuffled, augmented training images.
+        """Shuffled, augmented training images; in a Trainer, from where its training stands.
 
         Raises:
             ValueError: as :meth:`setup`; for a stream of unknown size in several processes without a number of batches.
         """
-        return self._loader("train", self.train_transform())
+        loader = self._loader("train", self.train_transform())
+        if self.trainer is not None:
+            loader.follow(self.trainer)
+        return loader
 
     def val_dataloader(self) -> ImageLoader | list[ImageLoader]:
         """Validation images in their order; an empty list where there is no validation split."""
@@ -278,15 +288,16 @@ class ImageNetDataModule(LightningDataModule):
     def _map_loader(self, part: str, rows: datasets.Dataset, reader: RowReader) -> ImageLoader:
         hp, training = self.hparams, part == "train"
         corrupt = CorruptImages(hp.max_corrupt_images, len(rows), self._described(part))
-        images = ImageDataset(rows, reader, corrupt, replace=training)
+        images = ImageDataset(rows, reader, corrupt, replace=training, seed=self._seed if training else None)
         rank, processes = self._place()
-        sampler = None
+        sampler: TrainingOrder | None = None
         if training and hp.repeated_augmentation:
-            sampler = RepeatedAugmentation(images, hp.repeated_augmentation, rank, processes, hp.seed)
+            sampler = RepeatedAugmentation(images, hp.repeated_augmentation, rank, processes, self._seed)
+        elif training:
+            sampler = TrainingOrder(images, rank, processes, self._seed)
         return ImageLoader(
             images,
             sampler=sampler,
-            shuffle=training and sampler is None,
             # A last batch of few images would weigh as much as a full one; but a small set has no other.
             drop_last=training and len(rows) >= hp.batch_size * processes,
             **self._shared(training, hp.num_workers),
@@ -304,7 +315,7 @@ class ImageNetDataModule(LightningDataModule):
             )
         rows = stream_part(rows, rank, processes)
         if training:
-            rows = rows.shuffle(seed=hp.seed, buffer_size=hp.shuffle_buffer)
+            rows = rows.shuffle(seed=self._seed, buffer_size=hp.shuffle_buffer)
         workers = min(hp.num_workers, rows.num_shards)
         images = ImageStream(
             rows,
@@ -313,13 +324,18 @@ class ImageNetDataModule(LightningDataModule):
             hp.batch_size,
             batches=None if size is None else batches_per_process(size, hp.batch_size, processes),
             cycle=training and processes > 1,
-            epoch=self.trainer.current_epoch if self.trainer is not None else 0,
+            seed=(self._seed, rank) if training else None,
         )
         return ImageLoader(images, **self._shared(training, workers))
 
     def _described(self, part: str) -> str:
         """What messages call the images of a part."""
         return self._split_name(part) + (f" ({'kept' if part == 'train' else 'held-out'} part)" if self._held_out(part) else "")
+
+    @property
+    def _seed(self) -> int:
+        """Of the order and the augmentation of training images, the same in all processes."""
+        return run_seed() + self.hparams.seed
 
     def _place(self) -> tuple[int, int]:
         """This process's number and the number of processes."""

@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
+
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Dataset, DistributedSampler
 
 
-class RepeatedAugmentation(RepeatAugSampler, DistributedSampler):
+class TrainingOrder(DistributedSampler):
+    """A shuffled split, spread over the processes; each epoch has its own order, and can begin anywhere in it.
+
+    A ``DistributedSampler`` by type in one process too, so Lightning tells it the epoch and leaves it in place.
+
+    Args:
+        dataset: the images.
+        rank: this process.
+        world_size: number of processes.
+        seed: of the order.
+
+    Attributes:
+        start: how many of this process's images the next pass leaves out, those that were already seen.
+    """
+
+    def __init__(self, dataset: Dataset, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
+        DistributedSampler.__init__(self, dataset, num_replicas=world_size, rank=rank, seed=seed)
+        self.start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(self.order(), self.start, None)
+
+    def order(self) -> Iterator[int]:
+        """The whole epoch."""
+        return super().__iter__()
+
+
+class RepeatedAugmentation(RepeatAugSampler, TrainingOrder):
     """timm's repeated augmentation: several differently augmented copies of an image, spread over the processes.
 
     An epoch keeps its length, so it shows ``1/repeats`` of the images. In one process the copies of an image follow each other.
-    A ``DistributedSampler`` by type, so Lightning tells it the epoch and leaves it in place.
+    Copy ``c`` of image ``i`` is the index ``i + c * len(dataset)``.
 
     Args:
         dataset: the images.
@@ -25,11 +55,21 @@ class RepeatedAugmentation(RepeatAugSampler, DistributedSampler):
     def __init__(self, dataset: Dataset, repeats: int, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
         RepeatAugSampler.__init__(self, dataset, num_replicas=world_size, rank=rank, num_repeats=repeats)
         self.seed = seed
+        self.start = 0
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Another order for each epoch."""
         self.epoch = self.seed + epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return TrainingOrder.__iter__(self)
+
+    def order(self) -> Iterator[int]:
+        """The whole epoch."""
+        for place, image in enumerate(RepeatAugSampler.__iter__(self)):
+            copy = (self.rank + place * self.num_replicas) % self.num_repeats
+            yield image + copy * len(self.dataset)
 
 
 def stream_part(stream: IterableDataset, rank: int, world_size: int) -> IterableDataset:

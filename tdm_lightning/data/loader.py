@@ -1,0 +1,74 @@
+"""The loader of a split, which can go on in the middle of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tdm_lightning.data.images import Pass
+from tdm_lightning.data.sampling import TrainingOrder
+
+
+class ImageLoader(DataLoader):
+    """A ``DataLoader`` that leaves out batches without an image, gives tuples, numbers its passes and can go on within one.
+
+    Each pass has an order and an augmentation of its own, which follow from the pass's number alone. :meth:`state_dict` tells
+    the pass and how many of its batches were given out, whatever workers have prepared beyond them; after
+    :meth:`load_state_dict` the next pass goes on from there. In a Trainer, :meth:`follow` makes the Trainer's own count decide,
+    which it restores with any of its checkpoints.
+
+    Images that are indexed are picked up where they were left at once. A stream is read again up to there: with as many workers
+    and processes as before it then gives the same images, at the price of loading those already seen.
+    """
+
+    # Set here, since Lightning makes loaders anew from the arguments of their constructor.
+    _epoch = 0
+    _given = 0
+    _begun = False
+    _trainer: Trainer | None = None
+
+    def follow(self, trainer: Trainer) -> None:
+        """Be where a Trainer is, whenever it begins a pass over this loader."""
+        self._trainer = trainer
+
+    def state_dict(self) -> dict[str, int]:
+        """Number of the pass and of its batches given out, the same in every process."""
+        return {"epoch": self._epoch, "batches": self._given}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Let the next pass go on from what :meth:`state_dict` told."""
+        self._epoch, self._given = state["epoch"], state["batches"]
+        self._begun = False
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
+        self._find_place()
+        for batch in self._rest():
+            if batch is not None:
+                self._given += 1
+                yield tuple(batch)  # pinning makes lists of tuples
+        self._epoch, self._given, self._begun = self._epoch + 1, 0, False
+
+    def _find_place(self) -> None:
+        """Set the pass and how many of its batches are behind us; a pass that was left early is over."""
+        trainer = self._trainer
+        if trainer is not None and trainer.training and trainer.train_dataloader is self:
+            loop = trainer.fit_loop
+            self._epoch, self._given = loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
+        elif self._begun:
+            self._epoch, self._given = self._epoch + 1, 0
+        self._begun = True
+
+    def _rest(self) -> Iterator[list[Tensor] | None]:
+        """The pass from its place on."""
+        images, order = self.dataset, self.sampler
+        if isinstance(images, Pass):
+            images.begin_pass(self._epoch)
+        if isinstance(order, TrainingOrder):
+            order.set_epoch(self._epoch)
+            order.start = self._given * (self.batch_size or 1)
+            return super().__iter__()
+        return islice(super().__iter__(), self._given, None)
