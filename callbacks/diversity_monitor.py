@@ -25,8 +25,8 @@ class DiversityMonitor(Callback):
 
     It listens to the passes that the module makes anyway, in a few batches spread evenly over the loader; of each, to the
     first pass. Logged as ``diversity/<stage>/block_XX``, blocks counted from 0; printed and plotted (``diversity_<stage>.png``)
-    at the end of the run, not plotted under ``fast_dev_run``. Prefix tokens and tokens that wait outside the blocks do not
-    count.
+    at the end of the run, not plotted under ``fast_dev_run``. Prefix tokens, padding and tokens that wait outside the
+    blocks do not count.
 
     Args:
         norm: see :func:`~tdm_lightning.metrics.diversity_score`.

@@ -15,7 +15,8 @@ class DiversityRecorder:
     """The diversity score (Long et al., CVPR 2023) of the patch tokens after each block, over the passes it listens to.
 
     It listens while it is entered as a context, to the first pass made inside; the model and its outputs are not changed, and
-    no hook stays behind. Prefix tokens do not count, nor do tokens that wait outside the blocks.
+    no hook stays behind. Prefix tokens do not count, nor do tokens that wait outside the blocks, nor rows that only pad
+    images with fewer tokens than others.
 
     Args:
         module: any module that holds one ViT, reduced or a plain timm model.
@@ -58,7 +59,7 @@ class DiversityRecorder:
         """Stop listening."""
         self._listening.close()
 
-    def _see(self, block: int, tokens: Tensor) -> None:
+    def _see(self, block: int, tokens: Tensor, valid: Tensor | None) -> None:
         # Once per context: gradient checkpointing runs blocks again, and some modules make several passes.
         if block in self._heard:
             return
@@ -67,7 +68,7 @@ class DiversityRecorder:
         self._images = max(self._images, len(tokens))
         present = len(tokens) if patches.shape[1] else 0
         if present:
-            self._metrics[block].update(patches)
+            self._metrics[block].update(patches, None if valid is None else valid[:, self._prefix :])
         if present < self._images:
             # Where no patch is left, or an image has left its batch, there is no diversity either: score a single token.
             self._metrics[block].update(tokens.new_zeros(self._images - present, 1, tokens.shape[2]))

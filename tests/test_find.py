@@ -53,7 +53,7 @@ def test_taps_see_the_same_tokens_in_a_plain_model_as_at_keep_rate_1():
     seen = {}
     for name, model in {"plain": vit, "reduced": tdm.attach(vit, tdm.TDM(1.0, layers=(1,)))}.items():
         seen[name] = {}
-        with tap_blocks(model, seen[name].__setitem__):
+        with tap_blocks(model, lambda index, tokens, valid, kept=seen[name]: kept.__setitem__(index, tokens)):
             model(images)
         model(images * 2)  # outside: not seen
     assert list(seen["plain"]) == list(seen["reduced"]) == [0, 1, 2, 3]
@@ -64,7 +64,7 @@ def test_taps_see_the_same_tokens_in_a_plain_model_as_at_keep_rate_1():
 def test_taps_are_removed_on_errors_and_copies_show_nothing():
     model = tdm.attach(small(), tdm.TDM(0.5, layers=(1,)))
     seen = []
-    with pytest.raises(RuntimeError), tap_blocks(model, lambda index, tokens: seen.append(tokens.shape[1])):  # noqa: PT012
+    with pytest.raises(RuntimeError), tap_blocks(model, lambda index, tokens, valid: seen.append(tokens.shape[1])):  # noqa: PT012
         copy.deepcopy(model)(torch.zeros(1, 3, 32, 32))
         assert seen == []
         model(torch.zeros(1, 3, 32, 32))

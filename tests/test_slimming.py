@@ -53,7 +53,7 @@ def trained(digits):
 def features(model, images):
     """The tokens after each block."""
     seen = []
-    with torch.no_grad(), tap_blocks(model, lambda index, x: seen.append(x)):
+    with torch.no_grad(), tap_blocks(model, lambda index, x, valid: seen.append(x)):
         model(images)
     return seen
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,8 +28,8 @@ class LoadReport:
     Attributes:
         layout: the name of the file's layout.
         interpolated: the position grids of file and model, each height and width, if they differ.
-        untouched: names of the model's weights that stayed as they were: a skipped classifier, or a strategy's own layers where
-            the file has none.
+        untouched: names of the model's weights that stayed as they were: a skipped classifier, or the own layers of a strategy
+            for which the file has none.
     """
 
     layout: str
@@ -83,13 +84,14 @@ def load_official(
 
     # The timm model's weights go by timm's names, a strategy's own by "strategy.…", whether the model is reduced or not.
     state = {name.removeprefix("vit."): value for name, value in model.state_dict().items()}
+    weights = _restacked(weights, state)
     weights = {name: w for name, w in weights.items() if name in state or not name.startswith(layout.auxiliary)}
     head = {name for name in {*weights, *state} if name.startswith(("head.", "head_dist.", "strategy.head_cls."))}
     untouched = set(head & state.keys()) if skip_head else set()
     if skip_head:
         weights = {name: value for name, value in weights.items() if name not in head}
-    if not any(_is_strategys(name) for name in weights):
-        untouched |= {name for name in state if _is_strategys(name)}
+    given = {_owner(name) for name in weights}
+    untouched |= {name for name in state if _is_strategys(name) and _owner(name) not in given}
     copies = {copy: name for copy, name in layout.copies(weights).items() if copy not in state and name in state}
     wanted = {name: value for name, value in state.items() if name not in untouched}
     _check_fit(weights, wanted | {copy: state[name] for copy, name in copies.items()}, origin, head, copies)
@@ -103,6 +105,29 @@ def load_official(
 
 def _is_strategys(name: str) -> bool:
     return name.startswith("strategy.")
+
+
+#: What stands before the names of a strategy's weights: more where it is one of a stack.
+_STRATEGY = re.compile(r"strategy\.(?:members\.\d+\.)?")
+
+
+def _owner(name: str) -> str:
+    """The strategy, or the member of a stack, that a weight belongs to; empty for the timm model's."""
+    found = _STRATEGY.match(name)
+    return found[0] if found else ""
+
+
+def _restacked(weights: Weights, state: Mapping[str, Tensor]) -> Weights:
+    """The weights under this model's names, where a strategy stands alone in one of the two and in a stack in the other."""
+    places: dict[str, list[str]] = {}
+    for name in filter(_is_strategys, state):
+        places.setdefault(_STRATEGY.sub("", name, count=1), []).append(name)
+    renamed = {}
+    for name, value in weights.items():
+        here = places.get(_STRATEGY.sub("", name, count=1), []) if _is_strategys(name) and name not in state else []
+        free = len(here) == 1 and here[0] not in weights and here[0] not in renamed
+        renamed[here[0] if free else name] = value
+    return renamed
 
 
 def _weights(content: Mapping[str, Any], which: str, origin: str) -> Weights:

@@ -67,9 +67,9 @@ def evaluate(model: TokenReducedViT, images: Tensor, labels: Tensor, batch_size:
     scores = [DiversityScore().to(device) for _ in model.vit.blocks]
     tokens = [0] * len(scores)
 
-    def see(block: int, x: Tensor) -> None:
+    def see(block: int, x: Tensor, valid: Tensor | None) -> None:
         patches = x[:, model.num_prefix_tokens :]
-        scores[block].update(patches)
+        scores[block].update(patches, None if valid is None else valid[:, model.num_prefix_tokens :])
         tokens[block] = patches.shape[1]
 
     with tap_blocks(model, see):

@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 from timm.layers import Attention
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.strategies.stack import stacked
 from tdm_lightning.vit.blocks import UnsupportedBlock, adapter_for
 from tdm_lightning.vit.families import VIT_CLASSES, class_rows, family_of, patch_count
+from tdm_lightning.vit.find import find_vit, find_vits, replace_submodule
 from tdm_lightning.vit.wrapper import TokenReducedViT
 
+_ViT = VisionTransformer | Eva | Beit | VisionTransformerRelPos | NaFlexVit
 
-def attach(vit: nn.Module, strategy: Strategy | Sequence[Strategy]) -> TokenReducedViT:
-    """Wrap a timm ViT so that it reduces its tokens. The model and its parameters are shared, not copied or changed.
+
+@overload
+def attach(model: _ViT, strategy: Strategy | Sequence[Strategy], path: None = None) -> TokenReducedViT: ...
+@overload
+def attach(model: nn.Module, strategy: Strategy | Sequence[Strategy], path: str | None = None) -> Any: ...
+def attach(model: nn.Module, strategy: Strategy | Sequence[Strategy], path: str | None = None) -> Any:
+    """Wrap a timm ViT so that it reduces its tokens. The ViT and its parameters are shared, not copied or changed.
+
+    A ViT inside a larger model, such as a detector's backbone or the tower of a CLIP model, is replaced in its place by the
+    reduced one, which answers to the same methods.
 
     Args:
-        vit: any model of timm's ViT classes: ``VisionTransformer`` (DeiT, DINOv2, CLIP, hybrids, …), ``Eva`` (EVA-02, DINOv3,
-            PE), ``Beit``, ``VisionTransformerRelPos``, ``NaFlexVit``.
+        model: any model of timm's ViT classes: ``VisionTransformer`` (DeiT, DINOv2, CLIP, hybrids, …), ``Eva`` (EVA-02, DINOv3,
+            PE), ``Beit``, ``VisionTransformerRelPos``, ``NaFlexVit``; or a module that holds one, which is changed in place.
         strategy: a token-reduction method, or a list of one and of methods that act on the weights, ``[SViTE(), TDM()]``. One
             with parameters or masks of its own can be attached once.
+        path: where the ViT hangs in a larger model, such as ``"visual.trunk"``; may be left out where there is only one.
 
     Returns:
-        The reduced model; the timm model is its ``vit``.
+        The reduced model; the timm model is its ``vit``. Of a larger model: that model itself.
 
     Raises:
         TypeError: if the model cannot be reduced (the message says why), or an argument is of the wrong kind.
-        ValueError: if the model is reduced already, or the strategy's settings do not fit it.
+        ValueError: if the model is reduced already, the strategy's settings do not fit it, or a larger model holds no ViT at
+            ``path``, or several (the message lists their paths).
 
     >>> import timm, torch, tdm_lightning as tdm
     >>> vit = timm.create_model("test_vit", img_size=96)
@@ -37,14 +54,22 @@ def attach(vit: nn.Module, strategy: Strategy | Sequence[Strategy]) -> TokenRedu
     >>> model.trace(torch.zeros(1, 3, 96, 96))[1].token_counts
     [36, 18, 18, 9, 9, 9]
     """
+    if isinstance(model, type) or not isinstance(model, nn.Module):
+        raise TypeError(f"attach() takes a timm model, got {model!r}; make one with timm.create_model(name)")
+    vit = find_vit(model, path) if path or find_vits(model) else model  # a model without any is told why it is none
+    reduced = _reduced(vit, stacked(strategy))
+    if vit is model:
+        return reduced
+    replace_submodule(model, vit, reduced)
+    return model
+
+
+def _reduced(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
     if isinstance(vit, TokenReducedViT):
         raise ValueError(
             f"this model is reduced already, by {type(vit.strategy).__name__}; attach to the timm model, `model.vit`, or take "
             f"the strategy off with detach() first"
         )
-    if isinstance(vit, type) or not isinstance(vit, nn.Module):
-        raise TypeError(f"attach() takes a timm model, got {vit!r}; make one with timm.create_model(name)")
-    strategy = stacked(strategy)
     _check_reducible(vit)
     if strategy.absolute_positions_only and family_of(vit).places(vit):
         raise TypeError(
@@ -62,15 +87,35 @@ def attach(vit: nn.Module, strategy: Strategy | Sequence[Strategy]) -> TokenRedu
     return TokenReducedViT(vit, strategy)
 
 
-def detach(model: TokenReducedViT) -> nn.Module:
-    """The timm model again, as it was.
+def detach(model: nn.Module, path: str | None = None) -> nn.Module:
+    """The timm model again, as it was; in a larger model it takes its place again.
+
+    Args:
+        model: what :func:`attach` returned, or any module that holds it.
+        path: where the reduced ViT hangs in a larger model; may be left out where there is only one.
+
+    Returns:
+        The timm model. Of a larger model: that model itself.
 
     Raises:
-        TypeError: if the model is not reduced.
+        TypeError: if there is no reduced model.
+        ValueError: if a larger model has no such path, or holds several reduced models (the message lists their paths).
     """
-    if not isinstance(model, TokenReducedViT):
-        raise TypeError(f"detach() takes what attach() returned, got a {type(model).__name__}")
-    return model.vit
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"detach() takes what attach() returned, got {model!r}")
+    reduced = {name: vit for name, vit in find_vits(model, path).items() if isinstance(vit, TokenReducedViT)}
+    where = type(model).__name__ + (f".{path}" if path else "")
+    if not reduced:
+        raise TypeError(f"detach() takes what attach() returned, got a {where} in which nothing is attached")
+    if len(reduced) > 1:
+        raise ValueError(
+            f"found {len(reduced)} reduced models in {where}: {', '.join(map(repr, reduced))}; say which by its path"
+        )
+    ((_, found),) = reduced.items()
+    if found is model:
+        return found.vit
+    replace_submodule(model, found, found.vit)
+    return model
 
 
 def _check_reducible(vit: Any) -> None:

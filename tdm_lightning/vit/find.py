@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from tdm_lightning.vit.families import VIT_CLASSES
-from tdm_lightning.vit.wrapper import TokenReducedViT
+from tdm_lightning.vit.wrapper import Tap, TokenReducedViT
 
-#: Called with a block's index, from 0, and the tokens after it, B×T×C, prefix tokens first.
-See = Callable[[int, Tensor], None]
+#: Called with a block's index, from 0, the tokens after it, B×T×C, prefix tokens first, and which rows of them are no padding,
+#: B×T, bool, or ``None``: all.
+See = Callable[[int, Tensor, Tensor | None], None]
 
 
 def find_vit(module: nn.Module, path: str | None = None) -> nn.Module:
@@ -31,22 +32,40 @@ def find_vit(module: nn.Module, path: str | None = None) -> nn.Module:
     >>> type(find_vit(nn.ModuleDict({"encoder": timm.create_model("test_vit")}))).__name__
     'VisionTransformer'
     """
+    found = find_vits(module, path)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    where = type(module).__name__ + (f".{path}" if path else "")
+    if not found:
+        raise ValueError(f"found no ViT in {where}: expected one timm ViT, or what attach() returns, among its submodules")
+    paths = ", ".join(f"{name!r} ({type(inner).__name__})" for name, inner in found.items())
+    raise ValueError(f"found {len(found)} ViTs in {where}, expected one: {paths}; say which by its path")
+
+
+def find_vits(module: nn.Module, path: str | None = None) -> dict[str, nn.Module]:
+    """All ViTs inside a module by their paths, see :func:`find_vit`; reduced ones first.
+
+    Raises:
+        ValueError: if there is nothing at ``path``.
+    """
     start = path or ""
     try:
         root = module.get_submodule(start)
     except AttributeError as error:
         raise ValueError(f"{type(module).__name__} has no submodule {start!r}: {error}") from None
-    reduced = {name: inner for name, inner in root.named_modules() if isinstance(inner, TokenReducedViT)}
+    inside = {".".join(filter(None, (start, name))): inner for name, inner in root.named_modules()}
+    reduced = {name: inner for name, inner in inside.items() if isinstance(inner, TokenReducedViT)}
     covered = {id(inner) for model in reduced.values() for inner in model.modules()}
-    plain = {name: inner for name, inner in root.named_modules() if isinstance(inner, VIT_CLASSES) and id(inner) not in covered}
-    found: dict[str, nn.Module] = {**reduced, **plain}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    where = type(module).__name__ + (f".{start}" if start else "")
-    if not found:
-        raise ValueError(f"found no ViT in {where}: expected one timm ViT, or what attach() returns, among its submodules")
-    paths = ", ".join(f"{'.'.join(filter(None, (start, name)))!r} ({type(inner).__name__})" for name, inner in found.items())
-    raise ValueError(f"found {len(found)} ViTs in {where}, expected one: {paths}; say which by its path")
+    plain = {name: inner for name, inner in inside.items() if isinstance(inner, VIT_CLASSES) and id(inner) not in covered}
+    return {**reduced, **plain}
+
+
+def replace_submodule(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put one submodule in the place of another, wherever that hangs; other reduced models keep theirs."""
+    for parent in [inner for inner in module.modules() if not isinstance(inner, TokenReducedViT)]:
+        for name, child in list(parent._modules.items()):  # under each of its names, which named_children() would not give
+            if child is old:
+                setattr(parent, name, new)
 
 
 def inner_vit(model: nn.Module) -> Any:
@@ -73,6 +92,6 @@ def tap_blocks(vit: nn.Module, see: See) -> Iterator[None]:
 def _hook(point: nn.Module, see: See, index: int) -> Callable[[nn.Module, Any, Tensor], None]:
     def show(module: nn.Module, inputs: Any, tokens: Tensor) -> None:
         if module is point:  # a copy of the model takes its hooks along
-            see(index, tokens)
+            see(index, tokens, inputs[1] if isinstance(point, Tap) else None)
 
     return show

@@ -22,6 +22,14 @@ from tdm_lightning.vit.families import class_rows, family_of, grid_size
 Watch = Callable[[str, int], None]
 
 
+class Tap(nn.Identity):
+    """Where monitors listen: called after each block with its tokens and ``Tokens.valid``; gives the tokens back."""
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The tokens as they are, B×T×C; ``valid``, B×T, bool, says which are no padding, ``None``: all."""
+        return x
+
+
 class TokenReducedViT(nn.Module, Shareable):
     """A timm Vision Transformer that reduces its tokens as it goes. Made by :func:`tdm_lightning.attach`.
 
@@ -31,15 +39,15 @@ class TokenReducedViT(nn.Module, Shareable):
     Attributes:
         vit: the timm model, untouched.
         strategy: what happens between its layers.
-        taps: one identity module per block, called with the tokens after that block, B×T×C. Register forward hooks here: the
-            blocks' own hooks do not fire, because their halves are run one by one.
+        taps: one identity module per block, called with the tokens after that block, B×T×C, and which of them are no padding.
+            Register forward hooks here: the blocks' own hooks do not fire, because their halves are run one by one.
     """
 
     def __init__(self, vit: Any, strategy: Strategy) -> None:
         super().__init__()
         self.vit: Any = vit
         self.strategy = strategy
-        self.taps = nn.ModuleList(nn.Identity() for _ in vit.blocks)
+        self.taps = nn.ModuleList(Tap() for _ in vit.blocks)
         # A model that is ready for inference stays so, though the strategy is new; parts of it that were frozen stay frozen.
         self.training = vit.training
         strategy.train(vit.training)
@@ -107,7 +115,7 @@ class TokenReducedViT(nn.Module, Shareable):
             indices: the last n blocks, chosen ones, or all.
             return_prefix_tokens: pair every map with its prefix tokens.
             norm: apply the final norm to the maps.
-            stop_early: accepted for timm's sake; the pass always runs to the end.
+            stop_early: end the pass behind the last wanted block; the final features are then those that it leaves.
             output_fmt: ``"NCHW"`` or ``"NLC"``.
             intermediates_only: leave out the final features.
 
@@ -119,10 +127,10 @@ class TokenReducedViT(nn.Module, Shareable):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        wanted, _ = feature_take_indices(
+        wanted, last = feature_take_indices(
             len(self.vit.blocks), indices if indices is None or isinstance(indices, int) else list(indices)
         )
-        tokens, _, states = self._encode(images, trace=True, keep=frozenset(wanted))
+        tokens, _, states = self._encode(images, trace=True, keep=frozenset(wanted), last=last if stop_early else None)
         height, width = images.shape[-2:]
         grid = grid_size(self.vit, (height, width))
         maps: list[Any] = []
@@ -138,10 +146,35 @@ class TokenReducedViT(nn.Module, Shareable):
                 maps.append(dense)
         return maps if intermediates_only else (self.vit.norm(tokens.x), maps)
 
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """Dense features as DINO's users ask for them, see :meth:`forward_intermediates`.
+
+        Args:
+            images: B×3×H×W.
+            n: the last n blocks, or chosen ones.
+            reshape: maps B×C×H×W in place of sequences B×N0×C.
+            return_prefix_tokens: pair every map with its prefix tokens.
+            norm: apply the final norm.
+        """
+        shape = "NCHW" if reshape else "NLC"
+        return self.forward_intermediates(images, n, return_prefix_tokens, norm, output_fmt=shape, intermediates_only=True)
+
     def _encode(
-        self, images: Tensor, trace: bool = False, watch: Watch | None = None, keep: frozenset[int] = frozenset()
+        self,
+        images: Tensor,
+        trace: bool = False,
+        watch: Watch | None = None,
+        keep: frozenset[int] = frozenset(),
+        last: int | None = None,
     ) -> tuple[Tokens, list[Any], list[Tokens]]:
-        """All blocks; the final tokens, the token count after each block, and the tokens after the blocks in ``keep``."""
+        """All blocks, or those up to ``last``; the final tokens, the token count after each block, and the tokens after the blocks in ``keep``."""
         watch = watch or _unwatched
         tokens = self._embed(images, trace)
         watch("embed", -1)
@@ -149,12 +182,12 @@ class TokenReducedViT(nn.Module, Shareable):
         watch("begin", -1)
         counts, kept = [], []
         remat = self.vit.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting()
-        for index in range(len(self.vit.blocks)):
+        for index in range(len(self.vit.blocks) if last is None else last + 1):
             if remat:
                 tokens = checkpoint(self._block, index, tokens, watch, use_reentrant=False)
             else:
                 tokens = self._block(index, tokens, watch)
-            tokens = tokens.replace(x=self.taps[index](tokens.x))
+            tokens = tokens.replace(x=self.taps[index](tokens.x, tokens.valid))
             counts.append(tokens.whole(tokens.valid_patches.sum(dim=1)) if self.strategy.adaptive and trace else tokens.count)
             if index in keep:
                 kept.append(tokens)

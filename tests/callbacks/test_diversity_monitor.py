@@ -35,7 +35,7 @@ def test_score_is_that_of_the_patch_tokens(tmp_path):
     images = torch.cat([batch[1] for batch in loader()])
     expected = {}
 
-    def see(index, tokens):
+    def see(index, tokens, valid):
         expected[index] = diversity_score(tokens[:, 3:], "column", normalize=True).mean().item()
 
     with torch.no_grad(), tap_blocks(vit, see):
@@ -48,7 +48,7 @@ def test_score_is_that_of_the_patch_tokens(tmp_path):
 def updates(monkeypatch):
     """Batch sizes of all updates of the metric."""
     seen, update = [], DiversityScore.update
-    monkeypatch.setattr(DiversityScore, "update", lambda self, z: seen.append(len(z)) or update(self, z))
+    monkeypatch.setattr(DiversityScore, "update", lambda self, z, valid=None: seen.append(len(z)) or update(self, z, valid))
     return seen
 
 
