@@ -23,6 +23,11 @@ def first_images(batch: Any) -> Tensor:
     )
 
 
+def batch_size(batch: Any) -> int:
+    """Number of images in a batch, for Lightning's ``ThroughputMonitor``; errors as :func:`first_images`."""
+    return len(first_images(batch))
+
+
 def is_sampled(index: int, total: float, most: int) -> bool:
     """Whether a batch is among ``most`` that are spread evenly over a loader.
 

@@ -130,10 +130,10 @@ def _learned_layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy without storage: every tensor is replaced before it would be copied."""
+    """A copy without storage, in the same mode: every tensor is replaced before it would be copied."""
     tensors: dict[int, object] = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
     tensors |= {id(b): b.to("meta") for b in model.buffers()}
-    return copy.deepcopy(model, tensors).eval()
+    return copy.deepcopy(model, tensors)
 
 
 @torch.no_grad()
@@ -207,7 +207,7 @@ def _prepared(model: nn.Module, input_size: tuple[int, int, int] | None, images:
             )
         dtype = next(model.parameters()).dtype
         images = torch.zeros(1, *(input_size or default_input_size(model)), dtype=dtype, device="meta")
-        return _trimmed(_on_meta(model), kept_parts(model)), images
+        return _trimmed(_on_meta(model).eval(), kept_parts(model)), images
     return _trimmed(copy.deepcopy(model).eval(), kept_parts(model)), images
 
 
@@ -236,6 +236,28 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int] | None = None,
     """
     counted, images = _prepared(model, input_size, images)
     return round(_count(counted, images).backbone / (2 * images.shape[0]))
+
+
+def step_flops(model: TokenReducedViT, shape: tuple[int, ...]) -> int:
+    """Floating-point operations of a step on a batch, two for a multiply and an add, the strategy's own work included.
+
+    Counted for the mode that the model is in: many methods train with all of their tokens. In training the backward pass takes
+    twice as much again as the forward pass.
+
+    Args:
+        model: a reduced model.
+        shape: of the images, B×C×H×W.
+
+    Raises:
+        ValueError: for an adaptive strategy.
+    """
+    if model.strategy.adaptive:
+        raise ValueError(
+            f"{type(model.strategy).__name__} keeps another number of tokens for each image: a shape does not tell"
+        )
+    batch, *size = shape
+    images = torch.zeros(1, *size, dtype=next(model.parameters()).dtype, device="meta")
+    return _count(_on_meta(model), images).total * batch * (3 if model.training else 1)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from tdm_lightning.checkpoints import load_official
+from tdm_lightning.flops import step_flops
 from tdm_lightning.randomness import given_seed, reseed
 from tdm_lightning.recipe import even, freeze, make_cosine, make_criterion
 from tdm_lightning.strategies import Strategy
@@ -35,8 +36,8 @@ class TokenReductionClassifier(LightningModule):
     The defaults are DeiT's recipe (Touvron et al., 2021). Meant to be subclassed: override one of the ``configure_*`` methods,
     or a step. The reduced model is ``self.model``, a :class:`~tdm_lightning.TokenReducedViT`.
 
-    In a run that was seeded (``seed_everything``) the random numbers of a training step (mixup, drop-path, sampled tokens) follow
-    from the seed, the process, the epoch and the batch: a run that goes on from a checkpoint draws what it would have drawn.
+    In a run that was seeded (``seed_everything``) a training step's random numbers (mixup, drop-path, sampled tokens) follow from
+    the seed, the process, the epoch and the batch: a run that goes on from a checkpoint draws what it would have drawn.
 
     Logged: ``train/loss`` and each term of it by name, what the strategy reports, ``val/loss``, ``val/top1``, ``val/top5``, and
     the same for ``test``.
@@ -109,6 +110,8 @@ class TokenReductionClassifier(LightningModule):
         self.train_metrics = self.configure_metrics("train/")
         self.val_metrics = self.configure_metrics("val/")
         self.test_metrics = self.configure_metrics("test/")
+        self._latest: tuple[int, ...] | None = None  # shape of the images seen last
+        self._flops: tuple[tuple[Any, ...], int] | None = None  # what they depend on, and the latest
         self._teacher: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no part of the module or its checkpoints
 
     # What a subclass may replace
@@ -180,6 +183,26 @@ class TokenReductionClassifier(LightningModule):
         steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         return math.ceil(steps) if steps < float("inf") else steps  # the last batches of an epoch make a step, however few
 
+    # Cost
+
+    @property
+    def flops_per_batch(self) -> int:
+        """Floating-point operations of the latest batch, as Lightning's ``ThroughputMonitor`` wants them; without a teacher's.
+
+        Counted again when the keep rate has moved by a hundredth.
+
+        Raises:
+            AttributeError: before the first batch, and where the number of tokens depends on the images: then the monitor
+                leaves them out.
+        """
+        if self._latest is None or self.model.strategy.adaptive:
+            raise AttributeError("flops_per_batch is known after a batch, and where each image keeps equally many tokens")
+        rate = self.model.strategy.current_keep_rate
+        key = (self._latest, self.model.training, None if rate is None else round(rate, 2))
+        if self._flops is None or self._flops[0] != key:
+            self._flops = (key, step_flops(self.model, self._latest))
+        return self._flops[1]
+
     # Training
 
     def forward(self, images: Tensor) -> Tensor:
@@ -219,6 +242,7 @@ class TokenReductionClassifier(LightningModule):
             images, target = self.mixing(*even(images, target))
         elif self.mixing is not None:
             target = F.one_hot(target, self.classes).float()
+        self._latest = tuple(images.shape)
         output = self.model.run(images)
         terms = self.model.strategy.loss(output, target, self.criterion, self._teach(images))
         loss = torch.stack(list(terms.values())).sum()
@@ -266,6 +290,7 @@ class TokenReductionClassifier(LightningModule):
 
     def _evaluate(self, batch: Batch, stage: str, metrics: MetricCollection) -> None:
         images, labels = batch
+        self._latest = tuple(images.shape)
         logits = self(images)
         self.log(f"{stage}/loss", F.cross_entropy(logits, labels), sync_dist=True, batch_size=len(labels))
         self.log_dict(

@@ -134,7 +134,7 @@ class Pass:
 
 
 class ImageDataset(Pass, Dataset[Sample | None]):
-    """The images of a split that can be indexed. An index beyond the last is a further copy: index ``i`` is image ``i % length``.
+    """The images of a split that can be indexed. An index beyond the last is another copy: ``i`` is image ``i % length``.
 
     Args:
         rows: the split.
@@ -142,8 +142,7 @@ class ImageDataset(Pass, Dataset[Sample | None]):
         corrupt: hears of images that cannot be decoded; with one counter per row, so that each counts once in all epochs.
         replace: give the next image in the place of one that cannot be decoded, so that batches keep their size (training);
             otherwise give ``None``, so that every image counts once (evaluation).
-        seed: what an image is made of it follows from this, the pass and its index alone; ``None``: from the random numbers of
-            the process.
+        seed: of the transform, with the pass and the index; ``None``: it draws from the random numbers of the process.
     """
 
     def __init__(
@@ -190,8 +189,8 @@ class ImageStream(Pass, IterableDataset[Sample]):
         batch_size: images per batch.
         batches: batches that this process needs in a pass: shorter streams start over; ``None``: as many as there are.
         cycle: without ``batches``, start over without end.
-        seed: the images follow from these numbers, the pass, the worker and their place in its stream; ``None``: from the
-            random numbers of the process.
+        seed: of the transform, with the pass, the worker and the place in its stream; ``None``: it draws from the random
+            numbers of the process.
     """
 
     def __init__(

@@ -49,15 +49,16 @@ class ImageLoader(DataLoader):
         for batch in self._rest():
             if batch is not None:
                 self._given += 1
-                yield tuple(batch)  # pinning makes lists of tuples
+                images, labels = batch  # pinning makes lists of tuples
+                yield images, labels
         self._epoch, self._given, self._begun = self._epoch + 1, 0, False
 
     def _find_place(self) -> None:
         """Set the pass and how many of its batches are behind us; a pass that was left early is over."""
         trainer = self._trainer
         if trainer is not None and trainer.training and trainer.train_dataloader is self:
-            loop = trainer.fit_loop
-            self._epoch, self._given = loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
+            self._epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+            self._given = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         elif self._begun:
             self._epoch, self._given = self._epoch + 1, 0
         self._begun = True

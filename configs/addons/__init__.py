@@ -1,0 +1,1 @@
+"""Configuration files, found by name: ``--config quickstart``."""
