@@ -36,8 +36,8 @@ class TokenReductionClassifier(LightningModule):
     The defaults are DeiT's recipe (Touvron et al., 2021). Meant to be subclassed: override one of the ``configure_*`` methods,
     or a step. The reduced model is ``self.model``, a :class:`~tdm_lightning.TokenReducedViT`.
 
-    In a run that was seeded (``seed_everything``) a training step's random numbers (mixup, drop-path, sampled tokens) follow from
-    the seed, the process, the epoch and the batch: a run that goes on from a checkpoint draws what it would have drawn.
+    In a run that was seeded (``seed_everything``) a training step's random numbers (mixup, drop-path, sampled tokens) follow
+    from the seed, the process, the epoch and the batch: a run that goes on from a checkpoint draws what it would have drawn.
 
     Logged: ``train/loss`` and each term of it by name, what the strategy reports, ``val/loss``, ``val/top1``, ``val/top5``, and
     the same for ``test``.

@@ -246,6 +246,6 @@ def test_addons_go_on_top_of_a_run(tmp_path, monkeypatch):
     assert {"train/loss", "val/top1"} <= set(events.Tags()["scalars"])
     (picture, *_) = events.Tags()["images"]
     assert picture == "tokens/val_0"
-    (event,) = events.Images(picture)
+    *_, event = events.Images(picture)
     assert event.encoded_image_string.startswith(b"\x89PNG")
     assert event.width > event.height > 100
