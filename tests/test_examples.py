@@ -17,7 +17,13 @@ def _elsewhere(tmp_path, monkeypatch):
 
 
 def test_there_is_none_without_a_test():
-    assert {path.stem for path in FOLDER.glob("*.py")} == {"plain_loop", "fabric", "huggingface"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {
+        "clip_tower",
+        "fabric",
+        "huggingface",
+        "plain_loop",
+        "segmentation",
+    }
     assert all(len(path.read_text(encoding="utf-8").splitlines()) <= 30 for path in FOLDER.glob("*.py"))
 
 
@@ -29,6 +35,20 @@ def test_loops(name):
     assert len(scores) == 4
     assert all(score > 0 for score in scores)
     assert not any(tap._forward_hooks for tap in names["model"].taps)
+
+
+def test_segmentation():
+    names = runpy.run_path(str(FOLDER / "segmentation.py"))
+    assert names["features"].shape == (1, 64, 12, 18)
+    assert names["both"].sum() > 0.6 * names["either"].sum()
+    assert names["model"].trace(names["images"])[1].token_counts[-1] < 12 * 18
+
+
+def test_a_clip_style_tower():
+    names = runpy.run_path(str(FOLDER / "clip_tower.py"))
+    assert names["hits"].float().mean() > 0.2  # ten names: 0.1 by chance
+    trunk = names["clip"].visual.trunk
+    assert names["tdm"].detach(names["clip"]).visual.trunk is trunk.vit
 
 
 def test_hugging_faces_trainer():

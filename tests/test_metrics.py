@@ -30,6 +30,25 @@ def test_equals_the_definition(norm, n, width, seed):
 
 
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_padding_does_not_count(norm, normalize):
+    z, valid = 3 + torch.randn(3, 7, 4), torch.rand(3, 7) < 0.5
+    valid[2] = False
+    scores = diversity_score(z, norm, normalize, valid)
+    for image in (0, 1):
+        torch.testing.assert_close(scores[image], diversity_score(z[image, valid[image]], norm, normalize))
+        torch.testing.assert_close(scores[image], diversity_score(z[image], norm, normalize, valid[image]))
+        assert scores[image] != diversity_score(z[image], norm, normalize)
+    assert scores[2] == 0
+    torch.testing.assert_close(diversity_score(z, norm, normalize, torch.ones_like(valid)), diversity_score(z, norm, normalize))
+    metric = DiversityScore(norm, normalize)
+    metric.update(z, valid)
+    torch.testing.assert_close(metric.compute(), scores.mean())
+    with pytest.raises(ValueError, match=r"valid must have shape \(3, 7\), one entry per token, got \(3, 6\)"):
+        diversity_score(z, norm, normalize, valid[:, :6])
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_collapsed_tokens_have_no_diversity(norm):
     assert diversity_score(torch.randn(2, 1, 8).expand(2, 10, 8), norm).tolist() == [0, 0]
 

@@ -191,6 +191,36 @@ def test_state_dict_and_own_checkpoints():
     assert sparsity.extract_dense(other).blocks[0].attn.num_heads == int(0.7 * model.vit.blocks[0].attn.num_heads)
 
 
+@pytest.mark.parametrize("stacked", ["file", "model", "both"])
+def test_a_members_weights_load_in_and_out_of_a_stack(stacked):
+    """PS-ViT's masks and DyViT's layers, whichever side has them in a stack."""
+    for made in (
+        lambda: tdm.PSViT(counts=(16, 9, 5, 3, 2, 0)),
+        lambda: tdm.DyViT(0.5, (1, 3)),
+    ):
+        source = stack(tdm.SViTE(), made()) if stacked != "model" else tdm.attach(vit(), made())
+        other = [tdm.PSViT(counts=(12, 8, 8, 8, 4, 0)) if isinstance(made(), tdm.PSViT) else made()]
+        model = stack(tdm.SViTE(seed=1), *other) if stacked != "file" else tdm.attach(vit(), *other)
+        weights = source.state_dict()
+        if stacked == "file":  # masks of SViTE have no place here
+            with pytest.raises(ValueError, match=r"Not in the model: strategy\.members\.0\.masks(?s:.*)attach that method"):
+                tdm.checkpoints.load_official(model, weights)
+            weights = {name: value for name, value in weights.items() if ".masks." not in name}
+        report = tdm.checkpoints.load_official(model, weights)
+        assert bool(report.untouched) == (stacked == "model")
+        assert all(name.startswith("strategy.members.0.masks.") for name in report.untouched)
+        member, wanted = (getattr(each.strategy, "members", [each.strategy])[-1] for each in (model, source))
+        assert all(torch.equal(value, member.state_dict()[name]) for name, value in wanted.state_dict().items())
+        if isinstance(member, tdm.PSViT):
+            assert member.token_counts == (16, 9, 5, 3, 2, 0)
+
+
+def test_masks_that_do_not_fit_a_member_are_refused():
+    masks = {**tdm.attach(vit(), tdm.PSViT()).state_dict(), "strategy.kept": torch.ones(6, 9, dtype=torch.bool)}
+    with pytest.raises(ValueError, match=r"Of another shape: strategy\.members\.1\.kept \(6×9 instead of 6×16\)"):
+        tdm.checkpoints.load_official(stack(tdm.SViTE(), tdm.PSViT()), masks)
+
+
 def test_a_stack_trains_and_reduces(tmp_path):
     settings = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 4}
     module = tdm.TokenReductionClassifier(

@@ -111,7 +111,7 @@ def detach(model: nn.Module, path: str | None = None) -> nn.Module:
         raise ValueError(
             f"found {len(reduced)} reduced models in {where}: {', '.join(map(repr, reduced))}; say which by its path"
         )
-    ((_, found),) = reduced.items()
+    (found,) = reduced.values()
     if found is model:
         return found.vit
     replace_submodule(model, found, found.vit)
