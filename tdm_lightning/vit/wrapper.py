@@ -174,7 +174,7 @@ class TokenReducedViT(nn.Module, Shareable):
         keep: frozenset[int] = frozenset(),
         last: int | None = None,
     ) -> tuple[Tokens, list[Any], list[Tokens]]:
-        """All blocks, or those up to ``last``: the final tokens, the token count after each block, the tokens after ``keep``."""
+        """Blocks, all or up to ``last``: the final tokens, the token counts after each block, the tokens after ``keep``."""
         watch = watch or _unwatched
         tokens = self._embed(images, trace)
         watch("embed", -1)
