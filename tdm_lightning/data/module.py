@@ -32,10 +32,9 @@ class ImageNetDataModule(LightningDataModule):
     if the set's description tells its size, and otherwise need an integer ``trainer.limit_train_batches``. In evaluation a
     stream gives every image once, map-style sets are padded likewise.
 
-    Order and augmentation of the training images follow from the run's seed (``seed_everything``), ``seed``, the epoch and each
-    image's index, on any number of workers and processes. So a run that goes on from a checkpoint in the middle of an epoch
-    sees the images that it would have seen: at once, or where ``streaming``, on as many workers and processes as before, after
-    reading those it had seen (exactly so if the stream tells its size, or ``trainer.limit_train_batches`` is an integer).
+    Order and augmentation of training images follow from the run's seed (``seed_everything``), ``seed``, the epoch and the index,
+    on any number of workers and processes, so a run that goes on within an epoch sees what it would have seen; streams that tell
+    their size do so on as many of them as before, see :class:`~tdm_lightning.data.loader.ImageLoader`.
 
     Args:
         dataset: name on the Hugging Face hub; a folder (of images as ``SPLIT/CLASS/IMAGE``, or of parquet, arrow or webdataset

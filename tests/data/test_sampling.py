@@ -237,6 +237,21 @@ def test_the_augmentation_is_repeated_with_the_seed(tmp_path: Path) -> None:
     assert not torch.equal(batches[0], batches[2])
 
 
+def test_the_augmentation_follows_from_pass_and_index(tmp_path: Path) -> None:
+    data = make_data(tmp_path, make_parquet(tmp_path / "set"))
+    data.setup("fit")
+    images = data.train_dataloader().dataset
+    before = torch.get_rng_state()
+    images.begin_pass(0)
+    first, copy = images[0][0], images[len(images)][0]
+    images.begin_pass(1)
+    assert not torch.equal(images[0][0], first)
+    assert not torch.equal(copy, first)
+    images.begin_pass(0)
+    assert torch.equal(images[0][0], first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_data_set_in_memory_gives_pairs(tmp_path: Path) -> None:
     data = make_data(tmp_path, make_parquet(tmp_path / "set"))
     data.setup("fit")
