@@ -32,9 +32,9 @@ class ImageNetDataModule(LightningDataModule):
     if the set's description tells its size, and otherwise need an integer ``trainer.limit_train_batches``. In evaluation a
     stream gives every image once, map-style sets are padded likewise.
 
-    Order and augmentation of training images follow from the run's seed (``seed_everything``), ``seed``, epoch and index, on any
-    number of workers and processes: a run that goes on within an epoch sees what it would have seen. Streams that tell their
-    size do so on as many of them as before, see :class:`~tdm_lightning.data.loader.ImageLoader`.
+    Order and augmentation of training images follow from the run's seed (``seed_everything``), ``seed``, epoch and index, on
+    any number of workers and processes: a run that goes on within an epoch sees what it would have seen. Streams that tell
+    their size do so on as many of them as before, see :class:`~tdm_lightning.data.loader.ImageLoader`.
 
     Args:
         dataset: name on the Hugging Face hub; a folder (of images as ``SPLIT/CLASS/IMAGE``, or of parquet, arrow or webdataset
