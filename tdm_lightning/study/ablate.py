@@ -33,6 +33,9 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     {"features": "normed"},
     {"features": "keys"},
     {"proportional_attention": True},
+    {"cluster_fraction": 0.5, "proportional_attention": True},
+    {"cluster_fraction": 0.5, "proportional_attention": True, "cluster_weights": "mean", "match_weights": "mean"},
+    {"cluster_fraction": 0.5, "proportional_attention": True, "features": "keys"},
 )
 
 
