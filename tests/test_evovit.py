@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
 import tdm_lightning as tdm
-from tdm_lightning.tokens import Role
+from tdm_lightning.tokens import Role, Tokens
 
 
 @pytest.fixture
@@ -218,10 +218,29 @@ def test_every_cluster_gets_its_own_change(images):
         assert torch.pdist(means).min() > 1e-3
 
 
+@pytest.mark.parametrize("proportional", [True, False])
+def test_stand_ins_attract_attention_for_all_they_stand_for(proportional):
+    merger = tdm.TokenMerger(proportional_attention=proportional)
+    strategy = tdm.EvoViT(0.5, layers=(2, 5), merger=merger)
+    tokens = Tokens(torch.randn(2, 65, 32), prefix=1, depth=8).carrying(attention=torch.rand(2, 64))
+    tokens = strategy.before_block(2, tokens)
+    if not proportional:
+        assert tokens.key_bias is None
+        return
+    prefix, stand_ins, updated = tokens.key_bias.exp().split((1, 8, 32), dim=-1)
+    assert (prefix == 1).all()
+    assert (updated == 1).all()
+    members = torch.nn.functional.one_hot(tokens.carry["stands_for"], 8).sum(1)
+    torch.testing.assert_close(stand_ins.flatten(1), members.float())
+    assert strategy.finish(tokens).key_bias is None
+
+
 @torch.no_grad()
 def test_one_group_is_the_representative(images):
     vit = make_vit()
-    one = tdm.attach(vit, tdm.EvoViT(0.5, layers=(2, 5), merger=tdm.TokenMerger(cluster_fraction=0.01)))
+    one = tdm.attach(
+        vit, tdm.EvoViT(0.5, layers=(2, 5), merger=tdm.TokenMerger(cluster_fraction=0.01, proportional_attention=False))
+    )
     representative = tdm.attach(vit, tdm.EvoViT(0.5, layers=(2, 5), representative=True))
     torch.testing.assert_close(one(images), representative(images))
     assert not torch.allclose(one(images), tdm.attach(vit, tdm.EvoViT(0.5, layers=(2, 5)))(images), atol=1e-3)
@@ -318,7 +337,6 @@ def test_models_that_do_not_fit(vit, strategy, message):
         ({"tradeoff": "0.5"}, TypeError, "number"),
         ({"tradeoff": [0.5, "1"]}, TypeError, "numbers"),
         ({"representative": True, "merger": tdm.TokenMerger()}, ValueError, "choose one"),
-        ({"merger": tdm.TokenMerger(proportional_attention=True)}, ValueError, "proportional_attention"),
         ({"layerwise_epochs": -1}, ValueError, "layerwise_epochs"),
         ({"keep_rate": 1.1}, ValueError, "keep_rate"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tdm_lightning.checks import check_count, check_keep_rate, check_layers, check_layers_exist
 from tdm_lightning.ops import gather_tokens, group_weights, inverse_order, merge_groups, rank_order
@@ -26,8 +27,8 @@ class EvoViT(Strategy):
 
     While tokens wait they can share in what the blocks do: ``representative`` lets one attention-weighted mean of them run
     with the others and adds its change to each when they come back; ``merger`` does the same with one token per cluster,
-    ``ceil(cluster_fraction·N_waiting)`` of them (how Evo-ViT and the token merger combine is a reading). The released DeiT
-    weights were trained with neither.
+    ``ceil(cluster_fraction·N_waiting)`` of them, which attract attention in proportion to the tokens they run for (how Evo-ViT
+    and the token merger combine is a reading). The released DeiT weights were trained with neither.
 
     Args:
         keep_rate: share of the patch tokens that is updated, in (0, 1].
@@ -66,7 +67,7 @@ class EvoViT(Strategy):
         self.keep_rate = check_keep_rate(keep_rate)
         self.tradeoff = _check_tradeoff(tradeoff)
         self.class_head = bool(class_head)
-        self.merger = _check_merger(merger)
+        self.merger = check_early_merger(merger)
         self.layers = check_layers(layers)
         if 0 in self.layers:
             raise ValueError("layers must be at least 1: before the first block there is no attention to select by")
@@ -205,6 +206,10 @@ class EvoViT(Strategy):
             return tokens
         x = torch.cat((tokens.x[:, : tokens.prefix], stand_in, tokens.patches), dim=1)
         tokens = tokens.carrying(stand_in=stand_in, stands_for=group)
+        if self.merger is not None and self.merger.proportional_attention:
+            members = torch.zeros_like(stand_in[..., 0]).scatter_add(1, group, torch.ones_like(attention, dtype=x.dtype))
+            bias = F.pad(members.log(), (tokens.prefix, tokens.count))
+            tokens = tokens.replace(key_bias=bias[:, None, None, :])
         return tokens.replace(x=x, prefix=tokens.prefix + stand_in.shape[1])
 
 
@@ -220,7 +225,7 @@ def _rejoined(tokens: Tokens) -> Tokens:
         parked = parked + gather_tokens(change, tokens.carry["stands_for"])
     x = torch.cat((tokens.x[:, :prefix], tokens.patches, parked), dim=1)
     carry = {name: value for name, value in tokens.carry.items() if name not in ("stand_in", "stands_for")}
-    return tokens.replace(x=x, prefix=prefix, parked=None, carry=carry)
+    return tokens.replace(x=x, prefix=prefix, parked=None, key_bias=None, carry=carry)
 
 
 def _classifier(width: int, classes: int, device: torch.device) -> nn.Linear:
@@ -228,12 +233,6 @@ def _classifier(width: int, classes: int, device: torch.device) -> nn.Linear:
     nn.init.trunc_normal_(layer.weight, std=0.02)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def _check_merger(merger: TokenMerger | None) -> TokenMerger | None:
-    if check_early_merger(merger) is not None and merger.proportional_attention:  # type: ignore[union-attr]
-        raise ValueError("in Evo-ViT no token stands for others for good: use a merger without proportional_attention")
-    return merger
 
 
 def _check_tradeoff(value: Any) -> float | tuple[float, ...] | None:

@@ -87,7 +87,9 @@ class TokenMerger(Configurable):
         attentive_ratio: share of the tokens that are attentive, in (0, 1]; ``None``: as many as leave.
         features: what is compared: the residual-stream ``"tokens"``, the same under the block's second norm (``"normed"``), or
             the head-averaged ``"keys"`` of its attention.
-        proportional_attention: add log(size) of each token to the logits of its key in later blocks (ToMe).
+        proportional_attention: add log(size) of each token to the logits of its key in later blocks (ToMe), so that a merged
+            token attracts as much attention as its patches did. The paper does not mention it; on by measurement: 2 points of
+            accuracy after fine-tuning at keep rates 0.5 and 0.3, up to 7 without (``.github/study``).
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
@@ -105,7 +107,7 @@ class TokenMerger(Configurable):
         match_weights: Literal["attention", "mean"] = "attention",
         attentive_ratio: float | None = None,
         features: Literal["tokens", "normed", "keys"] = "tokens",
-        proportional_attention: bool = False,
+        proportional_attention: bool = True,
     ) -> None:
         self.cluster_fraction = check_fraction(cluster_fraction, "cluster_fraction")
         self.density = check_choice(density, ("gaussian", "cutoff", "knn"), "density")

@@ -32,10 +32,9 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     {"match_weights": "mean"},
     {"features": "normed"},
     {"features": "keys"},
-    {"proportional_attention": True},
-    {"cluster_fraction": 0.5, "proportional_attention": True},
-    {"cluster_fraction": 0.5, "proportional_attention": True, "cluster_weights": "mean", "match_weights": "mean"},
-    {"cluster_fraction": 0.5, "proportional_attention": True, "features": "keys"},
+    {"proportional_attention": False},
+    {"cluster_weights": "mean", "match_weights": "mean"},
+    {"cluster_weights": "mean", "match_weights": "mean", "features": "keys"},
 )
 
 
