@@ -93,6 +93,21 @@ def export_program(
     return _exported(model, Path(path), images, input_size, torch.export.save, load)
 
 
+def check_static(model: nn.Module) -> None:
+    """Whether a model's shapes depend on nothing but the batch size, as a file or a single compiled graph needs it.
+
+    Raises:
+        ValueError: if the number of tokens depends on the image.
+    """
+    if isinstance(model, TokenReducedViT) and model.strategy.adaptive:
+        name = type(model.strategy).__name__
+        raise ValueError(
+            f"{name} keeps another number of tokens for each image, so its shapes are not static and it cannot be exported, or "
+            f"compiled in one graph. Take a strategy with a fixed budget, such as TDM, EViT or SPViT(fixed_count=True), or run "
+            f"{name} with torch.compile(model), which breaks the graph"
+        )
+
+
 def _exported(
     model: nn.Module,
     path: Path,
@@ -101,13 +116,7 @@ def _exported(
     write: Callable[[torch.export.ExportedProgram, Path], Any],
     load: Callable[[Path], Callable[[Tensor], Tensor]],
 ) -> Exported:
-    if isinstance(model, TokenReducedViT) and model.strategy.adaptive:
-        name = type(model.strategy).__name__
-        raise ValueError(
-            f"{name} keeps another number of tokens for each image, so its shapes are not static and it cannot be exported. "
-            f"Export a strategy with a fixed budget, such as TDM, EViT or SPViT(fixed_count=True), or run {name} with "
-            f"torch.compile(model)"
-        )
+    check_static(model)
     frozen = copy.deepcopy(model).cpu().float().eval()
     shape = input_size or default_input_size(model)
     if not path.parent.is_dir():

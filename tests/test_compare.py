@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import math
 
@@ -14,6 +15,7 @@ from torch import nn
 import tdm_lightning as tdm
 from tdm_lightning.cli import main
 from tdm_lightning.compare import memory, methods, run, timing
+from tdm_lightning.compare import runtime as runtimes
 from tdm_lightning.compare.table import Spread
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10}
@@ -153,6 +155,9 @@ def test_an_interrupt_of_the_memory_measurement(compare, tmp_path, monkeypatch):
         ("--match_gmacs=0.00001", "cannot meet"),
         ('--strategies=[{"class_path":"TDM"}]', r"TDM\(keep_rate=0.7\) does not fit deit_tiny.* layers \[6, 9\] do not exist"),
         ('--strategies=[{"class_path":"Strategy"}]', None),
+        ("--runtime=tensorrt", "runtime must be one of 'eager'"),
+        (["--runtime=onnx", "--dtype=bfloat16"], "runtime=onnx runs on the CPU in float32"),
+        (["--runtime=compile", "--training=true"], "training steps are timed with runtime=eager"),
         ("--ckpt=missing.pth", "missing.pth"),
         ("--data.dataset=digits", "give --ckpt"),
     ],
@@ -366,7 +371,7 @@ def test_ratios_are_taken_within_each_round():
     assert row.latency_speedup == Spread(2.0, 2.0, 2.0)
     assert row.latency.median == pytest.approx(1e3 * 4 / 8)
     assert row.mac_ratio == 2
-    assert row.efficiency == 1
+    assert row.efficiency == row.latency_efficiency == 1
     assert row.reduction == 0.5
 
 
@@ -375,6 +380,25 @@ def test_saved_for_backward_of_a_known_model():
     images = torch.zeros(4, 10)
     # The inputs of both linear layers and of the GELU; the weights are not counted.
     assert memory.saved_bytes(model, images) == 4 * (4 * 10 + 4 * 1000 + 4 * 1000)
+
+
+def test_a_tensor_saved_twice_counts_once_and_none_is_kept_for_it():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(10, 10, bias=False) for _ in range(20))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x) * layer(x).sigmoid()  # two layers save x
+            return x
+
+    images = torch.zeros(50, 10)
+    with memory.LiveTensors() as live:
+        saved = memory.saved_bytes(Model(), images)
+    # The input of each pair of layers, and the two factors, one of which is also what the sigmoid saves.
+    assert saved == 20 * 3 * 4 * 50 * 10
+    assert live.peak < saved / 5
 
 
 def test_reduced_tokens_save_less_for_backward():
@@ -426,12 +450,14 @@ class Positive(tdm.Strategy):
 def test_adaptive_methods_tell_their_spread(tmp_path):
     plan = run.Plan(batch_size=3, rounds=1, warmup=0)
     comparison = run.prepare(NAME, [Positive()], plan, SHAPE)
-    assert "without trained weights its costs say nothing" in comparison.remarks()[0]
+    assert "without trained weights" in comparison.remarks()[0]
     comparison.methods[1] = dataclasses.replace(comparison.methods[1], trained=True)
     costs = comparison.alone[1]
     assert comparison.rows()[1].macs_alone == pytest.approx(costs.macs.mean().item())
     assert comparison.rows()[1].macs_alone_std > 0
     assert comparison.macs[1] > costs.macs.mean()  # padding
+    assert comparison.rows()[1].single_macs == round(costs.macs[0].item())
+    assert "without trained weights" not in comparison.remarks()[0]
     assert "Positive, image by image:" in comparison.remarks()[0]
 
 
@@ -452,3 +478,62 @@ def test_the_whole_poster_is_compared_by_default():
     assert names >= {"TDM", "EViT", "DyViT", "EvoViT", "PSViT", "SViTE", "SPViT", "IARED2", "AViT", "ToMe", "DPCKNN"}
     adjustable = {type(strategy).__name__ for strategy in methods.posters_strategies(adjustable=True)}
     assert adjustable == {"TDM", "EViT", "DyViT", "EvoViT", "PSViT", "ToMe", "DPCKNN", "TopK"}
+
+
+# Other runtimes
+
+
+@pytest.mark.parametrize("runtime", ["compile", "onnx"])
+def test_other_runtimes_give_the_models_logits(runtime, monkeypatch):
+    if runtime == "onnx":
+        pytest.importorskip("onnxscript")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # the usual one takes its time
+    model = reduced(tdm.EViT(0.5, layers=(1,)), {**SHAPE, "depth": 2}).eval()
+    run_model = runtimes.runner(model, runtime)
+    for images in torch.randn(3, 3, 32, 32), torch.randn(1, 3, 32, 32):
+        with torch.inference_mode():
+            found = torch.as_tensor(run_model(images))
+        torch.testing.assert_close(found, model(images), atol=1e-4, rtol=1e-4)
+
+
+def test_every_compiled_method_has_graphs_of_its_own(monkeypatch):
+    """More models and batch sizes than graphs that one code object may have."""
+    compiled = []
+    count = functools.partial(torch.compile, backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    monkeypatch.setattr(torch, "compile", count)
+    torch._dynamo.reset()
+    for width in range(1, 10):
+        run_model = runtimes.runner(nn.Linear(width, 2), "compile")
+        for batch in (2, 1, 2):
+            run_model(torch.zeros(batch, width))
+    assert len(compiled) == 2 * 9
+
+
+def test_other_runtimes_are_timed_only(compare, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "runner", lambda model, runtime: model)
+    compare("--runtime=compile")
+    rows = table(tmp_path)
+    assert rows["TDM"]["runtime"].startswith("torch.compile")
+    assert float(rows["TDM"]["batch1_ms"]) > 0
+    assert rows["TDM"]["peak_bytes"] == rows["TDM"]["saved_bytes"] == rows["TDM"]["own_time"] == ""
+    assert "torch.compile" in capsys.readouterr().out
+
+
+def test_the_defaults_of_other_runtimes_keep_to_fixed_budgets():
+    assert not any(strategy.adaptive for strategy in methods.posters_strategies(static=True))
+
+
+@pytest.mark.parametrize("runtime", ["compile", "onnx"])
+def test_other_runtimes_refuse_adaptive_methods(runtime):
+    with pytest.raises(ValueError, match="Positive keeps another number of tokens for each image"):
+        run.prepare(NAME, [Positive()], run.Plan(batch_size=2, runtime=runtime, device="cpu"), SHAPE)
+
+
+def test_random_weights_are_the_same_whatever_stands_beside_a_method():
+    plan = run.Plan(batch_size=2, device="cpu", seed=3)
+    alone, beside = (run.prepare(NAME, [*others, tdm.DyViT(layers=(1,))], plan, SHAPE) for others in ([], [tdm.ToMe(2)]))
+    assert torch.equal(alone.images, beside.images)
+    for name, value in alone.methods[-1].model.state_dict().items():
+        assert torch.equal(value, beside.methods[-1].model.state_dict()[name])
+    plain = alone.methods[0].model.state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in alone.methods[-1].model.vit.state_dict().items())

@@ -25,6 +25,7 @@ def compare(
     ckpt: str | None = None,
     data: ImageNetDataModule | None = None,
     training: bool = False,
+    runtime: str = "eager",
     seed: int = 0,
     out: str = "compare",
 ) -> None:
@@ -37,7 +38,7 @@ def compare(
         model: name of a timm ViT.
         model_kwargs: passed to ``timm.create_model``, such as ``img_size``.
         strategies: the methods; ``None``: all of the poster's, and the diversity-only ones; with ``match_gmacs`` those that
-            have a setting to solve for.
+            have a setting to solve for, with another ``runtime`` those that it takes.
         batch_size: images in a batch, for throughput and memory.
         rounds: times that each method is timed, in turn with all others.
         warmup: rounds before them that are not counted.
@@ -48,7 +49,9 @@ def compare(
         data: images for top-1, and to time on in place of random numbers, which matters for methods that decide image by image;
             the model they are prepared for is filled in.
         training: also time a training step (forward and backward), which takes about three passes more per round.
-        seed: of random weights and images.
+        runtime: ``eager``; ``compile``, with ``torch.compile``; or ``onnx``, exported and run in ONNX Runtime. The last two
+            take no methods that decide image by image, and only tell times.
+        seed: of random weights, the same for all methods, and of random images.
         out: folder for the files.
 
     Raises:
@@ -61,15 +64,16 @@ def compare(
     from tdm_lightning.compare.table import rich_table
     from tdm_lightning.visualize.sheet import make_folder
 
-    plan = Plan(batch_size, rounds, warmup, device, dtype, seed, training)
+    plan = Plan(batch_size, rounds, warmup, device, dtype, seed, training, runtime)
     if data is not None and ckpt is None:
         raise ValueError("an untrained model's accuracy means nothing: give --ckpt FILE with the data")
     if data is not None and data.hparams.model is None:
         data = type(data)(**{**data.hparams, "model": model, "model_kwargs": model_kwargs})
-    chosen = posters_strategies(adjustable=match_gmacs is not None) if strategies is None else strategies
+    if strategies is None:
+        strategies = posters_strategies(adjustable=match_gmacs is not None, static=runtime != "eager")
     classes = {} if data is None else {"num_classes": data.num_classes}
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        comparison = prepare(model, chosen, plan, {**classes, **(model_kwargs or {})}, ckpt, match_gmacs, progress, data)
+        comparison = prepare(model, strategies, plan, {**classes, **(model_kwargs or {})}, ckpt, match_gmacs, progress, data)
         folder = make_folder(out)
         measure(comparison, data, progress)
     written = write(comparison, folder)

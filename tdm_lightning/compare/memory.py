@@ -66,15 +66,24 @@ def weight_bytes(model: nn.Module) -> int:
 def saved_bytes(model: nn.Module, images: Tensor) -> int:
     """Bytes of the tensors that a training pass saves for its backward pass, weights left out; each storage counts once."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
-    kept: dict[int, Tensor] = {}  # the tensors are held, so that no address is used twice
+    alive: set[int] = set()  # addresses of what was counted; they are used again once it is gone
+    total = 0
 
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+    nothing = torch.empty(0)
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def pack(tensor: Tensor) -> Tensor:  # nothing is kept: there will be no backward pass, and a large batch would not fit
+        nonlocal total
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address not in weights and address not in alive:
+            alive.add(address)
+            total += storage.nbytes()
+            weakref.finalize(storage, alive.discard, address).atexit = False
+        return nothing
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda _: nothing):
         model(images)
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
+    return total
 
 
 @torch.no_grad()

@@ -59,11 +59,12 @@ class Method:
     extracted: bool = False
 
 
-def posters_strategies(adjustable: bool = False) -> list[Strategy]:
+def posters_strategies(adjustable: bool = False, static: bool = False) -> list[Strategy]:
     """The methods of the paper's poster, and the diversity-only ones beside them, as published; SPViT with fixed counts.
 
     Args:
         adjustable: only those with a setting to solve for a budget.
+        static: only those that keep the same number of tokens for every image.
     """
     found = [
         TDM(),
@@ -81,6 +82,8 @@ def posters_strategies(adjustable: bool = False) -> list[Strategy]:
         AViT(),
         IARED2(),
     ]
+    if static:
+        found = [strategy for strategy in found if not strategy.adaptive]
     return [strategy for strategy in found if not adjustable or {"keep_rate", "r"} & strategy.config()["init_args"].keys()]
 
 

@@ -15,8 +15,9 @@ from tdm_lightning.compare.accuracy import top1
 from tdm_lightning.compare.environment import choose_device, choose_dtype, surroundings
 from tdm_lightning.compare.memory import peak_bytes, saved_bytes
 from tdm_lightning.compare.methods import Method, make_method, make_plain
+from tdm_lightning.compare.runtime import check_runs, check_runtime, runner, runtime_name
 from tdm_lightning.compare.table import Row, Spread
-from tdm_lightning.compare.timing import Round, interleaved_rounds, own_share
+from tdm_lightning.compare.timing import Round, interleaved_rounds, own_share, seconds
 from tdm_lightning.flops import ImageCosts, count_macs, default_input_size, image_costs
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.vit import TokenReducedViT
@@ -37,9 +38,10 @@ class Plan:
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, of weights and images.
         seed: of random weights and images.
         training: time training steps too.
+        runtime: ``"eager"``, ``"compile"`` or ``"onnx"``; only the first tells memory, own time and training steps.
 
     Raises:
-        TypeError, ValueError: if a number is none or too small, or device or dtype do not exist.
+        TypeError, ValueError: if a number is none or too small, device, dtype or runtime do not exist, or do not go together.
     """
 
     batch_size: int = 16
@@ -49,14 +51,16 @@ class Plan:
     dtype: str = "float32"
     seed: int = 0
     training: bool = False
+    runtime: str = "eager"
 
     def __post_init__(self) -> None:
         check_count(self.batch_size, "batch_size")
         check_count(self.rounds, "rounds")
         check_count(self.warmup, "warmup", least=0)
         check_count(self.seed, "seed", least=0)
-        choose_device(self.device)
-        choose_dtype(self.dtype)
+        check_runtime(self.runtime, choose_device(self.device), choose_dtype(self.dtype))
+        if self.training and self.runtime != "eager":
+            raise ValueError(f"training steps are timed with runtime=eager, not {self.runtime}; leave one of the two out")
 
 
 @dataclass
@@ -105,15 +109,12 @@ class Comparison:
             if method.extracted
         ]
         for index, costs in self.alone.items():
-            if not self.methods[index].trained:
-                remarks.append(
-                    f"{self.methods[index].name} decides image by image; without trained weights its costs say nothing"
-                )
-                continue
-            gmacs, tokens = costs.macs / 1e9, costs.tokens[:, -1]
+            method, gmacs, tokens = self.methods[index], costs.macs / 1e9, costs.tokens.mean(dim=1)
+            untrained = "" if method.trained else "; without trained weights, its times go with these costs and not with others"
             remarks.append(
-                f"{self.methods[index].name}, image by image: {gmacs.mean():.3f} ± {gmacs.std(correction=0):.3f} GMACs "
-                f"(standard deviation) and {tokens.mean():.1f} ± {tokens.std(correction=0):.1f} tokens after the last block"
+                f"{method.name}, image by image: {gmacs.mean():.3f} ± {gmacs.std(correction=0):.3f} GMACs (standard deviation) "
+                f"and {tokens.mean():.1f} ± {tokens.std(correction=0):.1f} tokens, the mean over the blocks; the first image "
+                f"alone {gmacs[0]:.3f} GMACs{untrained}"
             )
         if self.interrupted:
             remarks.append(f"interrupted after {len(self.rounds)} of {self.plan.rounds} rounds")
@@ -143,6 +144,7 @@ class Comparison:
             parameters=sum(parameter.numel() for parameter in method.model.parameters()),
             macs=self.macs[index],
             plain_macs=self.macs[0],
+            single_macs=round(self.alone[index].macs[0].item()) if index in self.alone else self.macs[index],
             throughput=Spread.of([size / mine.batch for mine, _ in samples]),
             speedup=Spread.of([plain.batch / mine.batch for mine, plain in samples]),
             latency=Spread.of([1e3 * mine.single for mine, _ in samples]),
@@ -176,22 +178,25 @@ def prepare(
     Raises:
         TypeError, ValueError: if the model cannot be reduced or a strategy does not fit it, see :func:`make_method`.
     """
-    torch.manual_seed(plan.seed)
     device, dtype = choose_device(plan.device), choose_dtype(plan.dtype)
+    torch.manual_seed(plan.seed)
     methods = [make_plain(model, model_kwargs or {}, ckpt)]
-    progress = progress or Progress(disable=True)
-    chosen = progress.track(strategies, description="models")
-    methods += [make_method(strategy, model, model_kwargs or {}, ckpt, match_gmacs) for strategy in chosen]
-    for method in methods:
-        method.model.to(device, dtype)
     size = default_input_size(methods[0].model)
     images = (torch.randn(plan.batch_size, *size) if data is None else _batch(data, plan.batch_size)).to(device, dtype)
+    progress = progress or Progress(disable=True)
+    chosen = progress.track(strategies, description="models")
+    for strategy in chosen:
+        torch.manual_seed(plan.seed)  # whatever stands beside it, a method gets the same weights
+        methods.append(make_method(strategy, model, model_kwargs or {}, ckpt, match_gmacs))
+    for method in methods:
+        check_runs(method.model.to(device, dtype), plan.runtime)
     facts = {
         "model": f"{model}, {'×'.join(map(str, size))}, {f'weights of {ckpt}' if ckpt else 'random weights'}",
         "measured": (
             f"batch {plan.batch_size}, {plan.dtype}, {plan.rounds} interleaved rounds after {plan.warmup} to warm up, medians "
             f"and quartiles; peak memory of a pass with its weights"
         ),
+        "runtime": runtime_name(plan.runtime),
         **({"budget": f"settings solved for {match_gmacs} GMACs"} if match_gmacs is not None else {}),
         **surroundings(device),
     }
@@ -215,18 +220,23 @@ def measure(comparison: Comparison, data: ImageNetDataModule | None = None, prog
 
 
 def _measure(comparison: Comparison, data: ImageNetDataModule | None, progress: Progress) -> None:
-    plan, models = comparison.plan, [method.model for method in comparison.methods]
-    for model in progress.track(models, description="memory"):
-        comparison.memory.append(peak_bytes(model, comparison.images))
-        comparison.saved.append(saved_bytes(model, comparison.images))
+    plan, images, models = comparison.plan, comparison.images, [method.model for method in comparison.methods]
+    eager = plan.runtime == "eager"
+    for model in progress.track(models if eager else (), description="memory"):
+        comparison.memory.append(peak_bytes(model, images))
+        comparison.saved.append(saved_bytes(model, images))
+    runs = []
+    for model in progress.track(models, description=plan.runtime):
+        runs.append(runner(model, plan.runtime))
+        if not eager:  # compiled at the first pass, for each batch size
+            seconds(runs[-1], images)
+            seconds(runs[-1], images[:1])
     task = progress.add_task("timing", total=len(models) * (plan.warmup + plan.rounds))
-    timed = interleaved_rounds(
-        models, comparison.images, plan.rounds, plan.warmup, lambda: progress.advance(task), plan.training
-    )
+    timed = interleaved_rounds(runs, images, plan.rounds, plan.warmup, lambda: progress.advance(task), plan.training)
     for samples in timed:
         comparison.rounds.append(samples)
-    for model in progress.track(models, description="own time"):
-        comparison.own.append(own_share(model, comparison.images, plan.rounds))
+    for model in progress.track(models if eager else (), description="own time"):
+        comparison.own.append(own_share(model, images, plan.rounds))
     if data is None:
         return
     data.setup("test")

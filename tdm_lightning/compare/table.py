@@ -46,6 +46,7 @@ class Row:
         parameters: number of them, the strategy's own included.
         macs: multiply-accumulates per image.
         plain_macs: those of the plain model.
+        single_macs: those of the one image whose latency is timed.
         macs_alone: mean over images of what each costs by itself, for adaptive methods.
         macs_alone_std: their standard deviation.
         throughput: images per second.
@@ -66,6 +67,7 @@ class Row:
     parameters: int
     macs: int
     plain_macs: int
+    single_macs: int
     throughput: Spread = _UNKNOWN
     speedup: Spread = _UNKNOWN
     latency: Spread = _UNKNOWN
@@ -95,6 +97,11 @@ class Row:
         """How much of that the measured speed-up reaches."""
         return self.speedup.median / self.mac_ratio
 
+    @property
+    def latency_efficiency(self) -> float:
+        """The same for one image, by its own multiply-accumulates."""
+        return self.latency_speedup.median * self.single_macs / self.plain_macs
+
 
 #: Titles of the printed columns.
 _HEADER = (
@@ -107,6 +114,7 @@ _HEADER = (
     "× plain (quartiles)",
     "÷ MAC ratio",
     "batch-1 ms (× plain)",
+    "batch-1 ÷ MAC ratio",
     "own time",
     "peak MiB",
     "saved for backward MiB (× plain)",
@@ -171,6 +179,8 @@ def _numbers(row: Row) -> dict[str, str | float]:
     return {
         **numbers,
         "ratio_over_mac_ratio": row.efficiency,
+        "batch1_macs": row.single_macs,
+        "batch1_ratio_over_mac_ratio": row.latency_efficiency,
         "own_time": row.own_time,
         "peak_bytes": row.memory,
         "saved_bytes": row.saved,
@@ -195,6 +205,7 @@ def _cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
             _spread(row.speedup, 2),
             _number(row.efficiency, 2),
             _latency(row.latency, row.latency_speedup, 2),
+            _number(row.latency_efficiency, 2),
             *([_latency(row.step, row.step_speedup, 0)] if trained else []),
             "–" if math.isnan(row.own_time) else f"{row.own_time:.1%}",
             _number(row.memory / 2**20, 1),

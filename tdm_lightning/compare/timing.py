@@ -12,6 +12,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from tdm_lightning.compare.runtime import Run
 from tdm_lightning.vit import TokenReducedViT
 
 #: A pass that is shorter than this is repeated until this many seconds are filled, and counts as their mean.
@@ -44,7 +45,7 @@ def wait_for(device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def seconds(model: nn.Module, images: Tensor, passes: int = 1) -> float:
+def seconds(model: Run, images: Tensor, passes: int = 1) -> float:
     """Mean time of a forward pass, the device's work included."""
     wait_for(images.device)
     start = perf_counter()
@@ -95,7 +96,7 @@ def own_share(model: nn.Module, images: Tensor, passes: int) -> float:
 
 
 def interleaved_rounds(
-    models: Sequence[nn.Module],
+    models: Sequence[Run],
     images: Tensor,
     rounds: int,
     warmup: int,
@@ -107,7 +108,7 @@ def interleaved_rounds(
     Every other round runs in the opposite order: no model always follows the same one.
 
     Args:
-        models: ready for evaluation, on the images' device.
+        models: forward passes, of models ready for evaluation on the images' device; with ``training`` the models themselves.
         images: the batch, B×C×H×W.
         rounds: how many to time.
         warmup: rounds before them, which are not counted but tell how often short passes must be repeated.
@@ -124,7 +125,8 @@ def interleaved_rounds(
         found: dict[int, Sample] = {}
         for index in order:
             batch, single = (seconds(models[index], x, n) for x, n in zip(inputs, passes[index], strict=True))
-            found[index] = Sample(batch, single, step_seconds(models[index], images) if training else math.nan)
+            step = step_seconds(models[index], images) if training else math.nan  # type: ignore[arg-type]
+            found[index] = Sample(batch, single, step)
             if number < warmup:  # the last warm-up round decides: the first one also loads and tunes kernels
                 passes[index] = [max(1, math.ceil(LEAST_SECONDS / time)) for time in (batch, single)]
             advance()
