@@ -31,6 +31,8 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 def _flat(index: Tensor, n: int) -> Tensor:
     """Positions in a batch of sequences, B×M, as positions in their concatenation, B·M."""
+    if index.shape[0] == 1:
+        return index.flatten()
     offset = torch.arange(index.shape[0], device=index.device).unsqueeze(1) * n
     return (index + offset).flatten()
 

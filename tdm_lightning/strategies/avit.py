@@ -126,16 +126,20 @@ class AViT(Strategy):
 
     def after_block(self, index: int, tokens: Tokens) -> Tokens:
         """Add this block's states to the sums, and see which tokens run on."""
-        carry, present = tokens.carry, _present(tokens)
+        carry, present = tokens.carry, tokens.valid
         places = None if tokens.position is None else _places(tokens, carry["spent"].shape[1])
-        x = tokens.x if tokens.valid is None else _zeroed(tokens.x, present)
-        score = torch.sigmoid(self.gate_scale * x[..., 0].to(_wide(x)) - self.gate_center) * present
+        x = tokens.x if present is None else _zeroed(tokens.x, present)
+        score = torch.sigmoid(self.gate_scale * x[..., 0].to(_wide(x)) - self.gate_center)
         spent = _taken(carry["spent"], places, score)
         left = 1 - spent
-        running = present & (spent + score < 1 - self.eps) & (index < tokens.depth - 1)
+        if present is not None:  # one image alone has no padding
+            score, left = score * present, left * present
+        running = (spent + score < 1 - self.eps) if index < tokens.depth - 1 else torch.zeros_like(spent, dtype=torch.bool)
+        if present is not None:
+            running = running & present
         if not self.training:
             running = running & running[:, : tokens.readout].any(dim=1, keepdim=True)
-        weight = torch.where(running, score, left * present)
+        weight = torch.where(running, score, left)
         tokens = tokens.replace(x=x).carrying(
             running=running,
             left=left - weight,
@@ -145,8 +149,8 @@ class AViT(Strategy):
         if not self.training:
             return tokens
         return tokens.carrying(
-            blocks=carry["blocks"] + present,
-            ponder=carry["ponder"] + present + left * (present & ~running),
+            blocks=carry["blocks"] + _present(tokens),
+            ponder=carry["ponder"] + _present(tokens) + left * ~running,
             scores=(*carry["scores"], score),
         )
 

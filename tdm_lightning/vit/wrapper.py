@@ -48,6 +48,7 @@ class TokenReducedViT(nn.Module, Shareable):
         self.vit: Any = vit
         self.strategy = strategy
         self.taps = nn.ModuleList(Tap() for _ in vit.blocks)
+        self._adapters = [adapter_for(block, class_rows(vit), index) for index, block in enumerate(vit.blocks)]
         # A model that is ready for inference stays so, though the strategy is new; parts of it that were frozen stay frozen.
         self.training = vit.training
         strategy.train(vit.training)
@@ -187,7 +188,9 @@ class TokenReducedViT(nn.Module, Shareable):
                 tokens = checkpoint(self._block, index, tokens, watch, use_reentrant=False)
             else:
                 tokens = self._block(index, tokens, watch)
-            tokens = tokens.replace(x=self.taps[index](tokens.x, tokens.valid))
+            x = self.taps[index](tokens.x, tokens.valid)
+            if x is not tokens.x:  # a hook gave another
+                tokens = tokens.replace(x=x)
             counts.append(tokens.whole(tokens.valid_patches.sum(dim=1)) if self.strategy.adaptive and trace else tokens.count)
             if index in keep:
                 kept.append(tokens)
@@ -196,8 +199,7 @@ class TokenReducedViT(nn.Module, Shareable):
         return tokens, counts, kept
 
     def _block(self, index: int, tokens: Tokens, watch: Watch) -> Tokens:
-        block, strategy = self.vit.blocks[index], self.strategy
-        adapter = adapter_for(block, class_rows(self.vit), index)
+        block, adapter, strategy = self.vit.blocks[index], self._adapters[index], self.strategy
         tokens = strategy.before_block(index, tokens)
         watch("before_block", index)
         if tokens.images is not None and not len(tokens.images):
