@@ -13,7 +13,8 @@ class TDM(AttentiveStrategy):
 
     At each reducing layer N patch tokens become exactly ``ceil(keep_rate·N)``: inattentive tokens are clustered by density
     peaks, similar attentive ones are fused, each group into one token weighted by attention. No parameters are added. The
-    authors published no model code; where the paper is silent the merger's docstring says what we read into it.
+    authors published no model code; where the paper is silent the merger's docstring says what we read into it, and what we
+    chose by measurement.
 
     Args:
         keep_rate: share of the patch tokens that leaves each reducing layer, in (0, 1]; 1 is the plain model.

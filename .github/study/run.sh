@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The whole study from nothing: bash .github/study/run.sh DATASET [OUT]
+# DATASET: a folder with Fashion-MNIST's files, or zalando-datasets/fashion_mnist on the hub. Goes on where it was broken off.
+# With WORKERS=4 the cells are shared among four processes of one thread each.
+set -euo pipefail
+dataset=$1 out=${2:-runs/study/out} plain=runs/study/plain/last.ckpt
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# fit NAME OPTIONS...: train into runs/study/NAME once
+fit() {
+    local folder=runs/study/$1 && shift
+    [ -e "$folder/finished" ] && return
+    tdm fit --config study/plain "$@" --data.dataset "$dataset" $([ -e "$folder/last.ckpt" ] && echo --ckpt_path "$folder/last.ckpt")
+    touch "$folder/finished"
+}
+
+# cells OPTIONS...: a part of the study, shared among the workers
+cells() {
+    local running=()
+    for _ in $(seq "${WORKERS:-1}"); do
+        tdm study --config study/grid "$@" --plain $plain --data.init_args.dataset "$dataset" --out "$out" &
+        running+=($!)
+    done
+    for worker in "${running[@]}"; do wait "$worker"; done
+}
+
+fit coarse --config study/coarse
+fit plain --model.checkpoint runs/study/coarse/last.ckpt
+tdm test --config study/plain --data.dataset "$dataset" --ckpt_path $plain
+cells --part ablation --eval_images 3000
+cells --part grid
+tdm study --out "$out"
