@@ -1,5 +1,7 @@
 """Token reduction and its figures in a plain PyTorch loop, on scikit-learn's digits."""
 
+from itertools import chain
+
 import timm
 import torch
 from sklearn.datasets import load_digits
@@ -17,7 +19,7 @@ model = tdm.attach(timm.create_model("vit_tiny_patch16_224", num_classes=10, **s
 
 recorder = DiversityRecorder(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-for batch, labels in loader:
+for batch, labels in chain(loader, loader, loader):  # three epochs
     with recorder:  # listens to the pass made inside
         output = model.run(batch)
     loss = sum(model.strategy.loss(output, labels, cross_entropy).values())
