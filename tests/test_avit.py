@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 import tdm_lightning as tdm
 from tdm_lightning.strategies.avit import prior_divergence, prior_target
 from tdm_lightning.tokens import Role
+from tests.trainers import QUIET
 
 #: With these weights and this gate tokens halt after every block, class tokens too.
 GATE = {"gate_scale": 1.5, "gate_center": 2.0}
@@ -544,11 +545,8 @@ def test_diversity_of_images_that_have_left(images, tmp_path):
     def scores(center):
         monitor = DiversityMonitor()
         trainer = Trainer(
-            accelerator="cpu",
+            **QUIET,
             callbacks=[monitor],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             default_root_dir=tmp_path,
         )
         trainer.validate(Module(small(gate_center=center)), DataLoader(images, batch_size=4), verbose=False)

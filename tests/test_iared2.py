@@ -14,6 +14,7 @@ import tdm_lightning as tdm
 from tdm_lightning.checkpoints import load_official
 from tdm_lightning.strategies.interpreter import MultiHeadInterpreter
 from tdm_lightning.tokens import Output, Role
+from tests.trainers import QUIET
 
 LABELS = torch.tensor([0, 1, 2, 3])
 
@@ -375,11 +376,8 @@ def test_the_stage_follows_from_the_epoch_alone(images):
 
 def fitting(tmp_path, epochs, **kwargs):
     return Trainer(
-        accelerator="cpu",
+        **QUIET,
         max_epochs=epochs,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=tmp_path,
         **kwargs,
     )

@@ -12,6 +12,7 @@ import tdm_lightning as tdm
 from tdm_lightning import ImageNetDataModule, TokenReductionClassifier
 from tdm_lightning.cli import main
 from tests.localsets import make_arrow
+from tests.trainers import QUIET
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "num_heads": 2, "depth": 4}
 EPOCHS, BATCHES = 3, 6
@@ -65,11 +66,8 @@ def fit(tmp_path, data, watch, ckpt_path=None, module=None, **changes):
         "warmup_epochs": 1,
     }
     trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
+        **QUIET,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=tmp_path,
         callbacks=[watch],
         **{"max_epochs": EPOCHS, "val_check_interval": 2, **changes},

@@ -19,6 +19,7 @@ from tdm_lightning.data.images import ImageDataset, ImageStream
 from tdm_lightning.data.sampling import RepeatedAugmentation, stream_size
 from tdm_lightning.data.transforms import eval_transform, image_mode, resolve_config, train_transform
 from tests.localsets import make_arrow, make_parquet, make_table
+from tests.trainers import QUIET
 
 
 def make_data(root: Path, location: Any, **options: Any) -> ImageNetDataModule:
@@ -160,13 +161,10 @@ def test_in_a_trainer(tmp_path: Path, streaming: bool) -> None:
     data = make_data(tmp_path, make_arrow(tmp_path / "set"), streaming=streaming, eval_batch_size=6)
     probe = Probe()
     trainer = Trainer(
-        accelerator="cpu",
+        **QUIET,
         max_epochs=2,
         num_sanity_val_steps=0,
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=tmp_path,
     )
     trainer.fit(probe, data)
