@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 import tdm_lightning as tdm
@@ -13,7 +14,7 @@ from tdm_lightning.study.fidelity import TRAINING_FREE, Watching, compare, obser
 from tdm_lightning.study.plan import METHODS
 from tdm_lightning.study.results import read_fidelity
 
-SHAPE = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 10, "num_classes": 0}
+SHAPE = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 12, "num_classes": 0}
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,9 @@ def test_command(tmp_path):
     found = read_fidelity(tmp_path)
     assert {(one.method, one.rate) for one in found} == {("TDM", 0.7), ("TDM", 0.4)}
     assert all(-1 <= one.features <= 1 for one in found)
+    panels = Image.open(tmp_path / "panels.png")
+    assert panels.width > 4 * 448
+    assert panels.height > 6 * 448
     (tmp_path / "fidelity.png").unlink()
     assert [path.name for path in main(["study", f"--out={tmp_path}"])] == ["fidelity.png"]
 

@@ -217,6 +217,17 @@ def test_files_of_images(tmp_path, model):
     assert Image.open(written[0]).width > 4 * 96
 
 
+def test_images_together_are_rows_of_one_file(tmp_path, model):
+    paths = [tmp_path / f"{name}.png" for name in ("a", "b", "c")]
+    for path in paths:
+        Image.fromarray(noise(50, 80)).save(path)
+    (written,) = visualize_images(paths, model, tmp_path, side=64, together=True)
+    assert written.name == "panels.png"
+    sheet = Image.open(written)
+    assert 3 * 64 < sheet.height < 4 * 64  # no row of blocks
+    assert sheet.width > 4 * 96
+
+
 def test_fewer_colours_make_smaller_files(tmp_path):
     row = {"noise": Image.fromarray(noise(64, 64))}
     full, few = (save_panels(tmp_path / f"{n}.png", [row], side=64, colours=n).stat().st_size for n in (None, 16))

@@ -18,7 +18,8 @@ def fidelity(
     """Compare patch features and attention of a reduced ViT with its own unreduced, on photographs, without labels.
 
     The methods are those that need no training, each at the GMACs of TDM's keep rates. The photographs come with scikit-learn
-    and scikit-image. Writes ``fidelity.csv`` and ``fidelity.png``; ``tdm study`` redraws the figure too.
+    and scikit-image. Writes ``fidelity.csv`` and ``fidelity.png``, which ``tdm study`` redraws, and ``panels.png`` with what
+    the patches of each photograph become under TDM at 0.7.
 
     Args:
         model: name of a timm ViT.
@@ -36,15 +37,18 @@ def fidelity(
         ValueError: without trained weights, or for a setting that does not fit.
     """
     import timm
+    import torch
     from timm.data import create_transform
 
     from tdm_lightning.checkpoints import load_official
+    from tdm_lightning.strategies import TDM
     from tdm_lightning.study import figures
     from tdm_lightning.study.fidelity import measure_fidelity
     from tdm_lightning.study.photographs import photographs
     from tdm_lightning.study.results import write_fidelity
     from tdm_lightning.visualize.images import data_config
-    from tdm_lightning.visualize.sheet import make_folder
+    from tdm_lightning.visualize.sheet import make_folder, save_schools
+    from tdm_lightning.vit import attach
 
     if not pretrained and checkpoint is None:
         raise ValueError("an untrained model's features mean nothing: give --checkpoint FILE or --pretrained true")
@@ -52,16 +56,19 @@ def fidelity(
     vit = timm.create_model(model, pretrained=pretrained, **arguments).eval()
     if checkpoint is not None:
         load_official(vit, checkpoint)
+    photos = photographs()
     found = measure_fidelity(
         vit,
         lambda strategy: timm.create_model(model, **arguments),
-        photographs(),
+        photos,
         create_transform(**data_config(vit)),
         methods,
         rates,
     )
     folder = make_folder(out)
     written = [write_fidelity(folder, found), figures.save(figures.fidelity(found), folder / "fidelity.png")]
+    with torch.inference_mode():
+        written.append(save_schools(folder / "panels.png", list(photos.values()), attach(vit, TDM(0.7)).eval()))
     for path in written:
         print(path)
     return written

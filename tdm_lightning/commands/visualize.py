@@ -22,6 +22,7 @@ def visualize(
     random_weights: bool = False,
     out: str = "panels",
     layer: int = -1,
+    together: bool = False,
 ) -> list[Path]:
     """Draw the panels of image files: original, importance-based, diversity-based, reduced, and the reducing blocks one by one.
 
@@ -36,6 +37,7 @@ def visualize(
         random_weights: draw with an untrained model all the same; its attention means nothing.
         out: folder for the PNG files, one an image.
         layer: which reducing block the panels show, counted among them; -1: the last.
+        together: write one ``panels.png``, an image in each row, without the blocks one by one.
 
     Returns:
         The files written.
@@ -52,7 +54,7 @@ def visualize(
         )
     reduced = choose_model(ckpt_path, None, model, model_kwargs, strategy, pretrained, checkpoint).model
     with torch.inference_mode():
-        written = visualize_images(images, reduced, out, layer)
+        written = visualize_images(images, reduced, out, layer, together=together)
     for path in written:
         print(path)
     return written

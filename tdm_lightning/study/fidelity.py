@@ -20,7 +20,7 @@ from tdm_lightning.tokens import Observed, Tokens
 from tdm_lightning.vit import TokenReducedViT, attach
 
 #: Methods that need neither training nor another head.
-TRAINING_FREE = ("TDM", "EViT", "TopK", "DPC-KNN", "ToMe", "Random")
+TRAINING_FREE = ("TDM", "TDM (6 blocks)", "EViT", "TopK", "DPC-KNN", "ToMe", "Random")
 #: So many blocks at the end are compared by their attention.
 LAST_BLOCKS = 3
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 #: merge whatever is alike.
 STYLES: dict[str, tuple[str, str, str]] = {
     "TDM": ("#c1121f", "o", "-"),
+    "TDM (6 blocks)": ("#780000", "o", ":"),
     "EViT+TDM": ("#e76f51", "D", "--"),
     "DyViT+TDM": ("#f4a261", "s", "--"),
     "EViT": ("#1d4e89", "v", "-"),

@@ -86,7 +86,12 @@ def save_panels(
 
 
 def visualize_images(
-    paths: Sequence[str | Path], model: TokenReducedViT, out_dir: str | Path = "panels", layer: int = -1, side: int = SIDE
+    paths: Sequence[str | Path],
+    model: TokenReducedViT,
+    out_dir: str | Path = "panels",
+    layer: int = -1,
+    side: int = SIDE,
+    together: bool = False,
 ) -> list[Path]:
     """Draw :func:`~tdm_lightning.visualize.panels` of image files, each to a PNG: the schools in a row, the layers below.
 
@@ -98,6 +103,7 @@ def visualize_images(
         out_dir: folder for the PNGs, named after the images: ``cat.jpg`` → ``cat_panels.png``.
         layer: see :func:`~tdm_lightning.visualize.panels`.
         side: pixels of each panel's shorter side.
+        together: write one ``panels.png`` instead, with the schools of each image in a row.
 
     Returns:
         The files written, in the order of ``paths``.
@@ -111,11 +117,21 @@ def visualize_images(
     for path in paths:
         open_image(path)
     folder = make_folder(out_dir)
+    if together:
+        return [save_schools(folder / "panels.png", [open_image(path) for path in paths], model, layer, side)]
     names = _distinct([Path(path).stem for path in paths])
     return [
         save_panels(folder / f"{name}_panels.png", split_rows(panels(model, open_image(path), layer)), side, titles(model))
         for name, path in zip(names, paths, strict=True)
     ]
+
+
+def save_schools(
+    path: str | Path, images: Sequence[Image.Image], model: TokenReducedViT, layer: int = -1, side: int = SIDE
+) -> Path:
+    """Draw several images on one sheet of few colours, the schools of each in a row; arguments as above."""
+    rows = [split_rows(panels(model, image, layer))[0] for image in images]
+    return save_panels(path, rows, side, titles(model), colours=256)
 
 
 def titles(model: TokenReducedViT) -> dict[str, str]:
