@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tdm_lightning.flops import default_input_size
+from tdm_lightning.ops.linear import check_not_packed
 from tdm_lightning.vit import TokenReducedViT
 
 #: Largest difference allowed between the logits of the file and those of the model, relative to the largest logit above 1.
@@ -60,8 +61,9 @@ def export_onnx(
         input_size: channels, height and width of the images that the file takes; the model's own by default.
 
     Raises:
-        ValueError: if a package is missing, the number of tokens depends on the image, the file cannot be written, or it gives
-            other logits than the model, see :data:`TOLERANCE`; then no file is left.
+        ValueError: if a package is missing, the number of tokens depends on the image, linear layers are packed by
+            ``quantize_dynamic``, the file cannot be written, or it gives other logits than the model, see :data:`TOLERANCE`;
+            then no file is left.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if find_spec(package) is None:
@@ -117,6 +119,7 @@ def _exported(
     load: Callable[[Path], Callable[[Tensor], Tensor]],
 ) -> Exported:
     check_static(model)
+    check_not_packed(model, "export")
     frozen = copy.deepcopy(model).cpu().float().eval()
     shape = input_size or default_input_size(model)
     if not path.parent.is_dir():

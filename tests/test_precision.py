@@ -12,6 +12,7 @@ from torch import nn
 from torch.ao.quantization import quantize_dynamic
 
 import tdm_lightning as tdm
+from tdm_lightning.export import export_onnx, export_program
 from tests.test_dense import STRATEGIES, reduced, wide
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
@@ -118,6 +119,22 @@ def test_dynamic_int8_of_every_kind_of_attention(name):
     assert same_decisions(again, trace) > 0.6
     cosine = functools.partial(torch.nn.functional.cosine_similarity, dim=1)
     assert cosine(logits, found).min() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("use", "purpose"),
+    [
+        (tdm.flops.count_macs, "count the multiply-accumulates"),
+        (functools.partial(export_program, path="model.pt2"), "export"),
+        (functools.partial(export_onnx, path="model.onnx"), "export"),
+    ],
+)
+def test_packed_weights_can_only_be_run(tmp_path, monkeypatch, use, purpose):
+    monkeypatch.chdir(tmp_path)
+    small = quantize_dynamic(reduced("tdm"), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ValueError, match=f"cannot {purpose}: 'vit.blocks.0.attn.qkv' is quantised"):
+        use(small)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_attention_that_cannot_be_quantised_is_refused():

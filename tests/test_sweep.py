@@ -129,20 +129,18 @@ def test_an_infinite_output_is_seen():
 )
 def test_shrunk_models_are_small_enough_and_of_the_same_make(name):
     whole = names.facts_of(names.outlined(name))
-    for small in (False, True):
-        arguments = shrinking(whole, 1e8, small)
-        with torch.device("meta"):
-            facts = names.facts_of(timm.create_model(name, **arguments))
-        assert facts.parameters <= 1e8 < whole.parameters
-        assert facts.depth == 6
-        assert (facts.kind, facts.block, facts.attention) == (whole.kind, whole.block, whole.attention)
-        assert facts.width / facts.heads == whole.width / whole.heads
-        assert {facts.heads // keys for keys in facts.key_heads} == {whole.heads // keys for keys in whole.key_heads}
+    with torch.device("meta"):
+        facts = names.facts_of(timm.create_model(name, **shrinking(whole)))
+    assert facts.parameters <= 1e8 < whole.parameters
+    assert facts.depth == 6
+    assert (facts.kind, facts.block, facts.attention) == (whole.kind, whole.block, whole.attention)
+    assert facts.width / facts.heads == whole.width / whole.heads
+    assert {facts.heads // keys for keys in facts.key_heads} == {whole.heads // keys for keys in whole.key_heads}
 
 
 def test_a_width_that_a_convolutional_network_sets_stays():
     facts = names.facts_of(names.outlined("vit_base_mci_224"))
-    assert shrinking(facts, 3e8, small=True) == {"depth": 6}
+    assert shrinking(facts) == {"depth": 6}
 
 
 # The sweep
@@ -204,7 +202,7 @@ def test_an_interrupt_keeps_what_there_is(table, tried, monkeypatch):
 def test_other_settings_want_another_folder(table, tried):
     sweep_names(TINY, Sweep(), table)
     with pytest.raises(ValueError, match="every model shrunk"):
-        sweep_names(TINY, Sweep(small=True), table)
+        sweep_names(TINY, Sweep(max_params=0), table)
     assert len(read_rows(table)) == 2
 
 
@@ -255,7 +253,7 @@ def test_the_summary_counts():
 
 def test_the_command(tmp_path, capsys):
     out = tmp_path / "out"
-    main(["sweep", '--names=["test_vit","test_vit_relpos"]', "--small=true", f"--out={out}"])
+    main(["sweep", '--names=["test_vit","test_vit_relpos"]', "--max_params=0", f"--out={out}"])
     assert "2 of 2 names reduced" in capsys.readouterr().out
     with (out / "families.csv").open(encoding="utf-8") as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}

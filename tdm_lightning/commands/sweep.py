@@ -12,7 +12,6 @@ def sweep(
     modules: list[str] | None = None,
     names: list[str] | None = None,
     max_params: float = 3e8,
-    small: bool = False,
     seed: int = 0,
     out: str = "sweep",
 ) -> None:
@@ -25,8 +24,7 @@ def sweep(
     Args:
         modules: timm modules; ``None``: those of ViTs with global attention.
         names: only names that match one of these patterns, such as ``deit_*``.
-        max_params: models with more parameters are run with fewer blocks and, where that is not enough, heads.
-        small: run every model with at most six blocks and four heads.
+        max_params: models with more parameters are run with at most six blocks and four heads; 0: all models.
         seed: of weights and images.
         out: folder for the files.
 
@@ -43,7 +41,7 @@ def sweep(
     table, summary = folder / "families.csv", folder / "families.md"
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        finished = sweep_names(pairs, Sweep(max_params, small, seed), table, progress)
+        finished = sweep_names(pairs, Sweep(max_params, seed), table, progress)
     rows = read_rows(table)
     summary.write_text(markdown(rows), encoding="utf-8")
     print(f"{sum(row.outcome == 'reduced' for row in rows)} of {len(rows)} names reduced: {summary}, {table}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def linear_weight(layer: Any) -> Tensor:
@@ -24,3 +24,21 @@ def linear_bias(layer: Any) -> Tensor | None:
     """The bias of a linear layer, see :func:`linear_weight`."""
     bias = layer.bias
     return bias if bias is None or isinstance(bias, Tensor) else bias()
+
+
+def check_not_packed(model: nn.Module, purpose: str) -> None:
+    """Whether a model's linear layers are tensors that can be traced without computing.
+
+    Args:
+        model: any.
+        purpose: what was wanted, as a verb and its object.
+
+    Raises:
+        ValueError: if ``quantize_dynamic`` of ``torch.ao.quantization`` has packed them away.
+    """
+    packed = next((name for name, layer in model.named_modules() if hasattr(layer, "_packed_params")), None)
+    if packed is not None:
+        raise ValueError(
+            f"cannot {purpose}: {packed!r} is quantised and its weight packed away where it can only be run; take the "
+            f"model as it was before quantize_dynamic"
+        )

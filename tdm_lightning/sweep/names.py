@@ -36,7 +36,6 @@ class Facts:
         width: channels of a token.
         heads: attention heads of a block; 0 where they cannot be told.
         parameters: of the whole model.
-        block_parameters: of its blocks together.
         key_heads: heads of the keys in each block, where queries may have more; empty otherwise.
         gated: channels of an MLP's first layer that makes values and their gates in one go; 0 otherwise.
         fixed_width: whether a convolutional network in front sets the width.
@@ -49,7 +48,6 @@ class Facts:
     width: int
     heads: int
     parameters: int
-    block_parameters: int
     key_heads: tuple[int, ...] = ()
     gated: int = 0
     fixed_width: bool = False
@@ -107,7 +105,6 @@ def facts_of(vit: Any) -> Facts:
         int(getattr(vit, "embed_dim", 0) or 0),
         heads,
         _count(vit),
-        sum(map(_count, blocks)),
         tuple(heads // group for group in groups if group is not None),
         gated[0].fc1.out_features if gated else 0,
         isinstance(getattr(getattr(vit, "patch_embed", None), "proj", None), nn.Identity),

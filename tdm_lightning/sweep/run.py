@@ -25,19 +25,17 @@ class Sweep:
     """How models are tried.
 
     Attributes:
-        max_params: larger models are shrunk.
-        small: shrink all of them.
+        max_params: larger models are shrunk; 0: all.
         seed: of weights and images.
     """
 
     max_params: float = 3e8
-    small: bool = False
     seed: int = 0
 
     @property
     def settings(self) -> str:
         """What rows of one table must have in common."""
-        shrunk = "every model" if self.small else f"models above {self.max_params / 1e6:g} M parameters"
+        shrunk = f"models above {self.max_params / 1e6:g} M parameters" if self.max_params else "every model"
         return f"{shrunk} shrunk, seed {self.seed}, timm {timm.__version__}, torch {torch.__version__}"
 
 
@@ -84,7 +82,7 @@ def try_name(module: str, name: str, sweep: Sweep) -> Row:
     try:
         outline = outlined(name)
         facts = facts_of(outline)
-        arguments = shrinking(facts, sweep.max_params, sweep.small)
+        arguments = shrinking(facts) if facts.parameters > sweep.max_params else {}
         row = _described(row, facts, arguments)
         refusal = _refusal(outline)
         return _examined(row, arguments, sweep.seed) if refusal is None else replace(row, outcome="refused", reason=refusal)
