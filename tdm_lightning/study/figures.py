@@ -31,6 +31,8 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "Random": ("#7f7f7f", "p", ":"),
 }
 _WIDTH = 10.0
+#: So many points below the plain model end a panel of fine-tuned accuracies; what lies lower would press all else together.
+_REACH = 30.0
 
 
 def accuracy_against_gmacs(results: Sequence[Result]) -> Figure:
@@ -45,6 +47,8 @@ def accuracy_against_gmacs(results: Sequence[Result]) -> Figure:
             ]
             _errorbar(axis, points, method, style)
         _plain_line(axis, results, when)
+        if when == "after":
+            _end_at(axis, 100 * mean_accuracy(results, "Plain", 1.0, when) - _REACH)
         axis.set_xlabel("GMACs per image, everything counted")
         axis.set_ylabel("top-1 accuracy (%)")
     _legend(figure, axes)
@@ -69,6 +73,7 @@ def accuracy_per_keep_rate(results: Sequence[Result]) -> Figure:
     for place in range(len(rates) - 1):
         axis.axvline(place + 0.5, color="0.85", linewidth=0.8, zorder=0)
     axis.axhline(0, color="black", linestyle="--", linewidth=1, zorder=1, label="Plain")
+    _end_at(axis, -_REACH if base else math.nan)
     axis.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
     axis.set_xlabel("TDM's keep rate; every method at its GMACs")
     axis.set_ylabel("accuracy against the plain model (points)" if base else "top-1 accuracy (%)")
@@ -93,13 +98,19 @@ def diversity_beside_accuracy(results: Sequence[Result], rate: float) -> Figure:
     left.set_ylabel("diversity score ÷ number of tokens")
     left.set_ylim(bottom=0)
     order = sorted(drawn, key=lambda item: mean_accuracy(results, item[0], rate, "after"))
+    end = 100 * mean_accuracy(results, "Plain", 1.0, "after") - _REACH
     for place, (method, (colour, marker, _)) in enumerate(order):
         mean, below, above = _spread(runs(results, method, rate, "after").values(), "after")
+        if mean < end:  # off the scale: its value stands at the edge
+            right.annotate(f"← {mean:.2f}", (end, place), xytext=(4, -3), textcoords="offset points", fontsize=8, color=colour)
+            continue
         right.errorbar(mean, place, xerr=[[below], [above]], color=colour, marker=marker, markersize=8, capsize=2)
         right.annotate(f"{mean:.2f}", (mean, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
     right.set_yticks(range(len(order)), [method for method, _ in order])
     right.set_ylim(-0.6, len(order) - 0.3)
     _plain_line(right, results, "after", vertical=True)
+    if not math.isnan(end):
+        right.set_xlim(left=end)
     right.set_xlabel("top-1 accuracy (%)")
     _legend(figure, [left])
     return figure
@@ -179,6 +190,26 @@ def _errorbar(axis: Axes, points: Sequence[Any], label: str, style: tuple[str, s
         label=label,
         zorder=4 if label == "TDM" else 3,
     )
+
+
+def _end_at(axis: Axes, end: float) -> None:
+    """End a panel from below, with the values of what lies lower at its edge; NaN: leave it as it is."""
+    if math.isnan(end):
+        return
+    left, right = axis.get_xlim()
+    written: list[float] = []
+    for drawn in axis.containers:
+        (line, *_) = drawn
+        for x, y in zip(*line.get_data(), strict=True):
+            if y < end:
+                beside = sum(abs(x - other) < 0.06 * (right - left) for other in written)  # one above the other
+                offset = (0, 4 + 11 * beside)
+                label = axis.annotate(
+                    f"↓ {y:.1f}", (x, end), xytext=offset, textcoords="offset points", ha="center", fontsize=8
+                )
+                label.set_color(line.get_color())
+                written.append(x)
+    axis.set_ylim(bottom=end)
 
 
 def _plain_line(axis: Axes, results: Sequence[Result], when: str, vertical: bool = False) -> None:
