@@ -88,6 +88,7 @@ def test_command(tmp_path):
     found = read_fidelity(tmp_path)
     assert {(one.method, one.rate) for one in found} == {("TDM", 0.7), ("TDM", 0.4)}
     assert all(-1 <= one.features <= 1 for one in found)
+    assert {one.photograph for one in found} == {"china", "flower", "astronaut", "chelsea", "coffee", "rocket"}
     panels = Image.open(tmp_path / "panels.png")
     assert panels.width > 4 * 448
     assert panels.height > 6 * 448

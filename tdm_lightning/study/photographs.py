@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from PIL import Image
 
 _SCIKIT_IMAGE = ("astronaut", "chelsea", "coffee", "rocket")
@@ -21,6 +23,6 @@ def photographs() -> dict[str, Image.Image]:
             f"the photographs come with scikit-learn and scikit-image: pip install 'tdm-lightning[study]' ({error})"
         ) from error
     bundled = load_sample_images()
-    found = {name.rsplit(".", 1)[0]: image for name, image in zip(bundled.filenames, bundled.images, strict=True)}
+    found = {Path(name).stem: image for name, image in zip(bundled.filenames, bundled.images, strict=True)}
     found |= {name: getattr(data, name)() for name in _SCIKIT_IMAGE}
     return {name: Image.fromarray(image).convert("RGB") for name, image in found.items()}
