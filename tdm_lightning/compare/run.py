@@ -15,7 +15,7 @@ from tdm_lightning.compare.accuracy import top1
 from tdm_lightning.compare.environment import choose_device, choose_dtype, surroundings
 from tdm_lightning.compare.memory import peak_bytes, saved_bytes
 from tdm_lightning.compare.methods import Method, make_method, make_plain
-from tdm_lightning.compare.runtime import check_runs, check_runtime, runner, runtime_name
+from tdm_lightning.compare.runtime import Run, check_runs, check_runtime, runner, runtime_name
 from tdm_lightning.compare.table import Row, Spread
 from tdm_lightning.compare.timing import Round, interleaved_rounds, own_share, seconds
 from tdm_lightning.flops import ImageCosts, count_macs, default_input_size, image_costs
@@ -226,8 +226,8 @@ def _measure(comparison: Comparison, data: ImageNetDataModule | None, progress: 
         comparison.memory.append(peak_bytes(model, images))
         comparison.saved.append(saved_bytes(model, images))
     runs = []
-    for model in progress.track(models, description=plan.runtime):
-        runs.append(runner(model, plan.runtime))
+    for method in progress.track(comparison.methods, description=plan.runtime):
+        runs.append(_runner(method, plan.runtime))
         if not eager:  # compiled at the first pass, for each batch size
             seconds(runs[-1], images)
             seconds(runs[-1], images[:1])
@@ -244,6 +244,13 @@ def _measure(comparison: Comparison, data: ImageNetDataModule | None, progress: 
         if method.trained:
             batches = progress.track(data.test_dataloader(), description=f"top-1 {method.name}")
             comparison.accuracy[index] = top1(method.model, batches, data.num_classes)
+
+
+def _runner(method: Method, runtime: str) -> Run:
+    try:
+        return runner(method.model, runtime)
+    except ValueError as error:
+        raise ValueError(f"{method.name} cannot be timed with runtime={runtime}: {error}") from error
 
 
 def _macs(method: Method, images: Tensor) -> int:
