@@ -57,3 +57,15 @@ def test_the_defaults_of_other_runtimes_keep_to_fixed_budgets():
 def test_other_runtimes_refuse_adaptive_methods(runtime):
     with pytest.raises(ValueError, match="Positive keeps another number of tokens for each image"):
         run.prepare(NAME, [Positive()], run.Plan(batch_size=2, runtime=runtime, device="cpu"), SHAPE)
+
+
+def test_a_method_that_a_runtime_cannot_run_is_named(monkeypatch):
+    def runner(model, runtime):
+        if model is not compared.methods[0].model:
+            raise ValueError("no such operator")
+        return model
+
+    compared = run.prepare(NAME, [tdm.EViT(0.5, layers=(1,))], run.Plan(batch_size=2, runtime="compile", device="cpu"), SHAPE)
+    monkeypatch.setattr(run, "runner", runner)
+    with pytest.raises(ValueError, match="EViT cannot be timed with runtime=compile: no such operator"):
+        run.measure(compared)
