@@ -24,6 +24,8 @@ from tdm_lightning.vit import TokenReducedViT
 #: Largest difference allowed between the logits of the file and those of the model, relative to the largest logit above 1.
 TOLERANCE = 1e-4
 
+Writer = Callable[[torch.export.ExportedProgram, Path], Any]
+
 #: Batch sizes at which a file is run before it is handed out.
 BATCH_SIZES = (1, 2, 5)
 
@@ -65,20 +67,24 @@ def export_onnx(
             ``quantize_dynamic``, the file cannot be written, or it gives other logits than the model, see :data:`TOLERANCE`;
             then no file is left.
     """
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        if find_spec(package) is None:
-            raise ValueError(f"writing and checking ONNX files needs {package}: pip install 'tdm-lightning[export]'")
+    _check_packages()
     import onnxruntime
-
-    def write(program: torch.export.ExportedProgram, path: Path) -> None:
-        written: Any = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
-        written.save(path)
 
     def load(path: Path) -> Callable[[Tensor], Tensor]:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
-    return _exported(model, Path(path), images, input_size, write, load)
+    return _exported(model, Path(path), images, input_size, _save_onnx, load)
+
+
+def write_onnx(model: nn.Module, path: str | Path) -> None:
+    """As :func:`export_onnx`, but the file is not run: for random weights, whose near ties rounding may decide in another way.
+
+    Raises:
+        ValueError: as there, but for other logits.
+    """
+    _check_packages()
+    _write(model, Path(path), default_input_size(model), _save_onnx)
 
 
 def export_program(
@@ -110,33 +116,51 @@ def check_static(model: nn.Module) -> None:
         )
 
 
+def _check_packages() -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if find_spec(package) is None:
+            raise ValueError(f"writing and checking ONNX files needs {package}: pip install 'tdm-lightning[export]'")
+
+
+def _save_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+    written: Any = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
+    written.save(path)
+
+
+@torch.no_grad()
 def _exported(
     model: nn.Module,
     path: Path,
     images: Tensor | None,
     input_size: tuple[int, int, int] | None,
-    write: Callable[[torch.export.ExportedProgram, Path], Any],
+    write: Writer,
     load: Callable[[Path], Callable[[Tensor], Tensor]],
 ) -> Exported:
-    check_static(model)
-    check_not_packed(model, "export")
-    frozen = copy.deepcopy(model).cpu().float().eval()
     shape = input_size or default_input_size(model)
-    if not path.parent.is_dir():
-        raise ValueError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
-    with torch.no_grad():
-        program = torch.export.export(frozen, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        _forget_paths(program)
-        write(program, path)
-        try:
-            difference = _compare(frozen, load(path), _batches(shape, images))
-        except Exception:
-            for file in _files(path):
-                file.unlink()
-            raise
-        logits = frozen(torch.zeros(1, *shape)).shape[1:]
+    frozen = _write(model, path, shape, write)
+    try:
+        difference = _compare(frozen, load(path), _batches(shape, images))
+    except Exception:
+        for file in _files(path):
+            file.unlink()
+        raise
+    logits = frozen(torch.zeros(1, *shape)).shape[1:]
     size = sum(file.stat().st_size for file in _files(path))
     return Exported(path, size, {"images": ("batch", *shape)}, {"logits": ("batch", *logits)}, difference)
+
+
+@torch.no_grad()
+def _write(model: nn.Module, path: Path, shape: tuple[int, int, int], write: Writer) -> nn.Module:
+    """Write the file; gives the copy of the model that it was made from."""
+    check_static(model)
+    check_not_packed(model, "export")
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
+    frozen = copy.deepcopy(model).cpu().float().eval()
+    program = torch.export.export(frozen, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    _forget_paths(program)
+    write(program, path)
+    return frozen
 
 
 def _forget_paths(program: torch.export.ExportedProgram) -> None:

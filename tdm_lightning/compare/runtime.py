@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdm_lightning.checks import check_choice
-from tdm_lightning.export import check_static, export_onnx
+from tdm_lightning.export import check_static, write_onnx
 
 RUNTIMES = ("eager", "compile", "onnx")
 
@@ -50,7 +50,7 @@ def runner(model: nn.Module, runtime: str) -> Run:
         runtime: of :data:`RUNTIMES`.
 
     Raises:
-        ValueError: if the model cannot be exported, see :func:`~tdm_lightning.export.export_onnx`.
+        ValueError: if the model cannot be exported, see :func:`~tdm_lightning.export.write_onnx`.
     """
     if runtime == "compile":
         return _compiled(model)
@@ -77,7 +77,8 @@ def _compiled(model: nn.Module) -> Run:
 
 def _session(model: nn.Module) -> Run:
     with tempfile.TemporaryDirectory() as folder:
-        path = export_onnx(model, Path(folder) / "model.onnx").path
+        path = Path(folder) / "model.onnx"
+        write_onnx(model, path)
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
