@@ -248,8 +248,9 @@ class Tokens:
     def reduced(self, index: int, reduction: Reduction, importance: Tensor | None = None) -> Tokens:
         """The tokens after block ``index`` replaced its patch tokens; sizes, positions and trace follow along.
 
-        A merged token takes the place of its most important member, or of its first where there is no importance: a mean of
-        places would lie where no patch is, for which a relative position bias has no entry and a rotation no angle.
+        A merged token takes the place of its most important member, or of its first where there is no importance. A mean of
+        places would lie where no patch is, for which a relative position bias has no entry; the patch nearest to that mean cost
+        a ViT with rotary positions up to 30 points of accuracy against this rule (``.github/positions``).
         """
         changes: dict[str, Any] = {"x": torch.cat((self.x[:, : self.prefix], reduction.x), dim=1)}
         place = reduction.place
