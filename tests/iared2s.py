@@ -4,6 +4,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import tdm_lightning as tdm
+from tests.vits import lively
 
 LABELS = torch.tensor([0, 1, 2, 3])
 
@@ -12,12 +13,7 @@ def small(strategy=None, std=0.3, **kwargs):
     """16 patches, 6 blocks in 3 groups; interpreters that tell patches apart around the threshold."""
     torch.manual_seed(1)
     arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 6, "num_heads": 2, "num_classes": 5, **kwargs}
-    vit = VisionTransformer(**arguments)
-    with torch.no_grad():
-        for name, parameter in vit.named_parameters():
-            if name.endswith(("qkv.weight", "fc1.weight", "fc2.weight", "proj.weight")):
-                parameter.normal_(std=0.25)
-        vit.pos_embed.normal_(std=0.5)
+    vit = lively(VisionTransformer(**arguments))
     model = tdm.attach(vit, tdm.IARED2() if strategy is None else strategy)
     with torch.no_grad():
         for parameter in model.strategy.parameters():

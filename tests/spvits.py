@@ -5,6 +5,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
 import tdm_lightning as tdm
+from tests.vits import lively
 
 
 def without_noise(logits, tau=1, hard=False, dim=-1):
@@ -15,12 +16,7 @@ def small(vit=None, std=0.6, **kwargs):
     """16 patches, 6 blocks, selectors that tell patches and images apart."""
     torch.manual_seed(3)
     arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 6, "num_heads": 4, "num_classes": 5, **(vit or {})}
-    net = VisionTransformer(**arguments)
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            if name.endswith(("qkv.weight", "fc1.weight", "fc2.weight", "proj.weight")):
-                parameter.normal_(std=0.25)
-        net.pos_embed.normal_(std=0.5)
+    net = lively(VisionTransformer(**arguments))
     model = tdm.attach(net, tdm.SPViT(**{"layers": (1, 3), "targets": (0.6, 0.3), **kwargs}))
     with torch.no_grad():
         for parameter in model.strategy.parameters():

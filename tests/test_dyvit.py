@@ -13,6 +13,7 @@ import tdm_lightning as tdm
 from tdm_lightning.ops import policy_softmax
 from tdm_lightning.tokens import Output, Role, Tokens
 from tdm_lightning.vit.attention import full_attention
+from tests.vits import grouped
 
 
 def without_noise(logits, tau=1, hard=False, dim=-1):
@@ -345,10 +346,8 @@ def test_losses_ask_for_what_they_need(images):
 
 def test_optimizer_groups():
     model = small()
-    groups = model.strategy.param_groups(model, lr=1e-3, weight_decay=0.05)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {names[id(parameter)]: group for group in groups for parameter in group["params"]}
-    assert set(names.values()) - set(found) == {"vit.pos_embed", "vit.cls_token"}
+    groups, found = grouped(model)
+    assert {name for name, _ in model.named_parameters()} - set(found) == {"vit.pos_embed", "vit.cls_token"}
     assert sum(len(group["params"]) for group in groups) == len(found)
     for name, group in found.items():
         own, decays = name.startswith("strategy."), model.get_parameter(name).ndim > 1

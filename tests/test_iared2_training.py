@@ -11,6 +11,7 @@ import tdm_lightning as tdm
 from tdm_lightning.tokens import Output
 from tests.iared2s import LABELS, small
 from tests.trainers import QUIET
+from tests.vits import grouped
 
 
 @pytest.fixture
@@ -265,10 +266,8 @@ def test_autocast_trains_with_finite_gradients(images, epoch):
 
 def test_optimizer_groups():
     model = small()
-    groups = model.strategy.param_groups(model, lr=1e-3, weight_decay=0.05)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {names[id(parameter)]: group for group in groups for parameter in group["params"]}
-    assert found.keys() == set(names.values())
+    groups, found = grouped(model)
+    assert found.keys() == {name for name, _ in model.named_parameters()}
     for name, group in found.items():
         decays = model.get_parameter(name).ndim > 1 and name not in ("vit.pos_embed", "vit.cls_token")
         assert group["lr"] == (4e-5 if name.startswith("strategy.") else 1e-3)

@@ -15,6 +15,7 @@ from tdm_lightning.ops import class_row
 from tdm_lightning.tokens import Role, Tokens
 from tdm_lightning.vit import blocks
 from tests.exporting import check_compiled, check_exported, check_onnx
+from tests.vits import lively
 
 MERGERS = {
     "default": lambda: tdm.TokenMerger(),
@@ -36,13 +37,7 @@ def make_vit(**kwargs):
     """A small ViT whose attention is peaked, so that decisions are not near ties."""
     torch.manual_seed(1)
     arguments = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 12, "num_heads": 2, "num_classes": 5, **kwargs}
-    vit = VisionTransformer(**arguments).eval()
-    with torch.no_grad():
-        for name, parameter in vit.named_parameters():
-            if name.endswith(("qkv.weight", "fc1.weight", "fc2.weight", "proj.weight")):
-                parameter.normal_(std=0.25)
-        vit.pos_embed.normal_(std=0.5)
-    return vit
+    return lively(VisionTransformer(**arguments).eval())
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import tdm_lightning as tdm
 from tdm_lightning.tokens import Role, Tokens
 from tests.exporting import check_compiled, check_exported, check_onnx
+from tests.vits import lively
 
 STRATEGIES = {
     "tome": lambda rate=0.7: tdm.ToMe(0 if rate == 1 else 2),
@@ -35,13 +36,7 @@ def make_vit(name, **kwargs):
     torch.manual_seed(2)
     pool = {"global_pool": "avg"} if name.startswith("evovit") else {}
     arguments = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 6, "num_heads": 2, "num_classes": 5}
-    vit = VisionTransformer(**{**arguments, **pool, **kwargs}).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in vit.named_parameters():
-            if parameter_name.endswith(("qkv.weight", "fc1.weight", "fc2.weight", "proj.weight")):
-                parameter.normal_(std=0.25)
-        vit.pos_embed.normal_(std=0.5)
-    return vit
+    return lively(VisionTransformer(**{**arguments, **pool, **kwargs}).eval())
 
 
 def reduced(name, rate=0.7, **kwargs):

@@ -11,6 +11,7 @@ import tdm_lightning as tdm
 from tdm_lightning.ops import policy_softmax
 from tdm_lightning.tokens import Output, Role
 from tests.spvits import small, without_noise
+from tests.vits import grouped
 
 LABELS = torch.tensor([0, 1, 2, 3])
 
@@ -137,10 +138,8 @@ def test_the_ratio_loss_moves_the_kept_share_to_the_targets():
 
 def test_optimizer_groups():
     model = small()
-    groups = model.strategy.param_groups(model, lr=1e-3, weight_decay=0.05)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {names[id(parameter)]: group for group in groups for parameter in group["params"]}
-    assert set(names.values()) - set(found) == {"vit.pos_embed", "vit.cls_token"}
+    groups, found = grouped(model)
+    assert {name for name, _ in model.named_parameters()} - set(found) == {"vit.pos_embed", "vit.cls_token"}
     for name, group in found.items():
         own, decays = name.startswith("strategy."), model.get_parameter(name).ndim > 1
         assert group["lr"] == pytest.approx(1e-3 if own else 1e-5)
