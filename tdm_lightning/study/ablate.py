@@ -1,7 +1,4 @@
-"""The ablation: TDM with one of its merger's arguments changed at a time, at equal keep rates and so equal token counts.
-
-Where the merger works in other blocks it is the multiply-accumulates that are equal.
-"""
+"""The ablation: TDM with one of its merger's arguments changed at a time, at equal keep rates and so equal token counts."""
 
 from __future__ import annotations
 
@@ -55,14 +52,6 @@ def _attentive(rate: float, share: float) -> float:
     return round(rate + share * (1 - rate), 4)
 
 
-#: Blocks that share the reduction, other than the paper's three.
-_PLACEMENTS = ((0, 2, 4, 6, 8, 10), (1, 3, 5, 7, 9), (2, 4, 6, 8, 10), (1, 4, 7, 10), tuple(range(1, 11)))
-
-
-def _placement(blocks: tuple[int, ...]) -> Method:
-    return Method(f"blocks {' '.join(map(str, blocks))}", partial(TDM, layers=blocks))
-
-
 #: By default there is a cluster for every four inattentive tokens, and as many pairs are fused. "Clusters only" forms as many
 #: clusters and no pair, so fewer tokens are attentive; "matching only" fuses as many pairs and leaves one cluster for the
 #: rest; "neither" has one cluster and the one pair that pays for it.
@@ -80,7 +69,6 @@ VARIANTS = (
         solve=False,
     ),
     Method("neither", partial(_with, lambda rate: {"cluster_fraction": _FEWEST}), solve=False),
-    *map(_placement, _PLACEMENTS),
     Method("fewer attentive", partial(_with, lambda rate: {"attentive_ratio": _attentive(rate, -0.1)}), solve=False),
     Method("more attentive", partial(_with, lambda rate: {"attentive_ratio": _attentive(rate, 0.1)}), solve=False),
 )
