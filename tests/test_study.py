@@ -260,6 +260,27 @@ def test_tables_say_what_the_cells_say(finished):
     assert f"{lead:+.2f} (" in text
 
 
+def test_placements_at_equal_cost(study, tmp_path):
+    study(
+        tmp_path,
+        "--part=placement",
+        "--methods=[TDM,blocks 1 3 5 7 9]",
+        "--rates=[0.6]",
+        "--train-images=0",
+        "--eval-images=20",
+    )
+    cells = cells_in(tmp_path / "placement")
+    paper, other = cells["TDM-0.6-1"], cells["blocks 1 3 5 7 9-0.6-1"]
+    assert 0.99 * paper["gmacs"] <= other["gmacs"] <= paper["gmacs"]
+    assert len(set(other["tokens"])) == 6
+    assert {path.name for path in main(["study", f"--out={tmp_path}"])} == {
+        "placement.csv",
+        "placement_correct.csv",
+        "placement.md",
+    }
+    assert f"| blocks 1 3 5 7 9 | {100 * other['accuracy_before']:.2f} |" in (tmp_path / "placement.md").read_text()
+
+
 def test_nothing_to_report(tmp_path):
     with pytest.raises(ValueError, match="no results"):
         main(["study", f"--out={tmp_path}"])

@@ -28,5 +28,6 @@ fit coarse --config study/coarse
 fit plain --model.checkpoint runs/study/coarse/last.ckpt
 tdm test --config study/plain --data.dataset "$dataset" --ckpt_path $plain
 cells --part ablation --eval_images 3000
+cells --part placement --train_images 0 --eval_images 3000
 cells --part grid
 tdm study --out "$out"

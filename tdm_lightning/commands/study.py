@@ -9,11 +9,11 @@ from typing import Literal
 from tdm_lightning.data import ImageNetDataModule
 
 #: What each part that runs models evaluates on: whatever is chosen is chosen on the validation split.
-_SPLITS: dict[str, Literal["validation", "test"]] = {"grid": "test", "ablation": "validation"}
+_SPLITS: dict[str, Literal["validation", "test"]] = {"grid": "test", "ablation": "validation", "placement": "validation"}
 
 
 def study(
-    part: Literal["grid", "ablation", "report"] = "report",
+    part: Literal["grid", "ablation", "placement", "report"] = "report",
     plain: str | None = None,
     data: ImageNetDataModule | None = None,
     out: str = "study",
@@ -32,7 +32,8 @@ def study(
 
     Args:
         part: ``grid``: methods at TDM's budgets, on the test split. ``ablation``: TDM with one of its merger's arguments
-            changed at a time, on the validation split. ``report``: tables and figures of what is there, in seconds.
+            changed at a time, on the validation split. ``placement``: TDM in other blocks, on that split too. ``report``:
+            tables and figures of what is there, in seconds.
         plain: checkpoint that ``tdm fit`` wrote of the unreduced model.
         data: its images; the model they are prepared for is filled in.
         out: folder for results.
@@ -53,6 +54,7 @@ def study(
     """
     from tdm_lightning.study.ablate import ablation_cells
     from tdm_lightning.study.finetune import Recipe
+    from tdm_lightning.study.placement import placement_cells
     from tdm_lightning.study.plain import Plain
     from tdm_lightning.study.plan import grid_cells
     from tdm_lightning.study.report import report
@@ -69,7 +71,8 @@ def study(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it introduces itself once per cell
     start = Plain.read(plain)
     data = type(data)(**{**data.hparams, "model": start.model, "model_kwargs": start.model_kwargs})
-    cells = (grid_cells if part == "grid" else ablation_cells)(methods, rates, seeds)
+    made = {"grid": grid_cells, "ablation": ablation_cells, "placement": placement_cells}
+    cells = made[part](methods, rates, seeds)
     recipe = Recipe(train_images, lr, weight_decay)
     run_cells(cells, start, data, folder / part, recipe, split or _SPLITS[part], eval_images)
     return []

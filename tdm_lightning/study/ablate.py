@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from tdm_lightning.strategies import TDM, Strategy, TokenMerger
-from tdm_lightning.study.plan import Cell, Method, chosen_methods
+from tdm_lightning.study.plan import Cell, Method, crossed
 
 #: Keep rates to ablate at: few enough tokens for the merger to matter.
 RATES = (0.5, 0.3)
@@ -82,6 +82,4 @@ def ablation_cells(
     Raises:
         ValueError: if there is no such variant.
     """
-    chosen = chosen_methods(VARIANTS, methods)
-    every = RATES if rates is None else tuple(rates)
-    return [Cell(method, rate, seed) for seed in seeds or (1,) for rate in every for method in chosen]
+    return crossed(VARIANTS, RATES, methods, rates, seeds)

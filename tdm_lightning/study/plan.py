@@ -44,7 +44,7 @@ _DYVIT_NOTE = (
 _EVOVIT_NOTE = "averages the patches for a classifier that was trained on the class token, which only fine-tuning adapts"
 
 #: Six blocks, one keep rate for all, solved for the budget: as many small steps as three large ones cost. Chosen on the
-#: validation split, without fine-tuning, among five placements.
+#: validation split, see :mod:`~tdm_lightning.study.placement`.
 _EVERY_OTHER = (0, 2, 4, 6, 8, 10)
 
 METHODS = (
@@ -110,6 +110,22 @@ def chosen_methods(known: Sequence[Method], names: Iterable[str] | None) -> list
     if unknown:
         raise ValueError(f"no method {', '.join(unknown)} in the study; there are {', '.join(m.name for m in known)}")
     return [method for method in known if wanted is None or method.name in wanted]
+
+
+def crossed(
+    known: Sequence[Method],
+    every: Sequence[float],
+    methods: Sequence[str] | None,
+    rates: Sequence[float] | None,
+    seeds: Sequence[int] | None,
+) -> list[Cell]:
+    """Every method at every keep rate with every seed; of ``every`` rate and with the first seed where none are chosen.
+
+    Raises:
+        ValueError: if there is no such method.
+    """
+    chosen = chosen_methods(known, methods)
+    return [Cell(method, rate, seed) for seed in seeds or SEEDS[:1] for rate in rates or every for method in chosen]
 
 
 def _of_seed(methods: Sequence[Method], rates: Sequence[float], seed: int) -> Iterator[Cell]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tdm_lightning.study import figures, tables
 from tdm_lightning.study.ablate import DEFAULT, VARIANTS
+from tdm_lightning.study.placement import PLACEMENTS
 from tdm_lightning.study.plan import METHODS
 from tdm_lightning.study.results import WHEN, Result, collect, read, read_fidelity
 
@@ -26,11 +27,14 @@ def report(folder: Path) -> list[Path]:
         ValueError: if there are no results.
     """
     written = [*collect(folder, "grid", METHODS), *collect(folder, "ablation", VARIANTS)]
-    grid, ablation = read(folder, "grid"), read(folder, "ablation")
+    written += collect(folder, "placement", PLACEMENTS)
+    grid, ablation, placement = (read(folder, part) for part in ("grid", "ablation", "placement"))
     if any(result.accuracy for result in grid):
         written += _grid(folder, grid)
     if ablation:
         written.append(_text(folder / "ablation.md", [tables.ablation_table(ablation, DEFAULT), tables.remarks(ablation)]))
+    if placement:
+        written.append(_text(folder / "placement.md", [*_accuracies(placement), tables.remarks(placement)]))
     if found := read_fidelity(folder):
         written.append(figures.save(figures.fidelity(found), folder / "fidelity.png"))
     if not written:
@@ -49,6 +53,10 @@ def _grid(folder: Path, grid: list[Result]) -> list[Path]:
         rate = min(rates, key=lambda rate: abs(rate - _DIVERSITY_RATE))
         written.append(figures.save(figures.diversity_beside_accuracy(grid, rate), folder / "diversity.png"))
     return written
+
+
+def _accuracies(results: list[Result]) -> list[str]:
+    return [tables.accuracy_table(results, when) for when in WHEN if any(when in result.accuracy for result in results)]
 
 
 def _text(path: Path, parts: list[str]) -> Path:
