@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from tdm_lightning.flops import macs_with
-from tdm_lightning.strategies.base import Strategy
+from tdm_lightning.strategies.base import Dial, Strategy
 from tdm_lightning.vit import TokenReducedViT
 from tdm_lightning.vit.families import patch_count
 
@@ -43,35 +42,10 @@ def solve_keep_rate(
     >>> solve_keep_rate(timm.create_model("deit_small_patch16_224"), tdm.TDM(), gmacs=3.0)
     0.701
     """
-    vit = model.vit if isinstance(model, TokenReducedViT) else model
     if "keep_rate" not in strategy.config()["init_args"]:
         raise TypeError(f"{type(strategy).__name__} has no keep rate to solve for")
-    budget = _check_budget(gmacs)
-    steps = round(1 / resolution)
-
-    def cost(step: int) -> int:
-        return macs_with(vit, _changed(strategy, keep_rate=step / steps), input_size, total)
-
-    if cost(steps) <= budget:  # also refuses settings that do not fit the model whatever the rate
-        return 1.0
-
-    def fits(step: int) -> bool:
-        try:
-            return cost(step) <= budget
-        except ValueError:  # a rate so low that its schedule leaves no token costs too little, not too much
-            return True
-
-    if not fits(1):
-        raise ValueError(
-            f"{type(strategy).__name__} cannot meet {gmacs} GMACs: even keep rate {1 / steps} costs {cost(1) / 1e9:.3f}; "
-            f"reduce in earlier layers or take a smaller model"
-        )
-    step = _last(fits, 1, steps)
-    try:
-        cost(step)
-    except ValueError as error:
-        raise ValueError(f"{type(strategy).__name__} cannot meet {gmacs} GMACs: {error}") from None
-    return step / steps
+    dial = strategy.keep_rate_dial(round(1 / resolution))
+    return cast(Any, _turned(model, dial, gmacs, input_size, total)).keep_rate
 
 
 def at_budget(
@@ -81,10 +55,7 @@ def at_budget(
     input_size: tuple[int, int, int] | None = None,
     total: bool = False,
 ) -> Strategy:
-    """A strategy like this one, its one knob turned as far as a budget allows.
-
-    The knob is the keep rate (:func:`solve_keep_rate`), or ToMe's r: as few merges as the budget allows, spread over the
-    blocks as evenly as whole numbers can be, the early blocks first.
+    """A strategy like this one, its :meth:`~tdm_lightning.Strategy.dial` turned as far as a budget allows.
 
     Args:
         model: as :func:`solve_keep_rate`, as are the other arguments and errors.
@@ -93,48 +64,57 @@ def at_budget(
         input_size: channels, height and width; the model's own by default.
         total: the budget also covers the strategy's parameter-free work.
 
+    Raises:
+        TypeError: if the strategy has no setting that decides what it costs.
+
     >>> import timm, tdm_lightning as tdm
     >>> vit = timm.create_model("test_vit", img_size=96)
     >>> at_budget(vit, tdm.ToMe(), gmacs=0.01).r
     [3, 2, 2, 2, 2, 2]
     """
-    if "r" not in strategy.config()["init_args"]:
-        return _changed(strategy, keep_rate=solve_keep_rate(model, strategy, gmacs, input_size, total=total))
-    vit: Any = model.vit if isinstance(model, TokenReducedViT) else model
-    budget, depth = _check_budget(gmacs), len(vit.blocks)
-    most = depth * (patch_count(vit) // 2)
-
-    def with_merges(merges: int) -> Strategy:
-        r = [merges // depth + (block < merges % depth) for block in range(depth)]
-        return _changed(strategy, r=r if merges % depth else r[0])
-
-    def exceeds(merges: int) -> bool:
-        return macs_with(vit, with_merges(merges), input_size, total) > budget
-
-    if exceeds(most):
-        raise ValueError(
-            f"{type(strategy).__name__} cannot meet {gmacs} GMACs, even if every block merges half of the tokens; take a "
-            f"smaller model"
+    vit: Any = _timm_model(model)
+    dial = strategy.dial(len(vit.blocks), patch_count(vit))
+    if dial is None:
+        raise TypeError(
+            f"{type(strategy).__name__} has no keep rate or other setting that alone decides what it costs, so none can be "
+            f"solved for; take one that has (SPViT: with fixed_count=True)"
         )
-    return with_merges(_last(exceeds, 0, most) + 1 if exceeds(0) else 0)
+    return _turned(vit, dial, gmacs, input_size, total)
 
 
-def _check_budget(gmacs: float) -> float:
-    """In multiply-accumulates."""
+def _turned(model: nn.Module, dial: Dial, gmacs: float, input_size: tuple[int, int, int] | None, total: bool) -> Strategy:
+    """The last setting within the budget."""
     if not gmacs > 0:  # also refuses NaN
         raise ValueError(f"gmacs must be a positive number of 10⁹ multiply-accumulates, got {gmacs!r}")
-    return gmacs * 1e9
+    vit, budget = _timm_model(model), gmacs * 1e9
 
+    def cost(step: int) -> int:
+        return macs_with(vit, dial.at(step), input_size, total)
 
-def _changed(strategy: Strategy, **arguments: Any) -> Strategy:
-    """A new strategy, made with some other arguments."""
-    config = strategy.config()
-    return type(strategy).from_config({**config, "init_args": {**config["init_args"], **arguments}})
+    def fits(step: int) -> bool:
+        try:
+            return cost(step) <= budget
+        except ValueError:  # a rate so low that its schedule leaves no token costs too little, not too much
+            return True
 
-
-def _last(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """The last number from ``low``, where something holds, that it holds for; at ``high`` it does not."""
+    if cost(dial.steps) <= budget:  # also refuses settings that do not fit the model whatever the rate
+        return dial.at(dial.steps)
+    name = type(dial.at(dial.steps)).__name__
+    if not fits(1):
+        raise ValueError(
+            f"{name} cannot meet {gmacs} GMACs: its cheapest setting costs {cost(1) / 1e9:.3f}; reduce in earlier layers or "
+            f"take a smaller model"
+        )
+    low, high = 1, dial.steps  # fits, and does not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    try:
+        cost(low)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot meet {gmacs} GMACs: {error}") from None
+    return dial.at(low)
+
+
+def _timm_model(model: nn.Module) -> nn.Module:
+    return model.vit if isinstance(model, TokenReducedViT) else model

@@ -5,6 +5,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import tdm_lightning as tdm
 from tdm_lightning.budget import at_budget
+from tdm_lightning.sparsity import Structured, Unstructured
 
 LAYERS = (0, 1)
 
@@ -42,7 +43,7 @@ def test_a_generous_budget_reduces_nothing(vit):
 
 
 def test_a_budget_that_cannot_be_met(vit):
-    with pytest.raises(ValueError, match=r"TDM cannot meet 0\.01 GMACs: even keep rate 0\.001 costs 0\.0"):
+    with pytest.raises(ValueError, match=r"TDM cannot meet 0\.01 GMACs: its cheapest setting costs 0\.0"):
         tdm.solve_keep_rate(vit, tdm.TDM(layers=LAYERS), 0.01)
 
 
@@ -84,3 +85,50 @@ def test_a_strategy_at_a_budget_keeps_its_other_settings(vit):
 def test_layers_that_do_not_exist_are_not_a_matter_of_budget(vit):
     with pytest.raises(ValueError, match=r"^layers \[9\] do not exist"):
         tdm.solve_keep_rate(vit, tdm.TDM(layers=(9,)), 0.04)
+
+
+def test_spvits_targets_are_solved_for_together(vit):
+    given = tdm.SPViT(layers=LAYERS, fixed_count=True, package="mean")
+    solved = at_budget(vit, given, 0.04)
+    first, second = solved.targets
+    assert solved.package == "mean"
+    assert second == pytest.approx(first**2, abs=1e-6)
+
+    def cost(share):
+        targets = [share, round(share**2, 6)]
+        return tdm.flops.count_macs(
+            tdm.attach(vit, tdm.SPViT(layers=LAYERS, fixed_count=True, package="mean", targets=targets))
+        )
+
+    assert cost(first) <= 0.04e9 < cost(round(first + 1e-3, 3))
+    assert tdm.flops.count_macs(tdm.attach(vit, solved)) == cost(first)
+
+
+def test_svites_heads_and_units_are_solved_for_together(vit):
+    masks = at_budget(vit, tdm.SViTE(interval=7), 0.04).masks
+    assert masks.heads == masks.units
+
+    def cost(share):
+        return tdm.flops.count_macs(tdm.attach(vit, tdm.SViTE(Structured(share, share))))
+
+    assert cost(masks.heads) <= 0.04e9 < cost(round(masks.heads + 1e-3, 3))
+
+
+def test_a_stack_turns_the_member_that_reduces_tokens(vit):
+    stacked = tdm.Stack([tdm.SViTE(Structured(0.5, 0.5)), tdm.TDM(layers=LAYERS)])
+    solved = at_budget(vit, stacked, 0.025)
+    assert solved.members[0].masks.heads == 0.5
+    assert solved.members[1].keep_rate < 1
+    assert tdm.flops.count_macs(tdm.attach(vit, solved)) <= 0.025e9
+    alone = at_budget(vit, tdm.Stack([tdm.SViTE()]), 0.04).members[0]
+    assert alone.config() == at_budget(vit, tdm.SViTE(), 0.04).config()
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [tdm.SPViT(), tdm.AViT(), tdm.SViTE(Unstructured()), tdm.Stack([])],
+    ids=lambda strategy: type(strategy).__name__,
+)
+def test_methods_whose_cost_no_setting_decides(vit, strategy):
+    with pytest.raises(TypeError, match="has no keep rate or other setting that alone decides what it costs"):
+        at_budget(vit, strategy, 0.04)

@@ -36,6 +36,8 @@ def test_table_in_three_forms(compare, tmp_path, capsys):
             assert version in row["versions"]
         assert row["device"].startswith("cpu: ")
         assert row["CPU threads"] == "1"
+        for share in ("own_time", "batch1_own_time"):
+            assert row[share] == "" if name == "plain" else 0 < float(row[share]) < 1
     assert float(rows["plain"]["ratio_to_plain"]) == 1
 
     text, printed = (tmp_path / "out/compare.md").read_text(encoding="utf-8"), capsys.readouterr().out
@@ -267,7 +269,7 @@ def test_the_whole_poster_is_compared_by_default():
     names = {type(strategy).__name__ for strategy in methods.posters_strategies()}
     assert names >= {"TDM", "EViT", "DyViT", "EvoViT", "PSViT", "SViTE", "SPViT", "IARED2", "AViT", "ToMe", "DPCKNN"}
     adjustable = {type(strategy).__name__ for strategy in methods.posters_strategies(adjustable=True)}
-    assert adjustable == {"TDM", "EViT", "DyViT", "EvoViT", "PSViT", "ToMe", "DPCKNN", "TopK"}
+    assert adjustable == {"TDM", "EViT", "DyViT", "EvoViT", "PSViT", "SPViT", "SViTE", "ToMe", "DPCKNN", "TopK"}
 
 
 def test_random_weights_are_the_same_whatever_stands_beside_a_method():

@@ -16,6 +16,7 @@ import tdm_lightning as tdm
 from tdm_lightning.cli import main
 from tdm_lightning.data import ImageNetDataModule
 from tdm_lightning.module import TokenReductionClassifier
+from tdm_lightning.slimming import select
 from tdm_lightning.study.ablate import VARIANTS, ablation_cells
 from tdm_lightning.study.evaluate import evaluate
 from tdm_lightning.study.finetune import Recipe
@@ -23,6 +24,7 @@ from tdm_lightning.study.plain import Plain
 from tdm_lightning.study.plan import METHODS, RATES, REPEATED_METHODS, REPEATED_RATES, Cell, Method, grid_cells
 from tdm_lightning.study.run import run_cell, solved
 from tdm_lightning.study.store import Store, unpack_bits
+from tests.vits import lively
 
 NAME = "deit_tiny_patch16_224"
 SHAPE = {"img_size": 28, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "num_heads": 2, "depth": 10}
@@ -192,13 +194,25 @@ def test_all_methods_see_the_same_images(checkpoint, monkeypatch):
 
     monkeypatch.setattr(TokenReductionClassifier, "training_step", training_step)
     plain, images, source = Plain.read(checkpoint), (torch.zeros(2, 1, 28, 28), torch.zeros(2).long()), data()
-    for name in ("TDM", "DyViT+TDM", "Evo-ViT"):
+    for name in ("TDM", "DyViT+TDM", "Evo-ViT", "SPViT", "PS-ViT"):
         method = replace(METHODS_BY_NAME[name], solve=False)
         record = run_cell(Cell(method, 0.7, 2), plain, source, Recipe(16), images)
         assert "accuracy_after" in record
         assert "accuracy_before" not in record  # the first seed has measured that
-    assert len(seen) == 6
-    assert seen[:2] == seen[2:4] == seen[4:]
+    assert len(seen) == 10
+    assert seen[:2] == seen[2:4] == seen[4:6] == seen[6:8] == seen[8:]
+
+
+def test_psvits_masks_come_from_training_images():
+    import timm
+
+    vit = lively(timm.create_model(NAME, num_classes=10, **SHAPE))
+    given, images = tdm.PSViT(0.8), torch.randn(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    chosen = METHODS_BY_NAME["PS-ViT"].look(given, vit, [images])
+    masks, placeholder = (tdm.attach(vit, strategy).strategy for strategy in (chosen, tdm.PSViT(0.8)))
+    assert masks.token_counts == placeholder.token_counts
+    assert not torch.equal(masks.kept, placeholder.kept)
+    assert torch.equal(masks.kept, select(vit, [images], masks.token_counts).masks)
 
 
 def test_evaluation_counts_and_scores():

@@ -84,7 +84,7 @@ def posters_strategies(adjustable: bool = False, static: bool = False) -> list[S
     ]
     if static:
         found = [strategy for strategy in found if not strategy.adaptive]
-    return [strategy for strategy in found if not adjustable or {"keep_rate", "r"} & strategy.config()["init_args"].keys()]
+    return [strategy for strategy in found if not adjustable or strategy.dial(depth=1, patches=2)]
 
 
 def make_vit(name: str, arguments: Mapping[str, Any]) -> nn.Module:

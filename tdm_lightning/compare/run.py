@@ -76,7 +76,7 @@ class Comparison:
         facts: what the numbers depend on, by name.
         memory: peak bytes, one for each method that got its turn.
         saved: bytes saved for a backward pass, likewise.
-        own: share of a pass spent in the strategy's hooks, likewise.
+        own: share of a pass spent in the strategy's hooks, likewise; of the batch's, and of the first image's alone.
         rounds: complete rounds.
         accuracy: top-1 in [0, 1] by the method's place.
         interrupted: whether the user broke it off.
@@ -90,7 +90,7 @@ class Comparison:
     alone: dict[int, ImageCosts] = field(default_factory=dict)
     memory: list[int] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
-    own: list[float] = field(default_factory=list)
+    own: list[tuple[float, float]] = field(default_factory=list)
     rounds: list[Round] = field(default_factory=list)
     accuracy: dict[int, float] = field(default_factory=dict)
     interrupted: bool = False
@@ -132,7 +132,7 @@ class Comparison:
         if index < len(self.saved):
             extra |= {"saved": self.saved[index], "plain_saved": self.saved[0]}
         if index < len(self.own):
-            extra["own_time"] = self.own[index]
+            extra["own_time"], extra["latency_own_time"] = self.own[index]
         if index in self.alone:
             macs = self.alone[index].macs
             extra |= {"macs_alone": macs.mean().item(), "macs_alone_std": macs.std(correction=0).item()}
@@ -236,7 +236,7 @@ def _measure(comparison: Comparison, data: ImageNetDataModule | None, progress: 
     for samples in timed:
         comparison.rounds.append(samples)
     for model in progress.track(models if eager else (), description="own time"):
-        comparison.own.append(own_share(model, images, plan.rounds))
+        comparison.own.append((own_share(model, images, plan.rounds), own_share(model, images[:1], plan.rounds)))
     if data is None:
         return
     data.setup("test")

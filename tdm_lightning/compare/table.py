@@ -58,7 +58,8 @@ class Row:
         memory: peak bytes of a pass of the batch, weights included.
         saved: bytes that a pass of the batch saves for its backward pass.
         plain_saved: those of the plain model.
-        own_time: share of a pass that is spent in the strategy's hooks.
+        own_time: share of a pass of the batch that is spent in the strategy's hooks.
+        latency_own_time: the same for one image alone.
         top1: accuracy in [0, 1].
     """
 
@@ -78,6 +79,7 @@ class Row:
     saved: float = math.nan
     plain_saved: float = math.nan
     own_time: float = math.nan
+    latency_own_time: float = math.nan
     macs_alone: float = math.nan
     macs_alone_std: float = math.nan
     top1: float = math.nan
@@ -115,12 +117,12 @@ _HEADER = (
     "÷ MAC ratio",
     "batch-1 ms (× plain)",
     "batch-1 ÷ MAC ratio",
-    "own time",
+    "own time (batch 1)",
     "peak MiB",
     "saved for backward MiB (× plain)",
 )
 _LEFT = 2  # columns of text
-_STEP = _HEADER.index("own time")  # before this one stands the training step, where it was timed
+_STEP = _HEADER.index("own time (batch 1)")  # before this one stands the training step, where it was timed
 
 
 def markdown(rows: Sequence[Row], facts: Mapping[str, str], remarks: Sequence[str] = ()) -> str:
@@ -182,6 +184,7 @@ def _numbers(row: Row) -> dict[str, str | float]:
         "batch1_macs": row.single_macs,
         "batch1_ratio_over_mac_ratio": row.latency_efficiency,
         "own_time": row.own_time,
+        "batch1_own_time": row.latency_own_time,
         "peak_bytes": row.memory,
         "saved_bytes": row.saved,
         "macs_alone": row.macs_alone,
@@ -207,7 +210,7 @@ def _cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
             _latency(row.latency, row.latency_speedup, 2),
             _number(row.latency_efficiency, 2),
             *([_latency(row.step, row.step_speedup, 0)] if trained else []),
-            "–" if math.isnan(row.own_time) else f"{row.own_time:.1%}",
+            "–" if math.isnan(row.own_time) else f"{row.own_time:.1%} ({row.latency_own_time:.1%})",
             _number(row.memory / 2**20, 1),
             _saved(row),
             *([_number(100 * row.top1, 2)] if rated else []),

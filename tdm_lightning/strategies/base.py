@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,6 +11,18 @@ from tdm_lightning.configurable import Configurable, arguments_line
 from tdm_lightning.tokens import Observed, Output, Tokens
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+class Dial(NamedTuple):
+    """The one setting by which a method costs more or less.
+
+    Attributes:
+        steps: how many settings there are.
+        at: the method at setting 1…``steps``; none costs less than the one before it, and the last costs most.
+    """
+
+    steps: int
+    at: Callable[[int], Strategy]
 
 
 class Strategy(nn.Module, Configurable):
@@ -56,6 +68,24 @@ class Strategy(nn.Module, Configurable):
             vit: the timm model.
             patches: its number of patch tokens at the default image size.
         """
+
+    def dial(self, depth: int, patches: int) -> Dial | None:
+        """What to turn to meet a compute budget; the keep rate in thousandths, ``None`` for a method without one.
+
+        Args:
+            depth: number of the model's blocks.
+            patches: number of its patch tokens.
+        """
+        return self.keep_rate_dial(1000) if "keep_rate" in self.config()["init_args"] else None
+
+    def keep_rate_dial(self, steps: int) -> Dial:
+        """The keep rates from ``1/steps`` to 1."""
+        return Dial(steps, lambda step: self.changed(keep_rate=step / steps))
+
+    def changed(self, **arguments: Any) -> Strategy:
+        """A new, unattached strategy like this one but for some of its arguments."""
+        config = self.config()
+        return type(self).from_config({**config, "init_args": {**config["init_args"], **arguments}})
 
     def annealed(self, keep_rate: float) -> float:
         """The keep rate to use now: ``keep_rate``, or the current one while it is annealed.

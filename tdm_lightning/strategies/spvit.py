@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tdm_lightning.checks import check_choice, check_count, check_keep_rate, check_layers, check_layers_exist, check_number
 from tdm_lightning.ops import gather_tokens, inverse_order, pack, rank_order
 from tdm_lightning.ops.precision import full_precision
-from tdm_lightning.strategies.base import Criterion, Strategy
+from tdm_lightning.strategies.base import Criterion, Dial, Strategy
 from tdm_lightning.strategies.distillation import distillation
 from tdm_lightning.strategies.groups import paced_groups
 from tdm_lightning.strategies.merger import TokenMerger, check_early_merger
@@ -140,6 +140,13 @@ class SPViT(Strategy):
                 f"or let images keep their own numbers of patches (fixed_count=False)"
             )
         return keep
+
+    def dial(self, depth: int, patches: int) -> Dial | None:
+        """Where counts are fixed: targets that are powers of one share, in thousandths."""
+        if not self.fixed_count:
+            return None
+        stages = range(1, len(self.layers) + 1)
+        return Dial(1000, lambda step: self.changed(targets=[round((step / 1000) ** stage, 6) for stage in stages]))
 
     def tracks_size(self) -> bool:
         """Only for proportional attention."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tdm_lightning.strategies.base import Criterion, Strategy
+from tdm_lightning.strategies.base import Criterion, Dial, Strategy
 from tdm_lightning.tokens import Observed, Output, Tokens
 
 
@@ -44,6 +44,20 @@ class Stack(Strategy):
         cls = type(self)
         members = [member.config() for member in self.members]
         return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": {"members": members}}
+
+    def dial(self, depth: int, patches: int) -> Dial | None:
+        """That of the member that reduces tokens; where none does, of the first that has one."""
+        dials = [(place, member.dial(depth, patches)) for place, member in enumerate(self.members)]
+        found = [(place, dial) for place, dial in dials if dial is not None]
+        if not found:
+            return None
+        place, dial = min(found, key=lambda item: self.members[item[0]].keeps_tokens)
+
+        def at(step: int) -> Strategy:
+            others = [member.changed() for member in self.members]
+            return Stack([*others[:place], dial.at(step), *others[place + 1 :]])
+
+        return Dial(dial.steps, at)
 
     @property
     def keep_rate(self) -> float:

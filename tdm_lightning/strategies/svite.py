@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tdm_lightning.checks import check_count, check_fraction
 from tdm_lightning.sparsity import Sparsity, Structured, death_rate
-from tdm_lightning.strategies.base import Strategy
+from tdm_lightning.strategies.base import Dial, Strategy
 from tdm_lightning.tokens import Observed, Tokens
 
 
@@ -82,6 +82,12 @@ class SViTE(Strategy):
             raise ValueError("this SViTE is attached already and owns masks; make a new one for another model")
         self.masks.bind(vit, self._generator(0))
         self._vit = (vit,)
+
+    def dial(self, depth: int, patches: int) -> Dial | None:
+        """The share of heads and MLP units that is active, in thousandths; single weights cost what all of them cost."""
+        if not isinstance(self.masks, Structured):
+            return None
+        return Dial(1000, lambda step: self.changed(masks=Structured(step / 1000, step / 1000).config()))
 
     def reset_classifier(self, num_classes: int) -> None:
         """Masks for the new classifier, where it has some."""

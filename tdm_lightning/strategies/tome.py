@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tdm_lightning.ops import match_alternating, merge_groups
-from tdm_lightning.strategies.base import Strategy
+from tdm_lightning.strategies.base import Dial, Strategy
 from tdm_lightning.tokens import Observed, Reduction, Role, Tokens
 
 
@@ -50,6 +50,16 @@ class ToMe(Strategy):
         first = int(mean * (1 - inflection))
         step = 2 * (mean - first) / max(1, depth - 1)
         return [int(first + step * index) for index in range(depth)]
+
+    def dial(self, depth: int, patches: int) -> Dial:
+        """The number of merges in all, spread over the blocks as evenly as whole numbers can be, the early blocks first."""
+        most = depth * (patches // 2)
+
+        def at(step: int) -> Strategy:
+            each, more = divmod(most + 1 - step, depth)
+            return self.changed(r=[each + (block < more) for block in range(depth)] if more else each)
+
+        return Dial(most + 1, at)
 
     def needs(self, index: int) -> frozenset[str]:
         """Keys where something may be merged."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tdm_lightning.metrics import DiversityScore
+from tdm_lightning.recorder import DiversityRecorder
 from tdm_lightning.vit import TokenReducedViT
 from tdm_lightning.vit.find import tap_blocks
 
@@ -64,14 +64,11 @@ def evaluate(model: TokenReducedViT, images: Tensor, labels: Tensor, batch_size:
         (model(batch.to(device)).argmax(dim=1).cpu() == target)
         for batch, target in zip(images.split(batch_size), labels.split(batch_size), strict=True)
     ]
-    scores = [DiversityScore().to(device) for _ in model.vit.blocks]
-    tokens = [0] * len(scores)
+    recorder, tokens = DiversityRecorder(model), [0] * len(model.vit.blocks)
 
-    def see(block: int, x: Tensor, valid: Tensor | None) -> None:
-        patches = x[:, model.num_prefix_tokens :]
-        scores[block].update(patches, None if valid is None else valid[:, model.num_prefix_tokens :])
-        tokens[block] = patches.shape[1]
+    def count(block: int, x: Tensor, valid: Tensor | None) -> None:
+        tokens[block] = x.shape[1] - model.num_prefix_tokens
 
-    with tap_blocks(model, see):
+    with recorder, tap_blocks(model, count):
         model(images[:: max(1, len(images) // SAMPLED)][:SAMPLED].to(device))
-    return Evaluation(torch.cat(correct), [score.compute().item() for score in scores], tokens)
+    return Evaluation(torch.cat(correct), [score.item() for score in recorder.compute()], tokens)

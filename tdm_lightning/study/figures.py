@@ -26,6 +26,9 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "TopK": ("#3d85c6", "^", "-"),
     "DyViT": ("#6fa8dc", "s", "-"),
     "Evo-ViT": ("#674ea7", "P", "-"),
+    "SPViT": ("#0b5394", "<", "--"),
+    "SPViT+TDM": ("#d98880", "<", "--"),
+    "PS-ViT": ("#9fc5e8", "h", "--"),
     "DPC-KNN": ("#38761d", "X", "-"),
     "ToMe": ("#7fb069", "*", "-"),
     "Random": ("#7f7f7f", "p", ":"),
@@ -220,7 +223,8 @@ def _plain_line(axis: Axes, results: Sequence[Result], when: str, vertical: bool
 
 
 def _per_token(result: Result) -> list[float]:
-    return [score / count for score, count in zip(result.diversity["after"], result.tokens, strict=True)]
+    found = zip(result.diversity["after"], result.tokens, strict=True)
+    return [score / count if count else math.nan for score, count in found]
 
 
 def _legend(figure: Figure, axes: Sequence[Axes]) -> None:

@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tdm_lightning.strategies import DPCKNN, TDM, DyViT, EViT, EvoViT, Random, Strategy, TokenMerger, ToMe, TopK
+from torch import nn
+
+from tdm_lightning.slimming import select
+from tdm_lightning.strategies import DPCKNN, TDM, DyViT, EViT, EvoViT, PSViT, Random, SPViT, Strategy, TokenMerger, ToMe, TopK
+from tdm_lightning.vit import attach
 
 #: TDM's keep rates, whose budgets all methods get; those that matter most first.
 RATES = (0.7, 0.5, 0.3, 0.9, 0.2)
@@ -26,6 +30,8 @@ class Method:
         solve: whether its setting is solved for the budget of TDM at that keep rate.
         lr_factor: of the fine-tuning's learning rate, where the strategy's own groups slow the backbone by as much.
         note: how its fine-tuning or evaluation differs from the others'.
+        look: takes from training images what the method must know before anything else: from its strategy at the budget, the
+            trained plain ViT and the images, prepared as for evaluation, it makes the strategy to evaluate.
     """
 
     name: str
@@ -33,6 +39,13 @@ class Method:
     solve: bool = True
     lr_factor: float = 1.0
     note: str = ""
+    look: Callable[[Strategy, nn.Module, Iterable[Any]], Strategy] | None = field(default=None, compare=False)
+
+
+def _by_impact(strategy: Strategy, vit: nn.Module, images: Iterable[Any]) -> Strategy:
+    """PS-ViT with as many patches in each block as ``strategy`` has, those of greatest impact."""
+    counts: Any = attach(vit, strategy).strategy.token_counts
+    return PSViT(masks=select(vit, images, counts).masks.int().tolist())
 
 
 #: DyViT's recipe trains the backbone at a hundredth of its predictors' rate and freezes it for five epochs; fine-tunes as short
@@ -41,6 +54,9 @@ _DYVIT: dict[str, Any] = {"backbone_lr_scale": 0.1, "freeze_epochs": 0}
 _DYVIT_NOTE = (
     "distils from the plain model; predictors learn at ten times the rate, the backbone is not frozen; random predictors before"
 )
+_SPVIT: dict[str, Any] = {"fixed_count": True, **_DYVIT}
+_SPVIT_NOTE = f"targets are powers of one share, met by every image; {_DYVIT_NOTE.replace('predictors', 'selectors')}"
+_PSVIT_NOTE = "masks by the patches' impact on 256 training images at one keep rate per block, without its search"
 _EVOVIT_NOTE = "averages the patches for a classifier that was trained on the class token, which only fine-tuning adapts"
 
 #: Six blocks, one keep rate for all, solved for the budget: as many small steps as three large ones cost. Chosen on the
@@ -63,6 +79,9 @@ METHODS = (
     Method("DyViT", lambda rate: DyViT(**_DYVIT), lr_factor=10, note=_DYVIT_NOTE),
     Method("DyViT+TDM", lambda rate: DyViT(merger=TokenMerger(), **_DYVIT), lr_factor=10, note=_DYVIT_NOTE),
     Method("Evo-ViT", lambda rate: EvoViT(), note=_EVOVIT_NOTE),
+    Method("SPViT", lambda rate: SPViT(**_SPVIT), lr_factor=10, note=_SPVIT_NOTE),
+    Method("SPViT+TDM", lambda rate: SPViT(merger=TokenMerger(), **_SPVIT), lr_factor=10, note=_SPVIT_NOTE),
+    Method("PS-ViT", lambda rate: PSViT(), note=_PSVIT_NOTE, look=_by_impact),
     Method("EViT+TDM", lambda rate: EViT(rate, merger=TokenMerger()), solve=False, note="the same computation as TDM"),
 )
 

@@ -96,6 +96,8 @@ def run_cell(cell: Cell, plain: Plain, data: ImageNetDataModule, recipe: Recipe,
         return {**record, "setting": None, "reason": str(error)}
     record |= {"setting": strategy.config(), **costs, "seconds_to_solve": _since(start)}
     seed_everything(cell.seed, verbose=False)
+    if cell.method.look is not None:
+        strategy = cell.method.look(strategy, plain.under(Strategy()).model.vit, _unaugmented(data))
     module = plain.under(strategy, **recipe.arguments(cell.method.lr_factor))
     model = module.model.to(choose_device("auto"))
     if cell.seed == SEEDS[0] or not recipe.train_images:  # the seed decides nothing before the fine-tuning
@@ -149,6 +151,13 @@ def _images(data: ImageNetDataModule, split: Part, limit: int | None) -> Images:
     if not loader:
         raise ValueError("there is no validation split to evaluate on: set data.val_split or data.val_holdout")
     return gathered(loader, limit)
+
+
+def _unaugmented(data: ImageNetDataModule) -> Any:
+    """Training images, prepared as for evaluation."""
+    data = type(data)(**{**data.hparams, "augment": False})
+    data.setup("fit")
+    return data.train_dataloader()
 
 
 def _evaluated(when: str, found: Evaluation) -> dict[str, Any]:
