@@ -17,12 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdm_lightning.agreement import Agreement, compare_logits
 from tdm_lightning.flops import default_input_size
 from tdm_lightning.ops.linear import check_not_packed
 from tdm_lightning.vit import TokenReducedViT
-
-#: Largest difference allowed between the logits of the file and those of the model, relative to the largest logit above 1.
-TOLERANCE = 1e-4
 
 Writer = Callable[[torch.export.ExportedProgram, Path], Any]
 
@@ -39,14 +37,14 @@ class Exported:
         size: bytes, with the weights where they lie in a file of their own.
         inputs: shape of each input by name; a word stands for a size that is free.
         outputs: likewise.
-        difference: largest difference between its logits and the model's.
+        agreement: of its logits with the model's.
     """
 
     path: Path
     size: int
     inputs: dict[str, tuple[int | str, ...]]
     outputs: dict[str, tuple[int | str, ...]]
-    difference: float
+    agreement: Agreement
 
 
 def export_onnx(
@@ -64,8 +62,8 @@ def export_onnx(
 
     Raises:
         ValueError: if a package is missing, the number of tokens depends on the image, linear layers are packed by
-            ``quantize_dynamic``, the file cannot be written, or it gives other logits than the model, see :data:`TOLERANCE`;
-            then no file is left.
+            ``quantize_dynamic``, the file cannot be written, or its logits are not the model's, see
+            :func:`~tdm_lightning.agreement.compare_logits`; then no file is left.
     """
     _check_packages()
     import onnxruntime
@@ -139,14 +137,14 @@ def _exported(
     shape = input_size or default_input_size(model)
     frozen = _write(model, path, shape, write)
     try:
-        difference = _compare(frozen, load(path), _batches(shape, images))
+        agreement = compare_logits(frozen, load(path), _batches(shape, images))
     except Exception:
         for file in _files(path):
             file.unlink()
         raise
     logits = frozen(torch.zeros(1, *shape)).shape[1:]
     size = sum(file.stat().st_size for file in _files(path))
-    return Exported(path, size, {"images": ("batch", *shape)}, {"logits": ("batch", *logits)}, difference)
+    return Exported(path, size, {"images": ("batch", *shape)}, {"logits": ("batch", *logits)}, agreement)
 
 
 @torch.no_grad()
@@ -176,30 +174,6 @@ def _batches(shape: tuple[int, int, int], images: Tensor | None) -> Iterable[Ten
         yield torch.randn(size, *shape, generator=generator)
     if images is not None:
         yield images.cpu().float()
-
-
-def _compare(model: nn.Module, run: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> float:
-    """The largest difference between the logits of both.
-
-    Raises:
-        ValueError: if it is above :data:`TOLERANCE`.
-    """
-    largest = 0.0
-    for images in batches:
-        expected = model(images)
-        found = (run(images) - expected).abs().flatten(1).amax(dim=1)
-        allowed = TOLERANCE * max(1.0, expected.abs().max().item())
-        wrong = ~(found <= allowed)  # NaN is wrong too
-        if wrong.any():
-            reason = "near ties between tokens may be decided in another way there"
-            if not torch.allclose(model(images), expected, atol=allowed):
-                reason = "the model draws at random, so no file can repeat it: turn that off in the strategy"
-            raise ValueError(
-                f"the exported file gives other logits than the model for {int(wrong.sum())} of {len(images)} images: they "
-                f"differ by up to {found.max():.2g}, and {allowed:.2g} is allowed; no file was kept ({reason})"
-            )
-        largest = max(largest, found.max().item())
-    return largest
 
 
 def _files(path: Path) -> list[Path]:

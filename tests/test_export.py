@@ -43,7 +43,8 @@ def test_an_onnx_file_says_what_it_takes_and_gives(model, tmp_path):
     assert written.inputs == {"images": ("batch", 3, 16, 16)}
     assert written.outputs == {"logits": ("batch", 5)}
     assert written.size == sum(file.stat().st_size for file in tmp_path.iterdir()) > 10_000
-    assert 0 <= written.difference < 1e-4
+    assert 0 <= written.agreement.difference < 1e-4
+    assert (written.agreement.images, written.agreement.ties) == (11, 0)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     ((image,), (logits,)) = session.get_inputs(), session.get_outputs()
     assert (image.name, logits.name) == ("images", "logits")
@@ -55,7 +56,7 @@ def test_an_onnx_file_says_what_it_takes_and_gives(model, tmp_path):
 
 def test_a_file_that_is_not_run_is_not_compared(tmp_path, monkeypatch):
     """For random weights, whose near ties rounding may decide."""
-    monkeypatch.setattr(export, "_compare", lambda *_: pytest.fail("compared"))
+    monkeypatch.setattr(export, "compare_logits", lambda *_: pytest.fail("compared"))
     export.write_onnx(timm.create_model("test_vit"), tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx").stat().st_size > 100_000
 
@@ -73,7 +74,7 @@ def test_a_program_runs_with_torch_alone(tmp_path):
 
 def test_the_plain_model_can_be_exported_to_compare_with(tmp_path):
     vit = VisionTransformer(**TINY)
-    assert export.export_program(vit, tmp_path / "m.pt2").difference < 1e-5
+    assert export.export_program(vit, tmp_path / "m.pt2").agreement.difference < 1e-5
 
 
 def test_another_image_size_where_the_model_takes_it(tmp_path):

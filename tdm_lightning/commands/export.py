@@ -30,7 +30,8 @@ def export(
 ) -> Path:
     """Write a model with its strategy as an ONNX file, a program of ``torch.export``, or a folder for the Hugging Face hub.
 
-    A file takes batches of any size. It is run at several and must give the model's logits to 1e-4, or it is not kept.
+    A file takes batches of any size. It is run at several and must give the model's logits to 1e-4, or it is not kept. Images
+    in which rounding decides between tokens are left out of that and counted.
 
     Args:
         ckpt_path: a checkpoint of ``tdm fit``; it brings model and strategy along.
@@ -66,7 +67,11 @@ def export(
     write = {"onnx": export_onnx, "pt2": export_program}[format]
     written = write(chosen.model, path, _opened(chosen.model, images))
     runtime = {"onnx": "ONNX Runtime", "pt2": "torch"}[format]
-    print(f"{path}: {written.size / 1e6:.1f} MB; in {runtime} its logits differ by at most {written.difference:.1e}")
+    difference, count, ties = written.agreement
+    size = written.size / 1e6
+    print(f"{path}: {size:.1f} MB; in {runtime} logits differ by at most {difference:.1e} on {count} images")
+    if ties:
+        print(f"{ties} images left out of that: rounding decides between their tokens")
     for kind, shapes in (("input", written.inputs), ("output", written.outputs)):
         for name, shape in shapes.items():
             print(f"{kind} {name}: {'×'.join(map(str, shape))}, float32")
