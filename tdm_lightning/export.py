@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tdm_lightning.agreement import Agreement, compare_logits
 from tdm_lightning.flops import default_input_size
-from tdm_lightning.ops.linear import check_not_packed
+from tdm_lightning.ops.linear import check_not_quantized
 from tdm_lightning.vit import TokenReducedViT
 
 Writer = Callable[[torch.export.ExportedProgram, Path], Any]
@@ -61,8 +61,8 @@ def export_onnx(
         input_size: channels, height and width of the images that the file takes; the model's own by default.
 
     Raises:
-        ValueError: if a package is missing, the number of tokens depends on the image, linear layers are packed by
-            ``quantize_dynamic``, the file cannot be written, or its logits are not the model's, see
+        ValueError: if a package is missing, the number of tokens depends on the image, linear layers are quantised,
+            the file cannot be written, or its logits are not the model's, see
             :func:`~tdm_lightning.agreement.compare_logits`; then no file is left.
     """
     _check_packages()
@@ -90,7 +90,8 @@ def export_program(
 ) -> Exported:
     """Write a program of ``torch.export`` (``.pt2``): ``torch.export.load(path).module()(images)`` runs it with torch alone.
 
-    Arguments and errors as :func:`export_onnx`; it needs no further package.
+    Arguments and errors as :func:`export_onnx`; it needs no further package. Linear layers that torchao quantised are welcome;
+    then running the file needs torchao too.
     """
 
     def load(path: Path) -> Callable[[Tensor], Tensor]:
@@ -151,7 +152,7 @@ def _exported(
 def _write(model: nn.Module, path: Path, shape: tuple[int, int, int], write: Writer) -> nn.Module:
     """Write the file; gives the copy of the model that it was made from."""
     check_static(model)
-    check_not_packed(model, "export")
+    check_not_quantized(model, "export", packed=write is torch.export.save)
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
     frozen = copy.deepcopy(model).cpu().float().eval()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tdm_lightning.ops.linear import check_not_packed
+from tdm_lightning.ops.linear import check_not_quantized
 from tdm_lightning.sparsity.extract import Parts, kept_parts, shrink
 from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.vit import TokenReducedViT, attach, families
@@ -170,7 +170,7 @@ def mac_report(model: nn.Module, input_size: tuple[int, int, int] | None = None,
         The report; for a fixed-budget strategy its numbers are exact integers.
 
     Raises:
-        ValueError: for an adaptive strategy without images, or linear layers packed by ``quantize_dynamic``.
+        ValueError: for an adaptive strategy without images, or quantised linear layers.
     """
     given = images
     counted, images = _prepared(model, input_size, images)
@@ -201,7 +201,7 @@ def mac_report(model: nn.Module, input_size: tuple[int, int, int] | None = None,
 
 def _prepared(model: nn.Module, input_size: tuple[int, int, int] | None, images: Tensor | None) -> tuple[nn.Module, Tensor]:
     """A copy of the model to run, and the images to run it on."""
-    check_not_packed(model, "count the multiply-accumulates")
+    check_not_quantized(model, "count the multiply-accumulates")
     if images is None:
         if isinstance(model, TokenReducedViT) and model.strategy.adaptive:
             raise ValueError(

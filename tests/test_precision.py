@@ -1,5 +1,6 @@
 """Other layouts and fewer bits: channels-last images, autocast, dynamic int8 quantisation of the linear layers."""
 
+import copy
 import functools
 
 import pytest
@@ -10,9 +11,11 @@ from timm.models.vision_transformer import ParallelScalingBlock
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 import tdm_lightning as tdm
 from tdm_lightning.export import export_onnx, export_program
+from tdm_lightning.ops.linear import is_quantized
 from tests.test_dense import STRATEGIES, reduced, wide
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
@@ -67,13 +70,31 @@ def test_autocast_at_inference(images, name, dtype):
         assert same_decisions(again, trace) > 0.9
 
 
+def packed(model):
+    """By torch, which makes them layers of another class."""
+    return quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+def subclassed(model):
+    """By torchao, which makes the weights tensors of another class."""
+    model = copy.deepcopy(model)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda layer, _: wide_enough(layer))
+    return model
+
+
+def wide_enough(layer):
+    """Whether it is a linear layer with more than one input and output, which torchao asks for."""
+    return min(getattr(layer, "in_features", 0), getattr(layer, "out_features", 0)) > 1
+
+
+@pytest.mark.parametrize("quantise", [packed, subclassed])
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
-def test_dynamic_int8(images, name):
+def test_dynamic_int8(images, name, quantise):
     model = made(name)
     logits, trace = seeded(model, images)
-    small = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    assert not any(type(inner) is nn.Linear for inner in small.modules())
+    small = quantise(model)
+    assert all(is_quantized(layer) for layer in small.modules() if wide_enough(layer))
     found, again = seeded(small, images)
     assert found.isfinite().all()
     assert same_decisions(again, trace) > 0.65  # random weights: many near ties
@@ -82,15 +103,16 @@ def test_dynamic_int8(images, name):
     assert torch.equal(seeded(model, images)[0], logits)  # the model itself is as it was
 
 
+@pytest.mark.parametrize("quantise", [packed, subclassed])
 @torch.no_grad()
-def test_int8_decides_by_its_own_attention(images):
+def test_int8_decides_by_its_own_attention(images, quantise):
     """With weights that eight bits hold exactly only the activations are rounded, and importance is that of the float model."""
     model = reduced("tdm")
     for layer in model.vit.modules():
         if isinstance(layer, nn.Linear):
             layer.weight.copy_((layer.weight * 64).round().clamp(-127, 127) / 64)
             layer.weight[0, 0] = 127 / 64  # sets the scale
-    small = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    small = quantise(model)
     a, b = (seeded(each, images)[1].layers[0].importance for each in (model, small))
     assert (a - b).abs().max() < 0.02
     assert torch.nn.functional.cosine_similarity(a, b, dim=1).min() > 0.98
@@ -106,14 +128,15 @@ FAMILIES = {
 }
 
 
+@pytest.mark.parametrize("quantise", [packed, subclassed])
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_dynamic_int8_of_every_kind_of_attention(name):
+def test_dynamic_int8_of_every_kind_of_attention(name, quantise):
     torch.manual_seed(1)
     images = torch.randn(2, 3, 32, 32)
     model = tdm.attach(FAMILIES[name]().eval(), tdm.TDM(0.5, (1,)))
     logits, trace = model.trace(images)
-    found, again = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8).trace(images)
+    found, again = quantise(model).trace(images)
     assert found.isfinite().all()
     assert again.token_counts == trace.token_counts
     assert same_decisions(again, trace) > 0.6
@@ -122,25 +145,35 @@ def test_dynamic_int8_of_every_kind_of_attention(name):
 
 
 @pytest.mark.parametrize(
-    ("use", "purpose"),
+    ("use", "purpose", "quantise"),
     [
-        (tdm.flops.count_macs, "count the multiply-accumulates"),
-        (functools.partial(export_program, path="model.pt2"), "export"),
-        (functools.partial(export_onnx, path="model.onnx"), "export"),
+        (tdm.flops.count_macs, "count the multiply-accumulates", packed),
+        (tdm.flops.count_macs, "count the multiply-accumulates", subclassed),
+        (functools.partial(export_program, path="model.pt2"), "export", packed),
+        (functools.partial(export_onnx, path="model.onnx"), "export", packed),
+        (functools.partial(export_onnx, path="model.onnx"), "export", subclassed),
     ],
 )
-def test_packed_weights_can_only_be_run(tmp_path, monkeypatch, use, purpose):
+def test_quantised_weights_can_only_be_run(tmp_path, monkeypatch, use, purpose, quantise):
     monkeypatch.chdir(tmp_path)
-    small = quantize_dynamic(reduced("tdm"), {nn.Linear}, dtype=torch.qint8)
+    small = quantise(reduced("tdm"))
     with pytest.raises(ValueError, match=f"cannot {purpose}: 'vit.blocks.0.attn.qkv' is quantised"):
         use(small)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_attention_that_cannot_be_quantised_is_refused():
+def test_torchaos_int8_goes_into_a_program_of_torch(tmp_path):
+    path = tmp_path / "model.pt2"
+    assert export_program(subclassed(reduced("tdm")), path).agreement.difference < 1e-4
+    weight = torch.export.load(path).state_dict["vit.blocks.0.attn.qkv.weight"]
+    assert "int8" in type(weight).__name__.lower()
+
+
+@pytest.mark.parametrize("quantise", [packed, subclassed])
+def test_an_attention_that_cannot_be_quantised_is_refused(quantise):
     """Where timm's own module cannot run either."""
     model = tdm.attach(Eva(**SHAPE, use_rot_pos_emb=True).eval(), tdm.TDM(0.5, (1,)))
-    small = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    small = quantise(model)
     with pytest.raises(TypeError, match="EvaAttention multiplies by the weight of its qkv layer, which a quantised layer"):
         small(torch.zeros(1, 3, 32, 32))
     for block in small.vit.blocks:

@@ -17,7 +17,13 @@ def linear_weight(layer: Any) -> Tensor:
     if not isinstance(weight, Tensor):
         weight = weight()
         return weight.dequantize() if weight.is_quantized else weight
-    return weight if type(weight).dequantize is Tensor.dequantize else weight.dequantize()
+    return weight.dequantize() if is_quantized(layer) else weight
+
+
+def is_quantized(layer: Any) -> bool:
+    """Whether a linear layer's weight can be run but is no plain tensor to compute with, see :func:`linear_weight`."""
+    weight = layer.weight
+    return not isinstance(weight, Tensor) or type(weight).dequantize is not Tensor.dequantize
 
 
 def linear_bias(layer: Any) -> Tensor | None:
@@ -26,19 +32,20 @@ def linear_bias(layer: Any) -> Tensor | None:
     return bias if bias is None or isinstance(bias, Tensor) else bias()
 
 
-def check_not_packed(model: nn.Module, purpose: str) -> None:
-    """Whether a model's linear layers are tensors that can be traced without computing.
+def check_not_quantized(model: nn.Module, purpose: str, packed: bool = False) -> None:
+    """Whether a model's linear layers hold plain tensors.
 
     Args:
         model: any.
         purpose: what was wanted, as a verb and its object.
+        packed: refuse only what ``torch.ao.quantization`` packed away: ``torch.export`` takes torchao's tensors.
 
     Raises:
-        ValueError: if ``quantize_dynamic`` of ``torch.ao.quantization`` has packed them away.
+        ValueError: if a linear layer is quantised.
     """
-    packed = next((name for name, layer in model.named_modules() if hasattr(layer, "_packed_params")), None)
-    if packed is not None:
-        raise ValueError(
-            f"cannot {purpose}: {packed!r} is quantised and its weight packed away where it can only be run; take the "
-            f"model as it was before quantize_dynamic"
-        )
+    for name, layer in model.named_modules():
+        if hasattr(layer, "in_features") and is_quantized(layer) and not (packed and isinstance(layer.weight, Tensor)):
+            raise ValueError(
+                f"cannot {purpose}: {name!r} is quantised, so its weight can be run but not computed with; take the model as "
+                f"it was before it was quantised"
+            )

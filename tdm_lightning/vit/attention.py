@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdm_lightning.ops import QueryKey, linear_bias, linear_weight, policy_softmax
+from tdm_lightning.ops.linear import is_quantized
 from tdm_lightning.tokens import Tokens
 
 #: Attentions with rotary positions, and attentions with a relative position bias.
@@ -106,7 +107,7 @@ def rotary_attention(attn: Any, h: Tensor, tokens: Tokens, rope: Tensor | None) 
     """Attention with rotary positions, as timm has it; B×T×C."""
     if tokens.policy is not None or tokens.queries is not None:
         _require_plain(attn, "a policy or a choice of rows")
-    if getattr(attn, "q_bias", None) is not None and not attn.qkv_bias_separate and not isinstance(attn.qkv.weight, Tensor):
+    if getattr(attn, "q_bias", None) is not None and not attn.qkv_bias_separate and is_quantized(attn.qkv):
         raise UnsupportedBlock(
             f"timm's {type(attn).__name__} multiplies by the weight of its qkv layer, which a quantised layer keeps packed; "
             f"leave the qkv layers as they are, by naming the layers to quantise, or set qkv_bias_separate of every attention"
