@@ -186,6 +186,8 @@ class Tokens:
 
     def replace(self, **changes: Any) -> Tokens:
         """A copy with some fields changed."""
+        if torch.compiler.is_compiling():  # older versions of its tracer do not follow what comes below
+            return Tokens(**{name: changes.get(name, getattr(self, name)) for name in Tokens.__match_args__})
         # Many times in every block: dataclasses.replace takes six times as long, which one image alone feels.
         copy = object.__new__(Tokens)
         copy.__dict__.update(self.__dict__, **changes)
