@@ -24,6 +24,9 @@ from tdm_lightning.vit import TokenReducedViT
 
 Writer = Callable[[torch.export.ExportedProgram, Path], Any]
 
+#: Largest batch that a file takes. Without one older torch finds that 2⁶³ - 1 images would need another graph.
+_MOST = 2**31 - 1
+
 #: Batch sizes at which a file is run before it is handed out.
 BATCH_SIZES = (1, 2, 5)
 
@@ -156,7 +159,9 @@ def _write(model: nn.Module, path: Path, shape: tuple[int, int, int], write: Wri
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
     frozen = copy.deepcopy(model).cpu().float().eval()
-    program = torch.export.export(frozen, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    program = torch.export.export(
+        frozen, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim("batch", max=_MOST)},)
+    )
     _forget_paths(program)
     write(program, path)
     return frozen

@@ -203,7 +203,7 @@ def test_command_exports_from_a_name(tmp_path, monkeypatch, capsys):
 def test_command_exports_a_shared_model(tmp_path):
     vit = timm.create_model("deit_tiny_patch16_224", **TINY)
     model = tdm.attach(vit, tdm.TDM(0.5, (1,))).eval()
-    model.save_pretrained(tmp_path / "shared")
+    model.save_pretrained(tmp_path / "shared", config={"model_args": TINY})
     path = main(["export", f"--from_pretrained={tmp_path / 'shared'}", f"--out={tmp_path / 'm.onnx'}"])
     session, images = onnxruntime.InferenceSession(path), torch.randn(2, 3, 16, 16)
     with torch.no_grad():

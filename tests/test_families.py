@@ -119,24 +119,39 @@ def test_importance_is_the_attention_that_timm_computes(name, images):
     torch.testing.assert_close(trace.layers[0].importance, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_a_merged_token_stands_where_its_most_important_member_stood(images):
-    model = tdm.attach(made("eva"), tdm.TDM(0.5, (1,)))
-    seen = []
-    original = tdm.TDM.after_attention
-    try:
-        tdm.TDM.after_attention = lambda self, index, tokens, observed: (
-            seen.append(original(self, index, tokens, observed)) or seen[-1]
-        )
+def placed(model, images, block):
+    """The tokens behind the reduction in a block, and what its trace says."""
+    seen, original = [], type(model.strategy).after_attention
+
+    def after_attention(self, index, tokens, observed):
+        seen.append(original(self, index, tokens, observed))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model.strategy), "after_attention", after_attention)
         trace = model.run(images, trace=True).trace
-    finally:
-        tdm.TDM.after_attention = original
-    layer = trace.layers[0]
-    position = seen[1].position
+    (layer,) = (layer for layer in trace.layers if layer.index == block)
+    return seen[block], layer
+
+
+def test_under_rope_a_merged_token_stands_where_its_most_important_member_stood(images):
+    tokens, layer = placed(tdm.attach(made("eva"), tdm.TDM(0.5, (1,))), images, 1)
     for image in range(len(images)):
-        for token in range(position.shape[1]):
+        for token in range(tokens.count):
             members = (layer.assignment[image] == token).nonzero().flatten()
-            best = members[layer.importance[image, members].argmax()]
-            assert position[image, token] == best
+            assert tokens.position[image, token] == members[layer.importance[image, members].argmax()]
+
+
+@pytest.mark.parametrize("name", ["beit", "relpos"])
+def test_under_a_relative_bias_a_merged_token_stands_in_the_middle_of_its_patches(name, images):
+    model = tdm.attach(made(name), tdm.TDM(0.5, (1,)))
+    tokens, layer = placed(model, images, 1)
+    columns = model.vit.patch_embed.grid_size[1]
+    for image in range(len(images)):
+        for token in range(tokens.count):
+            members = (layer.assignment[image] == token).nonzero().flatten().double()
+            row, column = (members // columns).mean().round(), (members % columns).mean().round()
+            assert tokens.position[image, token] == row * columns + column
 
 
 @pytest.mark.parametrize("name", ["eva", "beit", "relpos"])

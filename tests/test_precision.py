@@ -75,7 +75,7 @@ def packed(model):
 
 
 def subclassed(model):
-    """By torchao, which makes the weights tensors of another class; there is none of today's kind for the oldest torch."""
+    """By torchao, which makes the weights tensors of another class; it needs a newer torch than the oldest that does here."""
     torchao = pytest.importorskip("torchao.quantization")
     model, config = copy.deepcopy(model), torchao.Int8DynamicActivationInt8WeightConfig()
     torchao.quantize_(model, config, filter_fn=lambda layer, _: wide_enough(layer))

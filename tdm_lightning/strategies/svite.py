@@ -137,6 +137,5 @@ class SViTE(Strategy):
         return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
     def _unwatch(self) -> None:
-        for handle in self._watching:
-            handle.remove()
-        self._watching = []
+        while self._watching:
+            self._watching.pop().remove()

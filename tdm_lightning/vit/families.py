@@ -49,6 +49,10 @@ class Family:
         rows, columns = self.embedding(vit).dynamic_feat_size(size)
         return int(rows), int(columns)
 
+    def columns(self, vit: Any, images: Tensor) -> int:
+        """Columns of patches in images, B×C×H×W."""
+        return self.grid(vit, (images.shape[-2], images.shape[-1]))[1]
+
     def input_size(self, vit: Any) -> tuple[int, int, int]:
         """Channels, height and width that the model was made for."""
         embed = self.embedding(vit)
@@ -129,7 +133,8 @@ class BeitFamily(Family):
         x = torch.cat((vit.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         if vit.pos_embed is not None:
             x = x + vit.pos_embed
-        return vit.pos_drop(x), Geometry(bias=None if vit.rel_pos_bias is None else vit.rel_pos_bias().unsqueeze(0))
+        bias = None if vit.rel_pos_bias is None else vit.rel_pos_bias().unsqueeze(0)
+        return vit.pos_drop(x), Geometry(bias=bias, columns=self.columns(vit, images))
 
 
 class RelPosFamily(Family):
@@ -144,7 +149,8 @@ class RelPosFamily(Family):
         x = vit.patch_embed(images)
         if vit.cls_token is not None:
             x = torch.cat((vit.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-        return x, Geometry(bias=None if vit.shared_rel_pos is None else vit.shared_rel_pos.get_bias())
+        bias = None if vit.shared_rel_pos is None else vit.shared_rel_pos.get_bias()
+        return x, Geometry(bias=bias, columns=self.columns(vit, images))
 
 
 class NaFlexFamily(Family):

@@ -222,7 +222,8 @@ class TokenReducedViT(nn.Module, Shareable):
         x, geometry = family.embed(vit, images)
         prefix = vit.num_prefix_tokens
         batch, patches = x.shape[0], x.shape[1] - prefix
-        sized = self.strategy.tracks_size() or heads.needs_sizes(vit)
+        averaged = geometry is not None and geometry.columns is not None
+        sized = self.strategy.tracks_size() or heads.needs_sizes(vit) or averaged
         size = torch.ones(batch, patches, device=x.device) if sized else None
         source = torch.arange(patches, device=x.device).expand(batch, -1) if trace else None
         readout = heads.rows_read(vit)
