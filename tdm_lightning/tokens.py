@@ -254,7 +254,7 @@ class Tokens:
 
         Where a merged token stands was chosen by measurement (``.github/positions``). Under rotary positions it takes the place
         of its most important member, or of its first where there is no importance: the place nearest to the mean of its patches
-        cost up to 30 points of accuracy. Under a relative position bias that mean was ahead by 1 to 5 points, so it is taken.
+        cost up to 30 points of accuracy. Under a relative position bias that mean was ahead by up to 5 points, so it is taken.
         """
         changes: dict[str, Any] = {"x": torch.cat((self.x[:, : self.prefix], reduction.x), dim=1)}
         position = self._positions(reduction, importance)
