@@ -1,7 +1,5 @@
 """Every timm class of ViTs: the same as timm where nothing is reduced, and positions that follow the tokens."""
 
-import inspect
-
 import pytest
 import timm
 import torch
@@ -29,9 +27,6 @@ def naflex(**arguments):
     return model
 
 
-#: Older timm has none in Eva.
-QK_NORM = {"qk_norm": True} if "qk_norm" in inspect.signature(Eva).parameters else {}
-
 MODELS = {
     "eva": lambda: Eva(**SMALL, use_rot_pos_emb=True),
     "eva separate projections": lambda: Eva(**SMALL, use_rot_pos_emb=True, qkv_fused=False, swiglu_mlp=True, scale_mlp=True),
@@ -44,7 +39,7 @@ MODELS = {
     ),
     "eva mixed": lambda: Eva(**SMALL, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope", init_values=0.1),
     "eva attention pooling": lambda: Eva(**SMALL, use_rot_pos_emb=True, global_pool="map", use_fc_norm=False),
-    "eva without RoPE": lambda: Eva(**SMALL, use_rot_pos_emb=False, **QK_NORM),
+    "eva without RoPE": lambda: Eva(**SMALL, use_rot_pos_emb=False, qk_norm=True),
     "beit": lambda: beit(global_pool="token"),
     "beit averaged": lambda: beit(global_pool="avg"),
     "beit shared": lambda: beit(use_rel_pos_bias=False, use_shared_rel_pos_bias=True),
