@@ -17,7 +17,6 @@ import tdm_lightning as tdm
 from tdm_lightning.cli import main
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 7}
-RECORDED = hasattr(timm.models, "get_model_args")  # older releases of timm do not know what a model was created with
 load = tdm.TokenReducedViT.from_pretrained
 
 
@@ -25,7 +24,6 @@ def reduced(strategy, name="deit_tiny_patch16_224", **kwargs):
     """A model in which every weight, the strategy's own too, has a value that no initialisation gives."""
     torch.manual_seed(5)
     model = tdm.attach(timm.create_model(name, **{**TINY, **kwargs}), strategy).eval()
-    model.made_with = {} if RECORDED else {"model_args": {**TINY, **kwargs}}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
@@ -33,7 +31,7 @@ def reduced(strategy, name="deit_tiny_patch16_224", **kwargs):
 
 
 def save(model, folder, config=None, **kwargs):
-    model.save_pretrained(folder, config={**model.made_with, **(config or {})}, **kwargs)
+    model.save_pretrained(folder, config=config, **kwargs)
 
 
 @pytest.fixture
@@ -116,7 +114,6 @@ def test_architectures_are_made_again(name, images, tmp_path):
     assert torch.equal(load(tmp_path)(images), model(images))
 
 
-@pytest.mark.skipif(not RECORDED, reason="older releases of timm trip over a second weights file in a local folder")
 @torch.no_grad()
 def test_timm_loads_the_model_without_the_reduction(images, shared):
     plain = timm.create_model(f"local-dir:{shared}", pretrained=True).eval()
@@ -148,7 +145,7 @@ def test_how_images_are_prepared_comes_along(tmp_path):
     assert found["crop_pct"] == 0.5
     assert tuple(found["input_size"]) == (3, 32, 32)
     assert again.pretrained_cfg["label_names"] == names
-    again.save_pretrained(tmp_path / "second", config=model.made_with)
+    again.save_pretrained(tmp_path / "second")
     assert load(tmp_path / "second").pretrained_cfg["label_names"] == names
 
 
@@ -227,7 +224,7 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(tmp_path, images, monke
     hub = Hub(tmp_path / "uploaded")
     monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", hub)
     model = reduced(tdm.DyViT(0.5, (1, 2)))
-    settings = {"config": model.made_with, "model_card_kwargs": {"license": "mit"}}
+    settings = {"model_card_kwargs": {"license": "mit"}}
     address = model.push_to_hub("me/fast-deit", private=True, commit_message="First", **settings)
     assert address == "https://huggingface.co/me/fast-deit/commit/1"
     assert hub.calls == [("create", "me/fast-deit", True), ("upload", "me/fast-deit", "First")]
