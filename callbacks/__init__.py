@@ -1,4 +1,6 @@
-"""Lightning callbacks that work in any Trainer with any module that holds a timm ViT, reduced or not."""
+"""Lightning callbacks that work in any Trainer with any module that holds a timm ViT, reduced or
+not.
+"""
 
 from tdm_lightning.callbacks.diversity_monitor import DiversityMonitor
 from tdm_lightning.callbacks.flops_monitor import FLOPsMonitor

@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 def first_images(batch: Any) -> Tensor:
-    """The images of a batch, B×C×H×W: its first floating-point tensor of four dimensions, in nested tuples, lists and mappings.
+    """The images of a batch, B×C×H×W: its first floating-point tensor of four dimensions, in
+    nested tuples, lists and mappings.
 
     Raises:
         ValueError: if there is none.
@@ -18,13 +19,15 @@ def first_images(batch: Any) -> Tensor:
         if isinstance(leaf, Tensor) and leaf.ndim == 4 and leaf.is_floating_point():
             return leaf
     raise ValueError(
-        f"found no images in a batch of type {type(batch).__name__}: expected a floating-point tensor B×C×H×W, alone or inside "
-        f"tuples, lists and dicts"
+        f"found no images in a batch of type {type(batch).__name__}: expected a floating-point"
+        " tensor B×C×H×W, alone or inside tuples, lists and dicts"
     )
 
 
 def batch_size(batch: Any) -> int:
-    """Number of images in a batch, for Lightning's ``ThroughputMonitor``; errors as :func:`first_images`."""
+    """Number of images in a batch, for Lightning's ``ThroughputMonitor``; errors as
+    :func:`first_images`.
+    """
     return len(first_images(batch))
 
 
@@ -33,7 +36,8 @@ def is_sampled(index: int, total: float, most: int) -> bool:
 
     Args:
         index: the batch, from 0.
-        total: batches in the loader; infinite where it does not tell its length: then the first ones are taken.
+        total: batches in the loader; infinite where it does not tell its length: then the first
+            ones are taken.
         most: how many to take.
     """
     if total <= most or total == float("inf"):

@@ -23,10 +23,10 @@ _STAGES = ("train", "val", "test")
 class DiversityMonitor(Callback):
     """Measures the diversity score of the patch tokens after each block (Long et al., CVPR 2023).
 
-    It listens to the passes that the module makes anyway, in a few batches spread evenly over the loader; of each, to the
-    first pass. Logged as ``diversity/<stage>/block_XX``, blocks counted from 0; printed and plotted (``diversity_<stage>.png``)
-    at the end of the run, not plotted under ``fast_dev_run``. Prefix tokens, padding and tokens that wait outside the
-    blocks do not count.
+    It listens to the passes that the module makes anyway, in a few batches spread evenly over the
+    loader; of each, to the first pass. Logged as ``diversity/<stage>/block_XX``, blocks counted
+    from 0; printed and plotted (``diversity_<stage>.png``) at the end of the run, not plotted under
+    ``fast_dev_run``. Prefix tokens, padding and tokens that wait outside the blocks do not count.
 
     Args:
         norm: see :func:`~tdm_lightning.metrics.diversity_score`.
@@ -40,8 +40,8 @@ class DiversityMonitor(Callback):
         scores: the latest score of each block, by stage.
 
     Raises:
-        TypeError, ValueError: if an argument is of the wrong kind or out of range; at the start of the run, if the module does
-            not hold exactly one ViT, or ``dir`` cannot be written.
+        TypeError, ValueError: if an argument is of the wrong kind or out of range; at the start of
+            the run, if the module does not hold exactly one ViT, or ``dir`` cannot be written.
     """
 
     def __init__(
@@ -73,7 +73,9 @@ class DiversityMonitor(Callback):
         """Start anew."""
         self._begin(trainer, pl_module, "train")
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Listen, if it is this batch's turn."""
         self._listen(trainer, pl_module, "train", batch_idx, trainer.num_training_batches)
 
@@ -95,7 +97,12 @@ class DiversityMonitor(Callback):
         self._begin(trainer, pl_module, "val")
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Listen, if it is this batch's turn."""
         self._listen(trainer, pl_module, "val", batch_idx, trainer.num_val_batches[dataloader_idx])
@@ -118,10 +125,17 @@ class DiversityMonitor(Callback):
         self._begin(trainer, pl_module, "test")
 
     def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Listen, if it is this batch's turn."""
-        self._listen(trainer, pl_module, "test", batch_idx, trainer.num_test_batches[dataloader_idx])
+        self._listen(
+            trainer, pl_module, "test", batch_idx, trainer.num_test_batches[dataloader_idx]
+        )
 
     def on_test_batch_end(self, *args: Any) -> None:
         """Stop listening."""
@@ -135,16 +149,26 @@ class DiversityMonitor(Callback):
         """Print and plot the scores."""
         self._report(trainer, pl_module, "test")
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         """Leave no hook behind."""
         self._listening.close()
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage in self.stages:
-            self._recorders[stage] = DiversityRecorder(pl_module, self.norm, self.normalize, self.vit)
+            self._recorders[stage] = DiversityRecorder(
+                pl_module, self.norm, self.normalize, self.vit
+            )
 
-    def _listen(self, trainer: Trainer, pl_module: LightningModule, stage: str, index: int, total: float) -> None:
-        if stage in self.stages and not trainer.sanity_checking and is_sampled(index, total, self.max_batches):
+    def _listen(
+        self, trainer: Trainer, pl_module: LightningModule, stage: str, index: int, total: float
+    ) -> None:
+        if (
+            stage in self.stages
+            and not trainer.sanity_checking
+            and is_sampled(index, total, self.max_batches)
+        ):
             self._listening.enter_context(self._recorders[stage])
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -153,13 +177,15 @@ class DiversityMonitor(Callback):
         scores = self._recorders.pop(stage).compute()
         if any(score.isnan() for score in scores):
             rank_zero_warn(
-                f"DiversityMonitor saw no tokens in the {stage} batches it listened to: the ViT was not called, or it was "
-                f"compiled before and runs no hooks"
+                f"DiversityMonitor saw no tokens in the {stage} batches it listened to: the ViT was"
+                " not called, or it was compiled before and runs no hooks"
             )
             return
         self.scores[stage] = [score.item() for score in scores]
         names = [f"diversity/{stage}/block_{block:02d}" for block in range(len(scores))]
-        pl_module.log_dict(dict(zip(names, scores, strict=True)), sync_dist=True)  # equal on all processes already
+        pl_module.log_dict(
+            dict(zip(names, scores, strict=True)), sync_dist=True
+        )  # equal on all processes already
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage not in self.stages or stage not in self.scores:

@@ -20,16 +20,19 @@ from tdm_lightning.vit.find import find_vit
 
 
 class FLOPsMonitor(Callback):
-    """Prints and logs multiply-accumulates and token counts of the module's ViT, for inference on images of the batches' size.
+    """Prints and logs multiply-accumulates and token counts of the module's ViT, for inference on
+    images of the batches' size.
 
-    Printed when the first batch of ``fit``, ``validate`` or ``test`` arrives; logged once per epoch, since a keep rate may be
-    warming up: ``flops/gmacs`` (what the papers call GFLOPs), ``flops/reduction`` (the share saved against the plain model, 0
-    for a plain one) and ``tokens/block_XX``, the patch tokens after each block, from 0. Counted on the meta device: it costs no
-    memory, and about as much time as the Python of one pass.
+    Printed when the first batch of ``fit``, ``validate`` or ``test`` arrives; logged once per
+    epoch, since a keep rate may be warming up: ``flops/gmacs`` (what the papers call GFLOPs),
+    ``flops/reduction`` (the share saved against the plain model, 0 for a plain one) and
+    ``tokens/block_XX``, the patch tokens after each block, from 0. Counted on the meta device: it
+    costs no memory, and about as much time as the Python of one pass.
 
-    Where a strategy decides image by image how many tokens it keeps, real images are counted: the mean over a few batches
-    spread evenly over the loader, printed at the end of the first epoch. ``flops/gmacs`` is then what a batch costs per image,
-    padding included; beside it stand ``flops/gmacs_alone``, the mean of what the images would cost one by one, and the standard
+    Where a strategy decides image by image how many tokens it keeps, real images are counted: the
+    mean over a few batches spread evenly over the loader, printed at the end of the first epoch.
+    ``flops/gmacs`` is then what a batch costs per image, padding included; beside it stand
+    ``flops/gmacs_alone``, the mean of what the images would cost one by one, and the standard
     deviations over images, ``flops/gmacs_alone_std`` and ``tokens/block_XX_std``.
 
     Args:
@@ -41,8 +44,9 @@ class FLOPsMonitor(Callback):
         costs: the latest figures, as they are logged.
 
     Raises:
-        TypeError, ValueError: if an argument is of the wrong kind or out of range; at the start of the run, if the module does
-            not hold exactly one ViT; with the first batch, if that holds no images.
+        TypeError, ValueError: if an argument is of the wrong kind or out of range; at the start of
+            the run, if the module does not hold exactly one ViT; with the first batch, if that
+            holds no images.
     """
 
     def __init__(self, max_batches: int = 8, vit: str | None = None, max_images: int = 8) -> None:
@@ -59,7 +63,9 @@ class FLOPsMonitor(Callback):
         find_vit(pl_module, self.vit)
         self._costs, self._images, self._told = [], [], False
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Count."""
         self._count(pl_module, batch, batch_idx, trainer.num_training_batches)
 
@@ -68,7 +74,12 @@ class FLOPsMonitor(Callback):
         self._log(pl_module)
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Count, where training does not."""
         if trainer.state.fn == "validate":
@@ -80,7 +91,12 @@ class FLOPsMonitor(Callback):
             self._log(pl_module)
 
     def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Count."""
         self._count(pl_module, batch, batch_idx, trainer.num_test_batches[dataloader_idx])
@@ -117,8 +133,12 @@ class FLOPsMonitor(Callback):
             pl_module.print(describe({**_mean(self._costs), **spread(self._images)}, vit))
 
 
-def cost(vit: nn.Module, input_size: tuple[int, int, int] | None = None, images: Tensor | None = None) -> dict[str, float]:
-    """What is logged for a ViT: ``flops/gmacs``, ``flops/reduction`` and ``tokens/block_XX``; arguments as ``mac_report``."""
+def cost(
+    vit: nn.Module, input_size: tuple[int, int, int] | None = None, images: Tensor | None = None
+) -> dict[str, float]:
+    """What is logged for a ViT: ``flops/gmacs``, ``flops/reduction`` and ``tokens/block_XX``;
+    arguments as ``mac_report``.
+    """
     report = mac_report(vit, input_size, images)
     counts: list[float] = [block.tokens for block in report.blocks]
     if not counts:  # a plain model keeps all
@@ -129,35 +149,51 @@ def cost(vit: nn.Module, input_size: tuple[int, int, int] | None = None, images:
 
 
 def spread(costs: Sequence[ImageCosts]) -> dict[str, float]:
-    """How much images differ: what is logged beside :func:`cost` for adaptive strategies; nothing for others."""
+    """How much images differ: what is logged beside :func:`cost` for adaptive strategies; nothing
+    for others.
+    """
     if not costs:
         return {}
-    macs, tokens = torch.cat([each.macs for each in costs]), torch.cat([each.tokens for each in costs])
+    macs, tokens = (
+        torch.cat([each.macs for each in costs]),
+        torch.cat([each.tokens for each in costs]),
+    )
     deviations = tokens.std(dim=0, correction=0).tolist()
     return {
         "flops/gmacs_alone": macs.mean().item() / 1e9,
         "flops/gmacs_alone_std": macs.std(correction=0).item() / 1e9,
-        **{f"tokens/block_{index:02d}_std": deviation for index, deviation in enumerate(deviations)},
+        **{
+            f"tokens/block_{index:02d}_std": deviation for index, deviation in enumerate(deviations)
+        },
     }
 
 
 def describe(costs: dict[str, float], vit: nn.Module) -> str:
     """Costs in words, for a ViT in its present state."""
     gmacs, reduction = costs["flops/gmacs"], costs["flops/reduction"]
-    counts = {key: count for key, count in costs.items() if key.startswith("tokens/") and not key.endswith("_std")}
+    counts = {
+        key: count
+        for key, count in costs.items()
+        if key.startswith("tokens/") and not key.endswith("_std")
+    }
     tokens = " ".join(
-        f"{count:.4g}" + (f"±{costs[f'{key}_std']:.2g}" if f"{key}_std" in costs else "") for key, count in counts.items()
+        f"{count:.4g}" + (f"±{costs[f'{key}_std']:.2g}" if f"{key}_std" in costs else "")
+        for key, count in counts.items()
     )
     if not isinstance(vit, TokenReducedViT):
-        return f"{type(vit).__name__}: {gmacs:.4g} GMACs per image; patch tokens after each block: {tokens}"
+        return (
+            f"{type(vit).__name__}: {gmacs:.4g} GMACs per image; patch tokens after each block:"
+            f" {tokens}"
+        )
     if "flops/gmacs_alone" in costs:
         alone, deviation = costs["flops/gmacs_alone"], costs["flops/gmacs_alone_std"]
         tokens = f"{tokens}; one by one the images take {alone:.4g}±{deviation:.2g} GMACs"
     rate = vit.strategy.current_keep_rate
     now = "" if rate is None else f" at the current keep rate {rate:.3g}"
     return (
-        f"{type(vit.strategy).__name__}: {gmacs:.4g} GMACs per image{now}, {reduction:.1%} less than the plain model's "
-        f"{gmacs / (1 - reduction):.4g}; patch tokens after each block: {tokens}"
+        f"{type(vit.strategy).__name__}: {gmacs:.4g} GMACs per image{now}, {reduction:.1%} less"
+        f" than the plain model's {gmacs / (1 - reduction):.4g}; patch tokens after each block:"
+        f" {tokens}"
     )
 
 

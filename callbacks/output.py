@@ -20,7 +20,8 @@ def check_folder(trainer: Trainer, folder: str | None) -> None:
 
 
 def output_folder(trainer: Trainer, folder: str | None) -> Path | None:
-    """The folder to write to, or ``None`` where this process writes nothing: not the first one, or a ``fast_dev_run``.
+    """The folder to write to, or ``None`` where this process writes nothing: not the first one, or
+    a ``fast_dev_run``.
 
     To be called on all processes.
 

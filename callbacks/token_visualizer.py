@@ -18,11 +18,13 @@ from tdm_lightning.vit.find import find_vit
 
 
 class TokenVisualizer(Callback):
-    """Draws :func:`~tdm_lightning.visualize.panels` of the first images that are validated or tested.
+    """Draws :func:`~tdm_lightning.visualize.panels` of the first images that are validated or
+    tested.
 
-    Written as ``tokens/<stage>_<image>.png``, with the epoch in the name during ``fit``, and handed to every logger whose
-    experiment takes images (``add_image``, as TensorBoard's does). Nothing is written under ``fast_dev_run``. A plain ViT, or
-    one whose keep rate is still 1, shows only the originals.
+    Written as ``tokens/<stage>_<image>.png``, with the epoch in the name during ``fit``, and handed
+    to every logger whose experiment takes images (``add_image``, as TensorBoard's does). Nothing is
+    written under ``fast_dev_run``. A plain ViT, or one whose keep rate is still 1, shows only the
+    originals.
 
     Args:
         num_images: images per validation, from the start of the first loader.
@@ -31,11 +33,18 @@ class TokenVisualizer(Callback):
         vit: path of the ViT in the LightningModule, where it holds several.
 
     Raises:
-        TypeError, ValueError: if an argument is of the wrong kind or out of range; at the start of the run, if the module does
-            not hold exactly one ViT, or ``dir`` cannot be written; in the run, if a batch holds no images.
+        TypeError, ValueError: if an argument is of the wrong kind or out of range; at the start of
+            the run, if the module does not hold exactly one ViT, or ``dir`` cannot be written; in
+            the run, if a batch holds no images.
     """
 
-    def __init__(self, num_images: int = 4, every_n_epochs: int = 1, dir: str | None = None, vit: str | None = None) -> None:
+    def __init__(
+        self,
+        num_images: int = 4,
+        every_n_epochs: int = 1,
+        dir: str | None = None,
+        vit: str | None = None,
+    ) -> None:
         self.num_images = check_count(num_images, "num_images")
         self.every_n_epochs = check_count(every_n_epochs, "every_n_epochs")
         self.dir = dir
@@ -53,18 +62,32 @@ class TokenVisualizer(Callback):
         self._drawn = 0 if due and not trainer.sanity_checking else self.num_images
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Draw as many images as are still wanted."""
         fitting = trainer.state.fn == "fit"
-        self._draw(trainer, pl_module, batch, f"val_epoch{trainer.current_epoch:03d}" if fitting else "val")
+        self._draw(
+            trainer, pl_module, batch, f"val_epoch{trainer.current_epoch:03d}" if fitting else "val"
+        )
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start anew."""
         self._drawn = 0
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Draw as many images as are still wanted."""
         self._draw(trainer, pl_module, batch, "test")
@@ -74,7 +97,9 @@ class TokenVisualizer(Callback):
             return
         images = first_images(batch)[: self.num_images - self._drawn]
         first, self._drawn = self._drawn, self._drawn + len(images)
-        folder = output_folder(trainer, self.dir)  # on all processes, though only the first one draws
+        folder = output_folder(
+            trainer, self.dir
+        )  # on all processes, though only the first one draws
         if not trainer.is_global_zero:
             return
         model = find_vit(pl_module, self.vit)
@@ -83,7 +108,9 @@ class TokenVisualizer(Callback):
             rows = split_rows(panels(reduced, image))
             if folder is not None:
                 place = folder / "tokens" if self.dir is None else folder
-                save_panels(place / f"{stage}_{index}.png", rows, titles=titles(reduced), colours=256)
+                save_panels(
+                    place / f"{stage}_{index}.png", rows, titles=titles(reduced), colours=256
+                )
             for logger in trainer.loggers:
                 experiment: Any = getattr(logger, "experiment", None)
                 if hasattr(experiment, "add_image"):

@@ -1,7 +1,9 @@
-"""Token reduction for timm Vision Transformers: TDM's token merger and the prune schedules it stacks on.
+"""Token reduction for timm Vision Transformers: TDM's token merger and the prune schedules it
+stacks on.
 
-The names here need only torch and timm. :class:`TokenReductionClassifier` and :class:`ImageNetDataModule` bring in Lightning
-and Hugging Face ``datasets`` when they are first touched.
+The names here need only torch and timm. :class:`TokenReductionClassifier` and
+:class:`ImageNetDataModule` bring in Lightning and Hugging Face ``datasets`` when they are first
+touched.
 """
 
 from __future__ import annotations
@@ -72,7 +74,10 @@ __all__ = [
     "sparsity",
 ]
 
-_LAZY = {"TokenReductionClassifier": "tdm_lightning.module", "ImageNetDataModule": "tdm_lightning.data"}
+_LAZY = {
+    "TokenReductionClassifier": "tdm_lightning.module",
+    "ImageNetDataModule": "tdm_lightning.data",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -25,11 +25,12 @@ def solve_keep_rate(
     Args:
         model: a timm ViT, or a reduced one (its strategy is ignored).
         strategy: the method, with any keep rate; it is not changed.
-        gmacs: the budget in 10⁹ multiply-accumulates per image, counted as :func:`tdm_lightning.flops.count_macs` does.
+        gmacs: the budget in 10⁹ multiply-accumulates per image, counted as
+            :func:`tdm_lightning.flops.count_macs` does.
         input_size: channels, height and width; the model's own by default.
         resolution: the answer is a multiple of this.
-        total: the budget also covers the strategy's parameter-free work, which :func:`~tdm_lightning.flops.count_macs` leaves
-            out.
+        total: the budget also covers the strategy's parameter-free work, which
+            :func:`~tdm_lightning.flops.count_macs` leaves out.
 
     Returns:
         The keep rate.
@@ -55,7 +56,8 @@ def at_budget(
     input_size: tuple[int, int, int] | None = None,
     total: bool = False,
 ) -> Strategy:
-    """A strategy like this one, its :meth:`~tdm_lightning.Strategy.dial` turned as far as a budget allows.
+    """A strategy like this one, its :meth:`~tdm_lightning.Strategy.dial` turned as far as a budget
+    allows.
 
     Args:
         model: as :func:`solve_keep_rate`, as are the other arguments and errors.
@@ -76,16 +78,21 @@ def at_budget(
     dial = strategy.dial(len(vit.blocks), patch_count(vit))
     if dial is None:
         raise TypeError(
-            f"{type(strategy).__name__} has no keep rate or other setting that alone decides what it costs, so none can be "
-            f"solved for; take one that has (SPViT: with fixed_count=True)"
+            f"{type(strategy).__name__} has no keep rate or other setting that alone decides what"
+            " it costs, so none can be solved for; take one that has (SPViT: with"
+            " fixed_count=True)"
         )
     return _turned(vit, dial, gmacs, input_size, total)
 
 
-def _turned(model: nn.Module, dial: Dial, gmacs: float, input_size: tuple[int, int, int] | None, total: bool) -> Strategy:
+def _turned(
+    model: nn.Module, dial: Dial, gmacs: float, input_size: tuple[int, int, int] | None, total: bool
+) -> Strategy:
     """The last setting within the budget."""
     if not gmacs > 0:  # also refuses NaN
-        raise ValueError(f"gmacs must be a positive number of 10⁹ multiply-accumulates, got {gmacs!r}")
+        raise ValueError(
+            f"gmacs must be a positive number of 10⁹ multiply-accumulates, got {gmacs!r}"
+        )
     vit, budget = _timm_model(model), gmacs * 1e9
 
     def cost(step: int) -> int:
@@ -94,16 +101,20 @@ def _turned(model: nn.Module, dial: Dial, gmacs: float, input_size: tuple[int, i
     def fits(step: int) -> bool:
         try:
             return cost(step) <= budget
-        except ValueError:  # a rate so low that its schedule leaves no token costs too little, not too much
+        except (
+            ValueError
+        ):  # a rate so low that its schedule leaves no token costs too little, not too much
             return True
 
-    if cost(dial.steps) <= budget:  # also refuses settings that do not fit the model whatever the rate
+    if (
+        cost(dial.steps) <= budget
+    ):  # also refuses settings that do not fit the model whatever the rate
         return dial.at(dial.steps)
     name = type(dial.at(dial.steps)).__name__
     if not fits(1):
         raise ValueError(
-            f"{name} cannot meet {gmacs} GMACs: its cheapest setting costs {cost(1) / 1e9:.3f}; reduce in earlier layers or "
-            f"take a smaller model"
+            f"{name} cannot meet {gmacs} GMACs: its cheapest setting costs {cost(1) / 1e9:.3f};"
+            " reduce in earlier layers or take a smaller model"
         )
     low, high = 1, dial.steps  # fits, and does not
     while high - low > 1:

@@ -18,7 +18,9 @@ def check_keep_rate(value: Any, name: str = "keep_rate") -> float:
         ValueError: if it lies outside (0, 1] or is NaN.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number in (0, 1], got {value!r} of type {type(value).__name__}")
+        raise TypeError(
+            f"{name} must be a number in (0, 1], got {value!r} of type {type(value).__name__}"
+        )
     if math.isnan(value) or not 0 < float(value) <= 1:
         raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
     return float(value)
@@ -32,7 +34,9 @@ def check_layers(layers: Any) -> tuple[int, ...]:
         ValueError: if an index is negative or repeated.
     """
     if isinstance(layers, str) or not isinstance(layers, Sequence):
-        raise TypeError(f"layers must be a sequence of block indices such as (3, 6, 9), got {layers!r}")
+        raise TypeError(
+            f"layers must be a sequence of block indices such as (3, 6, 9), got {layers!r}"
+        )
     if any(isinstance(layer, bool) or not isinstance(layer, Integral) for layer in layers):
         raise TypeError(f"layers must hold integers, got {list(layers)!r}")
     if any(layer < 0 for layer in layers):
@@ -50,7 +54,10 @@ def check_layers_exist(layers: Sequence[int], depth: int) -> None:
     """
     beyond = [layer for layer in layers if layer >= depth]
     if beyond:
-        raise ValueError(f"layers {beyond} do not exist: the model has {depth} blocks, so layers must lie in 0…{depth - 1}")
+        raise ValueError(
+            f"layers {beyond} do not exist: the model has {depth} blocks, so layers must lie in"
+            f" 0…{depth - 1}"
+        )
 
 
 def check_choice(value: Choice, choices: Sequence[str], name: str) -> Choice:

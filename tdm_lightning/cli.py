@@ -1,4 +1,6 @@
-"""The ``tdm`` command: LightningCLI's ``fit``, ``validate``, ``test`` and ``predict``, and the library's own subcommands."""
+"""The ``tdm`` command: LightningCLI's ``fit``, ``validate``, ``test`` and ``predict``, and the
+library's own subcommands.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,40 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
-#: Our own subcommands: name → (module, function, summary). Imported when called, so that help stays quick.
+#: Our own subcommands: name → (module, function, summary). Imported when called, so that help
+#: stays quick.
 COMMANDS = {
     "compare": ("tdm_lightning.commands.compare", "compare", "Time methods against each other."),
-    "export": ("tdm_lightning.commands.export", "export", "Write a model for ONNX Runtime, torch.export or the hub."),
-    "fidelity": ("tdm_lightning.commands.fidelity", "fidelity", "Compare a ViT's features with its own unreduced."),
-    "slim": ("tdm_lightning.commands.slim", "slim", "Find the patches that each block must compute (PS-ViT)."),
-    "study": ("tdm_lightning.commands.study", "study", "Compare methods at equal cost on real images."),
-    "sweep": ("tdm_lightning.commands.sweep", "sweep", "Try every Vision Transformer that timm has."),
-    "visualize": ("tdm_lightning.commands.visualize", "visualize", "Draw what becomes of an image's patches."),
+    "export": (
+        "tdm_lightning.commands.export",
+        "export",
+        "Write a model for ONNX Runtime, torch.export or the hub.",
+    ),
+    "fidelity": (
+        "tdm_lightning.commands.fidelity",
+        "fidelity",
+        "Compare a ViT's features with its own unreduced.",
+    ),
+    "slim": (
+        "tdm_lightning.commands.slim",
+        "slim",
+        "Find the patches that each block must compute (PS-ViT).",
+    ),
+    "study": (
+        "tdm_lightning.commands.study",
+        "study",
+        "Compare methods at equal cost on real images.",
+    ),
+    "sweep": (
+        "tdm_lightning.commands.sweep",
+        "sweep",
+        "Try every Vision Transformer that timm has.",
+    ),
+    "visualize": (
+        "tdm_lightning.commands.visualize",
+        "visualize",
+        "Draw what becomes of an image's patches.",
+    ),
 }
 _TRAINER = {
     "fit": "Train, and validate after each epoch.",
@@ -27,19 +54,25 @@ _TRAINER = {
 }
 
 
-def main(args: Sequence[str] | None = None, model_class: type | None = None, datamodule_class: type | None = None) -> Any:
+def main(
+    args: Sequence[str] | None = None,
+    model_class: type | None = None,
+    datamodule_class: type | None = None,
+) -> Any:
     """Run the command line.
 
     Args:
         args: the arguments; ``None``: those of the process.
-        model_class: your subclass of :class:`~tdm_lightning.TokenReductionClassifier`, to get this command line for it.
+        model_class: your subclass of :class:`~tdm_lightning.TokenReductionClassifier`, to get this
+            command line for it.
         datamodule_class: likewise for :class:`~tdm_lightning.ImageNetDataModule`.
 
     Returns:
         The ``LightningCLI`` for ``fit`` and its like, or what the library's own subcommand returns.
 
     Raises:
-        SystemExit: with code 2 if the arguments cannot be parsed, 1 if a setting or the data is wrong.
+        SystemExit: with code 2 if the arguments cannot be parsed, 1 if a setting or the data is
+            wrong.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     command = arguments[0] if arguments else "--help"
@@ -56,7 +89,8 @@ def main(args: Sequence[str] | None = None, model_class: type | None = None, dat
             return _run_command(command, arguments[1:])
         return _run_trainer(arguments, model_class, datamodule_class)
     except (ValueError, TypeError, OSError) as error:
-        # A wrong setting, file or data set: the message says it all. Anything else is a bug and keeps its traceback.
+        # A wrong setting, file or data set: the message says it all. Anything else is a bug and
+        # keeps its traceback.
         print(f"tdm {command}: error: {error}", file=sys.stderr)
         if args is not None:
             raise
@@ -68,10 +102,15 @@ def entry() -> None:
     main()
 
 
-def _run_trainer(arguments: list[str], model_class: type | None, datamodule_class: type | None) -> Any:
+def _run_trainer(
+    arguments: list[str], model_class: type | None, datamodule_class: type | None
+) -> Any:
     if arguments[0] not in _TRAINER and not arguments[0].startswith("-"):
         known = ", ".join([*_TRAINER, *COMMANDS])
-        print(f"tdm: error: unknown command {arguments[0]!r}; the commands are {known}", file=sys.stderr)
+        print(
+            f"tdm: error: unknown command {arguments[0]!r}; the commands are {known}",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
     from tdm_lightning.trainer_cli import run
 
@@ -86,7 +125,11 @@ def _run_command(command: str, arguments: list[str]) -> Any:
     parser = ArgumentParser(prog=f"tdm {command}", description=summary)
     parser.add_argument("--config", action="config", help="file with any of the settings below")
     # Arguments without a default are lists of files, given without a flag.
-    files = [key for key, value in signature(function).parameters.items() if value.default is Parameter.empty]
+    files = [
+        key
+        for key, value in signature(function).parameters.items()
+        if value.default is Parameter.empty
+    ]
     for key in files:
         parser.add_argument(key, nargs="+", help="one or more files")
     parser.add_function_arguments(function, skip=set(files), as_group=False)
@@ -106,8 +149,9 @@ def _overview() -> str:
     width = max(len(name) for name, _ in rows)
     lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
     return (
-        f"usage: tdm COMMAND [--config NAME_OR_FILE …] [--SETTING VALUE …]\n\ncommands:\n{lines}\n\n"
-        f"`tdm COMMAND --help` lists the settings. Named configurations: {', '.join(named_configs())}"
+        "usage: tdm COMMAND [--config NAME_OR_FILE …] [--SETTING VALUE"
+        f" …]\n\ncommands:\n{lines}\n\n`tdm COMMAND --help` lists the settings. Named"
+        f" configurations: {', '.join(named_configs())}"
     )
 
 
@@ -121,7 +165,9 @@ def config_folder() -> Path:
 def named_configs() -> list[str]:
     """Names that ``--config`` understands, such as ``quickstart`` or ``strategies/tdm``."""
     folder = config_folder()
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    return sorted(
+        path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")
+    )
 
 
 def with_named_configs(arguments: list[str]) -> list[str]:
@@ -146,6 +192,7 @@ def _resolve(value: str) -> str:
     shipped = config_folder() / f"{value.removesuffix('.yaml').removeprefix('configs/')}.yaml"
     if not shipped.is_file():
         raise ValueError(
-            f"--config {value}: neither a file nor one of the shipped configurations: {', '.join(named_configs())}"
+            f"--config {value}: neither a file nor one of the shipped configurations:"
+            f" {', '.join(named_configs())}"
         )
     return str(shipped)

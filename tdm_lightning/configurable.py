@@ -12,8 +12,9 @@ T = TypeVar("T", bound="Configurable")
 class Configurable:
     """Stores every ``__init__`` argument under its own name; that is all :meth:`config` needs.
 
-    The plain form is the one the command line uses, ``{"class_path": …, "init_args": {…}}``. Building looks the class up
-    among the subclasses that are already imported, so reading a file never imports or runs anything that it names.
+    The plain form is the one the command line uses, ``{"class_path": …, "init_args": {…}}``.
+    Building looks the class up among the subclasses that are already imported, so reading a file
+    never imports or runs anything that it names.
     """
 
     _registry: ClassVar[dict[str, type[Configurable]]] = {}
@@ -24,7 +25,9 @@ class Configurable:
 
     def config(self) -> dict[str, Any]:
         """The arguments this object was made with, as plain values."""
-        names = [name for name in inspect.signature(type(self).__init__).parameters if name != "self"]
+        names = [
+            name for name in inspect.signature(type(self).__init__).parameters if name != "self"
+        ]
         cls = type(self)
         return {
             "class_path": f"{cls.__module__}.{cls.__qualname__}",
@@ -46,13 +49,18 @@ class Configurable:
         found = [
             known
             for name, known in Configurable._registry.items()
-            if issubclass(known, cls) and path in (name, known.__name__, f"tdm_lightning.{known.__name__}")
+            if issubclass(known, cls)
+            and path in (name, known.__name__, f"tdm_lightning.{known.__name__}")
         ]
         if not found:
-            names = sorted(known.__name__ for known in Configurable._registry.values() if issubclass(known, cls))
+            names = sorted(
+                known.__name__
+                for known in Configurable._registry.values()
+                if issubclass(known, cls)
+            )
             raise ValueError(
                 f"{path!r} is not a known {cls.__name__}; known are {', '.join(names)}. "
-                f"If it is your own class, import its module before loading."
+                "If it is your own class, import its module before loading."
             )
         arguments = {name: _built(value) for name, value in (config.get("init_args") or {}).items()}
         return found[-1](**arguments)
@@ -69,11 +77,17 @@ def _plain(value: Any) -> Any:
 def _built(value: Any) -> Any:
     if isinstance(value, list):
         return [_built(item) for item in value]
-    return Configurable.from_config(value) if isinstance(value, Mapping) and "class_path" in value else value
+    return (
+        Configurable.from_config(value)
+        if isinstance(value, Mapping) and "class_path" in value
+        else value
+    )
 
 
 def arguments_line(config: Mapping[str, Any]) -> str:
-    """The arguments of :meth:`Configurable.config`'s form as in a call: ``keep_rate=0.7, layers=[3, 6, 9]``."""
+    """The arguments of :meth:`Configurable.config`'s form as in a call: ``keep_rate=0.7, layers=[3,
+    6, 9]``.
+    """
     return ", ".join(f"{name}={_readable(value)}" for name, value in config["init_args"].items())
 
 

@@ -1,8 +1,9 @@
 """Write a reduced model to a file that runs without this library, and check the file.
 
-Strategies with a fixed budget have static shapes but for the batch, so they can be exported, and compiled with
-``torch.compile(model, fullgraph=True)``. Those that keep another number of tokens for each image (``strategy.adaptive``) can
-not be exported; ``torch.compile(model)`` takes them with breaks in the graph.
+Strategies with a fixed budget have static shapes but for the batch, so they can be exported, and
+compiled with ``torch.compile(model, fullgraph=True)``. Those that keep another number of tokens for
+each image (``strategy.adaptive``) can not be exported; ``torch.compile(model)`` takes them with
+breaks in the graph.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from tdm_lightning.vit import TokenReducedViT
 
 Writer = Callable[[torch.export.ExportedProgram, Path], Any]
 
-#: Largest batch that a file takes. Without one older torch finds that 2⁶³ - 1 images would need another graph.
+#: Largest batch that a file takes. Without one older torch finds that 2⁶³ - 1 images would need
+#: another graph.
 _MOST = 2**31 - 1
 
 #: Batch sizes at which a file is run before it is handed out.
@@ -51,9 +53,13 @@ class Exported:
 
 
 def export_onnx(
-    model: nn.Module, path: str | Path, images: Tensor | None = None, input_size: tuple[int, int, int] | None = None
+    model: nn.Module,
+    path: str | Path,
+    images: Tensor | None = None,
+    input_size: tuple[int, int, int] | None = None,
 ) -> Exported:
-    """Write an ONNX file for batches of any size, in float32, and compare it with the model in ONNX Runtime.
+    """Write an ONNX file for batches of any size, in float32, and compare it with the model in ONNX
+    Runtime.
 
     The model itself stays as it is: the file is made from a copy in evaluation mode.
 
@@ -61,11 +67,12 @@ def export_onnx(
         model: a reduced model, or a plain timm ViT to compare with.
         path: the file to write.
         images: B×C×H×W, to compare on beside random ones.
-        input_size: channels, height and width of the images that the file takes; the model's own by default.
+        input_size: channels, height and width of the images that the file takes; the model's own by
+            default.
 
     Raises:
-        ValueError: if a package is missing, the number of tokens depends on the image, linear layers are quantised,
-            the file cannot be written, or its logits are not the model's, see
+        ValueError: if a package is missing, the number of tokens depends on the image, linear
+            layers are quantised, the file cannot be written, or its logits are not the model's, see
             :func:`~tdm_lightning.agreement.compare_logits`; then no file is left.
     """
     _check_packages()
@@ -73,13 +80,16 @@ def export_onnx(
 
     def load(path: Path) -> Callable[[Tensor], Tensor]:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+        return lambda images: torch.from_numpy(
+            session.run(["logits"], {"images": images.numpy()})[0]
+        )
 
     return _exported(model, Path(path), images, input_size, _save_onnx, load)
 
 
 def write_onnx(model: nn.Module, path: str | Path) -> None:
-    """As :func:`export_onnx`, but the file is not run: for random weights, whose near ties rounding may decide in another way.
+    """As :func:`export_onnx`, but the file is not run: for random weights, whose near ties rounding
+    may decide in another way.
 
     Raises:
         ValueError: as there, but for other logits.
@@ -89,12 +99,16 @@ def write_onnx(model: nn.Module, path: str | Path) -> None:
 
 
 def export_program(
-    model: nn.Module, path: str | Path, images: Tensor | None = None, input_size: tuple[int, int, int] | None = None
+    model: nn.Module,
+    path: str | Path,
+    images: Tensor | None = None,
+    input_size: tuple[int, int, int] | None = None,
 ) -> Exported:
-    """Write a program of ``torch.export`` (``.pt2``): ``torch.export.load(path).module()(images)`` runs it with torch alone.
+    """Write a program of ``torch.export`` (``.pt2``): ``torch.export.load(path).module()(images)``
+    runs it with torch alone.
 
-    Arguments and errors as :func:`export_onnx`; it needs no further package. Linear layers that torchao quantised are welcome;
-    then running the file needs torchao too.
+    Arguments and errors as :func:`export_onnx`; it needs no further package. Linear layers that
+    torchao quantised are welcome; then running the file needs torchao too.
     """
 
     def load(path: Path) -> Callable[[Tensor], Tensor]:
@@ -104,7 +118,8 @@ def export_program(
 
 
 def check_static(model: nn.Module) -> None:
-    """Whether a model's shapes depend on nothing but the batch size, as a file or a single compiled graph needs it.
+    """Whether a model's shapes depend on nothing but the batch size, as a file or a single compiled
+    graph needs it.
 
     Raises:
         ValueError: if the number of tokens depends on the image.
@@ -112,20 +127,26 @@ def check_static(model: nn.Module) -> None:
     if isinstance(model, TokenReducedViT) and model.strategy.adaptive:
         name = type(model.strategy).__name__
         raise ValueError(
-            f"{name} keeps another number of tokens for each image, so its shapes are not static and it cannot be exported, or "
-            f"compiled in one graph. Take a strategy with a fixed budget, such as TDM, EViT or SPViT(fixed_count=True), or run "
-            f"{name} with torch.compile(model), which breaks the graph"
+            f"{name} keeps another number of tokens for each image, so its shapes are not static"
+            " and it cannot be exported, or compiled in one graph. Take a strategy with a fixed"
+            f" budget, such as TDM, EViT or SPViT(fixed_count=True), or run {name} with"
+            " torch.compile(model), which breaks the graph"
         )
 
 
 def _check_packages() -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if find_spec(package) is None:
-            raise ValueError(f"writing and checking ONNX files needs {package}: pip install 'tdm-lightning[export]'")
+            raise ValueError(
+                f"writing and checking ONNX files needs {package}: pip install"
+                " 'tdm-lightning[export]'"
+            )
 
 
 def _save_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    written: Any = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
+    written: Any = torch.onnx.export(
+        program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
+    )
     written.save(path)
 
 
@@ -148,7 +169,9 @@ def _exported(
         raise
     logits = frozen(torch.zeros(1, *shape)).shape[1:]
     size = sum(file.stat().st_size for file in _files(path))
-    return Exported(path, size, {"images": ("batch", *shape)}, {"logits": ("batch", *logits)}, agreement)
+    return Exported(
+        path, size, {"images": ("batch", *shape)}, {"logits": ("batch", *logits)}, agreement
+    )
 
 
 @torch.no_grad()
@@ -160,7 +183,9 @@ def _write(model: nn.Module, path: Path, shape: tuple[int, int, int], write: Wri
         raise ValueError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
     frozen = copy.deepcopy(model).cpu().float().eval()
     program = torch.export.export(
-        frozen, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim("batch", max=_MOST)},)
+        frozen,
+        (torch.zeros(2, *shape),),
+        dynamic_shapes=({0: torch.export.Dim("batch", max=_MOST)},),
     )
     _forget_paths(program)
     write(program, path)

@@ -1,10 +1,11 @@
 """Multiply-accumulates of a ViT, reduced or not, counted by torch's own counter.
 
-The "FLOPs" of the token-reduction papers are multiply-accumulates (MACs). Counted are the patch embedding, all linear layers,
-both attention products and the head; not counted are biases, softmax, activations, norms, residual sums and gathers.
+The "FLOPs" of the token-reduction papers are multiply-accumulates (MACs). Counted are the patch
+embedding, all linear layers, both attention products and the head; not counted are biases, softmax,
+activations, norms, residual sums and gathers.
 
-Masked heads and MLP units (:class:`~tdm_lightning.sparsity.Structured`) count as taken out, because that is how the model runs
-once it is trained; masks on single weights save nothing.
+Masked heads and MLP units (:class:`~tdm_lightning.sparsity.Structured`) count as taken out, because
+that is how the model runs once it is trained; masks on single weights save nothing.
 """
 
 from __future__ import annotations
@@ -68,7 +69,12 @@ class MACReport:
     @property
     def backbone(self) -> float:
         """What the papers count: the timm model's layers and the strategy's learned ones."""
-        return self.embed + self.head + self.learned + sum(block.attention + block.mlp for block in self.blocks)
+        return (
+            self.embed
+            + self.head
+            + self.learned
+            + sum(block.attention + block.mlp for block in self.blocks)
+        )
 
     @property
     def strategy(self) -> float:
@@ -131,8 +137,12 @@ def _learned_layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy without storage, in the same mode: every tensor is replaced before it would be copied."""
-    tensors: dict[int, object] = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    """A copy without storage, in the same mode: every tensor is replaced before it would be
+    copied.
+    """
+    tensors: dict[int, object] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()
+    }
     tensors |= {id(b): b.to("meta") for b in model.buffers()}
     return copy.deepcopy(model, tensors)
 
@@ -145,7 +155,10 @@ def _count(model: nn.Module, images: Tensor) -> _Counter:
         if isinstance(model, TokenReducedViT):
             handles = []
             for layer in _learned_layers(model.strategy):
-                handles += [layer.register_forward_pre_hook(stages.enter), layer.register_forward_hook(stages.leave)]
+                handles += [
+                    layer.register_forward_pre_hook(stages.enter),
+                    layer.register_forward_hook(stages.leave),
+                ]
             try:
                 model.run(images, watch=stages.watch)
             finally:
@@ -157,14 +170,16 @@ def _count(model: nn.Module, images: Tensor) -> _Counter:
     return stages
 
 
-def mac_report(model: nn.Module, input_size: tuple[int, int, int] | None = None, images: Tensor | None = None) -> MACReport:
+def mac_report(
+    model: nn.Module, input_size: tuple[int, int, int] | None = None, images: Tensor | None = None
+) -> MACReport:
     """Multiply-accumulates of one forward pass, per image and part by part.
 
     Args:
         model: a reduced model, or a plain timm ViT.
         input_size: channels, height and width; the model's own by default.
-        images: real images, B×C×H×W, on the model's device: needed where the number of tokens depends on them; the report is
-            then their mean.
+        images: real images, B×C×H×W, on the model's device: needed where the number of tokens
+            depends on them; the report is then their mean.
 
     Returns:
         The report; for a fixed-budget strategy its numbers are exact integers.
@@ -196,19 +211,26 @@ def mac_report(model: nn.Module, input_size: tuple[int, int, int] | None = None,
         for index, tokens in enumerate(counts)
     ]
     head = part("head", "begin", "finish", index=-1)
-    return MACReport(part("embed", index=-1), head, blocks, sum(stages.learned.values()) / per_image, plain)
+    return MACReport(
+        part("embed", index=-1), head, blocks, sum(stages.learned.values()) / per_image, plain
+    )
 
 
-def _prepared(model: nn.Module, input_size: tuple[int, int, int] | None, images: Tensor | None) -> tuple[nn.Module, Tensor]:
+def _prepared(
+    model: nn.Module, input_size: tuple[int, int, int] | None, images: Tensor | None
+) -> tuple[nn.Module, Tensor]:
     """A copy of the model to run, and the images to run it on."""
     check_not_quantized(model, "count the multiply-accumulates")
     if images is None:
         if isinstance(model, TokenReducedViT) and model.strategy.adaptive:
             raise ValueError(
-                f"{type(model.strategy).__name__} keeps another number of tokens for each image: pass images=… to count some"
+                f"{type(model.strategy).__name__} keeps another number of tokens for each image:"
+                " pass images=… to count some"
             )
         dtype = next(model.parameters()).dtype
-        images = torch.zeros(1, *(input_size or default_input_size(model)), dtype=dtype, device="meta")
+        images = torch.zeros(
+            1, *(input_size or default_input_size(model)), dtype=dtype, device="meta"
+        )
         return _trimmed(_on_meta(model).eval(), kept_parts(model)), images
     return _trimmed(copy.deepcopy(model).eval(), kept_parts(model)), images
 
@@ -226,11 +248,14 @@ def _token_counts(model: TokenReducedViT, images: Tensor) -> list[float]:
     return [count.float().mean().item() for count in counts] if model.strategy.adaptive else counts
 
 
-def count_macs(model: nn.Module, input_size: tuple[int, int, int] | None = None, images: Tensor | None = None) -> int:
-    """Multiply-accumulates of the backbone per image, as the papers report them; the merger's own work is left out.
+def count_macs(
+    model: nn.Module, input_size: tuple[int, int, int] | None = None, images: Tensor | None = None
+) -> int:
+    """Multiply-accumulates of the backbone per image, as the papers report them; the merger's own
+    work is left out.
 
-    Counted on the meta device, so it costs no memory and does not depend on the attention kernel. Arguments and errors as
-    :func:`mac_report`.
+    Counted on the meta device, so it costs no memory and does not depend on the attention kernel.
+    Arguments and errors as :func:`mac_report`.
 
     >>> import timm
     >>> count_macs(timm.create_model("deit_small_patch16_224"))
@@ -241,10 +266,11 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int] | None = None,
 
 
 def step_flops(model: TokenReducedViT, shape: tuple[int, ...]) -> int:
-    """Floating-point operations of a step on a batch, two for a multiply and an add, the strategy's own work included.
+    """Floating-point operations of a step on a batch, two for a multiply and an add, the strategy's
+    own work included.
 
-    Counted for the mode that the model is in: many methods train with all of their tokens. In training the backward pass takes
-    twice as much again as the forward pass.
+    Counted for the mode that the model is in: many methods train with all of their tokens. In
+    training the backward pass takes twice as much again as the forward pass.
 
     Args:
         model: a reduced model.
@@ -255,7 +281,8 @@ def step_flops(model: TokenReducedViT, shape: tuple[int, ...]) -> int:
     """
     if model.strategy.adaptive:
         raise ValueError(
-            f"{type(model.strategy).__name__} keeps another number of tokens for each image: a shape does not tell"
+            f"{type(model.strategy).__name__} keeps another number of tokens for each image: a"
+            " shape does not tell"
         )
     batch, *size = shape
     images = torch.zeros(1, *size, dtype=next(model.parameters()).dtype, device="meta")
@@ -267,7 +294,8 @@ class ImageCosts:
     """What each image costs by itself, for strategies that decide image by image.
 
     Attributes:
-        macs: multiply-accumulates of the backbone, B, without the padding that a batch adds; float64.
+        macs: multiply-accumulates of the backbone, B, without the padding that a batch adds;
+            float64.
         tokens: patch tokens after each block, B×depth, float64.
     """
 
@@ -282,8 +310,14 @@ def image_costs(model: TokenReducedViT, images: Tensor) -> ImageCosts:
     assert isinstance(counted, TokenReducedViT)
     macs = [_count(counted, image.unsqueeze(0)).backbone / 2 for image in images]
     counts = counted.trace(images)[1].token_counts
-    tokens = [count if isinstance(count, Tensor) else torch.full((len(images),), count) for count in counts]
-    return ImageCosts(torch.tensor(macs, dtype=torch.float64), torch.stack([count.cpu().double() for count in tokens], dim=1))
+    tokens = [
+        count if isinstance(count, Tensor) else torch.full((len(images),), count)
+        for count in counts
+    ]
+    return ImageCosts(
+        torch.tensor(macs, dtype=torch.float64),
+        torch.stack([count.cpu().double() for count in tokens], dim=1),
+    )
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -291,7 +325,12 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     return families.input_size(model.vit if isinstance(model, TokenReducedViT) else model)
 
 
-def macs_with(vit: nn.Module, strategy: Strategy, input_size: tuple[int, int, int] | None = None, total: bool = False) -> int:
+def macs_with(
+    vit: nn.Module,
+    strategy: Strategy,
+    input_size: tuple[int, int, int] | None = None,
+    total: bool = False,
+) -> int:
     """:func:`count_macs` of a timm model under a strategy that is not attached to it yet.
 
     Args:

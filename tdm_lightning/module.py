@@ -31,32 +31,37 @@ Batch = tuple[Tensor, Tensor]
 
 
 class TokenReductionClassifier(LightningModule):
-    """Trains and evaluates a timm ViT that reduces its tokens. Batches are ``(images B×C×H×W, labels B)``.
+    """Trains and evaluates a timm ViT that reduces its tokens. Batches are ``(images B×C×H×W,
+    labels B)``.
 
-    The defaults are DeiT's recipe (Touvron et al., 2021). Meant to be subclassed: override one of the ``configure_*`` methods,
-    or a step. The reduced model is ``self.model``, a :class:`~tdm_lightning.TokenReducedViT`.
+    The defaults are DeiT's recipe (Touvron et al., 2021). Meant to be subclassed: override one of
+    the ``configure_*`` methods, or a step. The reduced model is ``self.model``, a
+    :class:`~tdm_lightning.TokenReducedViT`.
 
-    In a run that was seeded (``seed_everything``) a training step's random numbers (mixup, drop-path, sampled tokens) follow
-    from the seed, the process, the epoch and the batch: a run that goes on from a checkpoint draws what it would have drawn.
+    In a run that was seeded (``seed_everything``) a training step's random numbers (mixup,
+    drop-path, sampled tokens) follow from the seed, the process, the epoch and the batch: a run
+    that goes on from a checkpoint draws what it would have drawn.
 
-    Logged: ``train/loss`` and each term of it by name, what the strategy reports, ``val/loss``, ``val/top1``, ``val/top5``, and
-    the same for ``test``.
+    Logged: ``train/loss`` and each term of it by name, what the strategy reports, ``val/loss``,
+    ``val/top1``, ``val/top5``, and the same for ``test``.
 
     Args:
-        model: name of a timm ViT, or the module itself. A module is not stored in checkpoints' hyperparameters: pass it again
-            to ``load_from_checkpoint``.
-        strategy: the token-reduction method, or several as :func:`~tdm_lightning.attach` takes them; ``None`` trains the plain
-            model.
+        model: name of a timm ViT, or the module itself. A module is not stored in checkpoints'
+            hyperparameters: pass it again to ``load_from_checkpoint``.
+        strategy: the token-reduction method, or several as :func:`~tdm_lightning.attach` takes
+            them; ``None`` trains the plain model.
         num_classes: number of classes; ``None``: the timm model's own.
         label_names: what the classes are called, for :meth:`predict_step`.
         pretrained: start from timm's pretrained weights.
-        checkpoint: start from the weights in this file: an official checkpoint of a method, of DeiT, or one of this class.
+        checkpoint: start from the weights in this file: an official checkpoint of a method, of
+            DeiT, or one of this class.
         global_pool: how timm's head pools tokens, such as ``"avg"``; ``None``: the model's own.
         model_kwargs: passed to ``timm.create_model``, such as ``img_size`` or ``in_chans``.
         drop_path: stochastic depth rate of the last block, rising linearly from 0.
         optimizer: timm's name of the optimizer.
-        lr: learning rate at the global batch size used; DeiT's is 5e-4 per 512 images. Lightning's ``LearningRateFinder`` may
-            replace it before training: the optimizer and its schedule are then made anew.
+        lr: learning rate at the global batch size used; DeiT's is 5e-4 per 512 images. Lightning's
+            ``LearningRateFinder`` may replace it before training: the optimizer and its schedule
+            are then made anew.
         weight_decay: decay of all weights but biases, norms, class token and position embedding.
         layer_decay: factor on the learning rate per block towards the input; ``None``: none.
         warmup_epochs: epochs of linear warm-up.
@@ -65,10 +70,12 @@ class TokenReductionClassifier(LightningModule):
         mixup: mixup's α; 0 turns it off.
         cutmix: cutmix's α; 0 turns it off.
         label_smoothing: share of the target spread over all classes.
-        train_in_eval_mode: keep the ViT in eval mode (no drop-path, no dropout) while training, as EViT fine-tunes.
+        train_in_eval_mode: keep the ViT in eval mode (no drop-path, no dropout) while training, as
+            EViT fine-tunes.
 
     Raises:
-        TypeError, ValueError: if the model cannot be reduced or the strategy does not fit it, see :func:`tdm_lightning.attach`.
+        TypeError, ValueError: if the model cannot be reduced or the strategy does not fit it, see
+            :func:`tdm_lightning.attach`.
     """
 
     model: TokenReducedViT
@@ -100,7 +107,9 @@ class TokenReductionClassifier(LightningModule):
         if isinstance(strategy, Mapping):  # the stored form, from a checkpoint's hyperparameters
             strategy = Strategy.from_config(strategy)
         strategy = None if strategy is None else stacked(strategy)
-        self.save_hyperparameters(ignore=["strategy"] if isinstance(model, str) else ["strategy", "model"])
+        self.save_hyperparameters(
+            ignore=["strategy"] if isinstance(model, str) else ["strategy", "model"]
+        )
         self.model = self.configure_vit(model, Strategy() if strategy is None else strategy)
         self.save_hyperparameters({"strategy": None if strategy is None else strategy.config()})
         self.classes = self.model.num_classes
@@ -111,8 +120,12 @@ class TokenReductionClassifier(LightningModule):
         self.val_metrics = self.configure_metrics("val/")
         self.test_metrics = self.configure_metrics("test/")
         self._latest: tuple[int, ...] | None = None  # shape of the images seen last
-        self._flops: tuple[tuple[Any, ...], int] | None = None  # what they depend on, and the latest
-        self._teacher: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no part of the module or its checkpoints
+        self._flops: tuple[tuple[Any, ...], int] | None = (
+            None  # what they depend on, and the latest
+        )
+        self._teacher: tuple[
+            nn.Module, ...
+        ] = ()  # in a tuple, so that it is no part of the module or its checkpoints
 
     # What a subclass may replace
 
@@ -120,8 +133,14 @@ class TokenReductionClassifier(LightningModule):
         """Create the timm model, load its starting weights and attach the strategy."""
         hp: Any = self.hparams
         if isinstance(model, str):
-            arguments = {"drop_path_rate": hp.drop_path, "num_classes": hp.num_classes, "global_pool": hp.global_pool}
-            arguments = {name: value for name, value in arguments.items() if value is not None} | (hp.model_kwargs or {})
+            arguments = {
+                "drop_path_rate": hp.drop_path,
+                "num_classes": hp.num_classes,
+                "global_pool": hp.global_pool,
+            }
+            arguments = {name: value for name, value in arguments.items() if value is not None} | (
+                hp.model_kwargs or {}
+            )
             model = timm.create_model(model, pretrained=hp.pretrained, **arguments)
         reduced = attach(model, strategy)
         if hp.num_classes not in (None, reduced.num_classes):
@@ -131,11 +150,15 @@ class TokenReductionClassifier(LightningModule):
         return reduced
 
     def configure_mixing(self) -> Mixup | None:
-        """Mixup and cutmix on batches, which also smooth the labels; ``None`` where both are off."""
+        """Mixup and cutmix on batches, which also smooth the labels; ``None`` where both are
+        off.
+        """
         hp: Any = self.hparams
         if not (hp.mixup or hp.cutmix):
             return None
-        return Mixup(hp.mixup, hp.cutmix, label_smoothing=hp.label_smoothing, num_classes=self.classes)
+        return Mixup(
+            hp.mixup, hp.cutmix, label_smoothing=hp.label_smoothing, num_classes=self.classes
+        )
 
     def configure_criterion(self) -> nn.Module:
         """The task loss of training."""
@@ -153,10 +176,14 @@ class TokenReductionClassifier(LightningModule):
         Raises:
             ValueError: if the model started from random weights.
         """
-        if not (self.hparams["pretrained"] or self.hparams["checkpoint"]) and "model" in self.hparams:
+        if (
+            not (self.hparams["pretrained"] or self.hparams["checkpoint"])
+            and "model" in self.hparams
+        ):
             raise ValueError(
-                f"{type(self.model.strategy).__name__} learns from a trained, unreduced model, but these weights are random; "
-                f"set model.pretrained=true or model.checkpoint=FILE (on resuming too)"
+                f"{type(self.model.strategy).__name__} learns from a trained, unreduced model, but"
+                " these weights are random; set model.pretrained=true or model.checkpoint=FILE (on"
+                " resuming too)"
             )
         teacher = attach(copy.deepcopy(self.model.vit), Strategy())
         return teacher.requires_grad_(False).eval()
@@ -172,31 +199,42 @@ class TokenReductionClassifier(LightningModule):
             optimizer = create_optimizer_v2(groups, **shared)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
-            raise ValueError("the cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+            raise ValueError(
+                "the cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps"
+            )
         warmup = round(hp.warmup_epochs * self._steps_per_epoch()) if hp.warmup_epochs else 0
         scheduler = make_cosine(optimizer, int(steps), warmup, hp.warmup_lr, hp.min_lr)
         freeze(optimizer.param_groups, self.current_epoch)
         self._scheduled_lr = hp.lr
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def _steps_per_epoch(self) -> float:
         steps = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        return math.ceil(steps) if steps < float("inf") else steps  # the last batches of an epoch make a step, however few
+        return (
+            math.ceil(steps) if steps < float("inf") else steps
+        )  # the last batches of an epoch make a step, however few
 
     # Cost
 
     @property
     def flops_per_batch(self) -> int:
-        """Floating-point operations of the latest batch, as Lightning's ``ThroughputMonitor`` wants them; without a teacher's.
+        """Floating-point operations of the latest batch, as Lightning's ``ThroughputMonitor`` wants
+        them; without a teacher's.
 
         Counted again when the keep rate has moved by a hundredth.
 
         Raises:
-            AttributeError: before the first batch, and where the number of tokens depends on the images: then the monitor
-                leaves them out.
+            AttributeError: before the first batch, and where the number of tokens depends on the
+                images: then the monitor leaves them out.
         """
         if self._latest is None or self.model.strategy.adaptive:
-            raise AttributeError("flops_per_batch is known after a batch, and where each image keeps equally many tokens")
+            raise AttributeError(
+                "flops_per_batch is known after a batch, and where each image keeps equally many"
+                " tokens"
+            )
         rate = self.model.strategy.current_keep_rate
         key = (self._latest, self.model.training, None if rate is None else round(rate, 2))
         if self._flops is None or self._flops[0] != key:
@@ -215,7 +253,9 @@ class TokenReductionClassifier(LightningModule):
             self._teacher = (self.configure_teacher(),)
 
     def on_train_start(self) -> None:
-        """Follow a learning rate that was found since the optimizer was made; keep the ViT in eval mode where asked for."""
+        """Follow a learning rate that was found since the optimizer was made; keep the ViT in eval
+        mode where asked for.
+        """
         if self.hparams["lr"] != self._scheduled_lr:
             self.trainer.strategy.setup_optimizers(self.trainer)
         self._set_mode()  # a run that goes on within an epoch does not start one
@@ -233,7 +273,9 @@ class TokenReductionClassifier(LightningModule):
         seed = given_seed()
         if seed is not None:
             reseed(seed, self.global_rank, self.current_epoch, batch_idx)
-        self.model.strategy.on_progress(self.current_epoch, self.global_step, int(self.trainer.estimated_stepping_batches))
+        self.model.strategy.on_progress(
+            self.current_epoch, self.global_step, int(self.trainer.estimated_stepping_batches)
+        )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step on ``(images B×C×H×W, labels B)``; the sum of the strategy's loss terms."""
@@ -252,7 +294,11 @@ class TokenReductionClassifier(LightningModule):
         report = self.model.strategy.report(output, target)
         self.log_dict({f"train/{name}": value for name, value in report.items()})
         if target.ndim == 1:
-            self.log_dict(self._updated(self.train_metrics, output.logits, target), on_step=False, on_epoch=True)
+            self.log_dict(
+                self._updated(self.train_metrics, output.logits, target),
+                on_step=False,
+                on_epoch=True,
+            )
         return loss
 
     def _teach(self, images: Tensor) -> Output | None:
@@ -262,19 +308,27 @@ class TokenReductionClassifier(LightningModule):
             return self._teacher[0].to(images.device).run(images)  # type: ignore[operator]
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        """Timm's schedulers count updates themselves; others (a learning rate finder's) are torch's."""
+        """Timm's schedulers count updates themselves; others (a learning rate finder's) are
+        torch's.
+        """
         if not isinstance(scheduler, Scheduler):
             return super().lr_scheduler_step(scheduler, metric)
         scheduler.step_update(num_updates=self.global_step)
         freeze(scheduler.optimizer.param_groups, int(self.global_step / self._steps_per_epoch()))
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
         """Step; then the strategy has its say on the weights."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.model.strategy.after_optimizer_step(self.model, self.global_step + 1, int(self.trainer.estimated_stepping_batches))
+        self.model.strategy.after_optimizer_step(
+            self.model, self.global_step + 1, int(self.trainer.estimated_stepping_batches)
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Forget where the weights started: loading a checkpoint must not need another file or a download."""
+        """Forget where the weights started: loading a checkpoint must not need another file or a
+        download.
+        """
         for name in ("pretrained", "checkpoint"):
             checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).pop(name, None)
 
@@ -292,7 +346,9 @@ class TokenReductionClassifier(LightningModule):
         images, labels = batch
         self._latest = tuple(images.shape)
         logits = self(images)
-        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), sync_dist=True, batch_size=len(labels))
+        self.log(
+            f"{stage}/loss", F.cross_entropy(logits, labels), sync_dist=True, batch_size=len(labels)
+        )
         self.log_dict(
             self._updated(metrics, logits, labels),
             on_step=False,
@@ -311,5 +367,7 @@ class TokenReductionClassifier(LightningModule):
         images = batch[0] if isinstance(batch, (list, tuple)) else batch
         probabilities = self(images).softmax(dim=-1)
         label = probabilities.argmax(dim=-1)
-        names = [self.label_names[index] if self.label_names else str(index) for index in label.tolist()]
+        names = [
+            self.label_names[index] if self.label_names else str(index) for index in label.tolist()
+        ]
         return {"probabilities": probabilities, "label": label, "name": names}

@@ -1,4 +1,6 @@
-"""Random numbers that follow from where training stands, so that a resumed run draws what an uninterrupted one would."""
+"""Random numbers that follow from where training stands, so that a resumed run draws what an
+uninterrupted one would.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,16 @@ def given_seed() -> int | None:
 
 
 def run_seed() -> int:
-    """The seed of the run, the same in all of its processes: Lightning's, else the one of ``torch.manual_seed``."""
+    """The seed of the run, the same in all of its processes: Lightning's, else the one of
+    ``torch.manual_seed``.
+    """
     seed = given_seed()
     return torch.initial_seed() if seed is None else seed
 
 
 def reseed(*key: int) -> None:
-    """Let Python's, NumPy's and torch's random numbers, on all devices, follow from some whole numbers from 0.
+    """Let Python's, NumPy's and torch's random numbers, on all devices, follow from some whole
+    numbers from 0.
 
     >>> reseed(1, 2)
     >>> first = torch.rand(()), random.random()
@@ -38,7 +43,8 @@ def reseed(*key: int) -> None:
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """As :func:`reseed`, for what runs inside, and on the CPU alone; afterwards the random numbers go on as if nothing was.
+    """As :func:`reseed`, for what runs inside, and on the CPU alone; afterwards the random numbers
+    go on as if nothing was.
 
     >>> with seeded(3):
     ...     first = torch.rand(())

@@ -25,14 +25,16 @@ def make_criterion(mixing: bool, label_smoothing: float) -> nn.Module:
 def make_cosine(
     optimizer: Optimizer, total_steps: int, warmup_steps: int, warmup_lr: float, min_lr: float
 ) -> CosineLRScheduler:
-    """Timm's cosine, per optimizer step: linear from ``warmup_lr``, then a cosine from each group's lr down to ``min_lr``.
+    """Timm's cosine, per optimizer step: linear from ``warmup_lr``, then a cosine from each group's
+    lr down to ``min_lr``.
 
     Raises:
         ValueError: if the warm-up is as long as the run.
     """
     if warmup_steps >= total_steps:
         raise ValueError(
-            f"the warm-up takes {warmup_steps} of the run's {total_steps} steps; lower model.warmup_epochs or train longer"
+            f"the warm-up takes {warmup_steps} of the run's {total_steps} steps; lower"
+            " model.warmup_epochs or train longer"
         )
     return CosineLRScheduler(
         optimizer,
@@ -40,7 +42,8 @@ def make_cosine(
         lr_min=min_lr,
         warmup_t=warmup_steps,
         warmup_lr_init=warmup_lr,
-        warmup_prefix=True,  # the cosine begins at its peak, where DeiT's scripts enter it a little later
+        # the cosine begins at its peak, where DeiT's scripts enter it a little later
+        warmup_prefix=True,
         t_in_epochs=False,
     )
 

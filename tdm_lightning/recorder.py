@@ -1,4 +1,6 @@
-"""The diversity of a ViT's tokens in any loop: Lightning, Fabric, Hugging Face's Trainer or plain PyTorch."""
+"""The diversity of a ViT's tokens in any loop: Lightning, Fabric, Hugging Face's Trainer or plain
+PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,12 @@ from tdm_lightning.vit.find import find_vit, inner_vit, tap_blocks
 
 
 class DiversityRecorder:
-    """The diversity score (Long et al., CVPR 2023) of the patch tokens after each block, over the passes it listens to.
+    """The diversity score (Long et al., CVPR 2023) of the patch tokens after each block, over the
+    passes it listens to.
 
-    It listens while it is entered as a context, to the first pass made inside; the model and its outputs are not changed, and
-    no hook stays behind. Prefix tokens do not count, nor do tokens that wait outside the blocks, nor rows that only pad
-    images with fewer tokens than others.
+    It listens while it is entered as a context, to the first pass made inside; the model and its
+    outputs are not changed, and no hook stays behind. Prefix tokens do not count, nor do tokens
+    that wait outside the blocks, nor rows that only pad images with fewer tokens than others.
 
     Args:
         module: any module that holds one ViT, reduced or a plain timm model.
@@ -28,7 +31,8 @@ class DiversityRecorder:
         ValueError: if the module does not hold exactly one ViT.
 
     >>> import timm, torch, tdm_lightning as tdm
-    >>> model = tdm.attach(timm.create_model("test_vit", img_size=96), tdm.TDM(keep_rate=0.5, layers=(1, 3)))
+    >>> vit = timm.create_model("test_vit", img_size=96)
+    >>> model = tdm.attach(vit, tdm.TDM(keep_rate=0.5, layers=(1, 3)))
     >>> recorder = DiversityRecorder(model)
     >>> with recorder:
     ...     logits = model(torch.zeros(2, 3, 96, 96))
@@ -36,7 +40,13 @@ class DiversityRecorder:
     6
     """
 
-    def __init__(self, module: nn.Module, norm: Norm = "medoid", normalize: bool = False, vit: str | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        norm: Norm = "medoid",
+        normalize: bool = False,
+        vit: str | None = None,
+    ) -> None:
         self._vit = find_vit(module, vit)
         inner = inner_vit(self._vit)
         device = next(inner.parameters()).device
@@ -54,13 +64,17 @@ class DiversityRecorder:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None = None, error: BaseException | None = None, trace: TracebackType | None = None
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
     ) -> None:
         """Stop listening."""
         self._listening.close()
 
     def _see(self, block: int, tokens: Tensor, valid: Tensor | None) -> None:
-        # Once per context: gradient checkpointing runs blocks again, and some modules make several passes.
+        # Once per context: gradient checkpointing runs blocks again, and some modules make several
+        # passes.
         if block in self._heard:
             return
         self._heard.add(block)
@@ -68,13 +82,20 @@ class DiversityRecorder:
         self._images = max(self._images, len(tokens))
         present = len(tokens) if patches.shape[1] else 0
         if present:
-            self._metrics[block].update(patches, None if valid is None else valid[:, self._prefix :])
+            self._metrics[block].update(
+                patches, None if valid is None else valid[:, self._prefix :]
+            )
         if present < self._images:
-            # Where no patch is left, or an image has left its batch, there is no diversity either: score a single token.
-            self._metrics[block].update(tokens.new_zeros(self._images - present, 1, tokens.shape[2]))
+            # Where no patch is left, or an image has left its batch, there is no diversity either:
+            # score a single token.
+            self._metrics[block].update(
+                tokens.new_zeros(self._images - present, 1, tokens.shape[2])
+            )
 
     def compute(self) -> list[Tensor]:
-        """Mean score per image after each block, over all processes; NaN where nothing was heard."""
+        """Mean score per image after each block, over all processes; NaN where nothing was
+        heard.
+        """
         return [metric.compute() for metric in self._metrics]
 
     def reset(self) -> None:

@@ -1,4 +1,6 @@
-"""Share a reduced model: a folder, or a repository of the Hugging Face hub, from which it can be built again."""
+"""Share a reduced model: a folder, or a repository of the Hugging Face hub, from which it can be
+built again.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +40,13 @@ class Shareable(
     pipeline_tag="image-classification",
     tags=["timm", "vision-transformer", "token-reduction"],
 ):
-    """What huggingface_hub's mixin asks of :class:`~tdm_lightning.TokenReducedViT`; ``push_to_hub`` is the mixin's.
+    """What huggingface_hub's mixin asks of :class:`~tdm_lightning.TokenReducedViT`; ``push_to_hub``
+    is the mixin's.
 
-    A folder holds what timm writes for the unreduced model, ``config.json`` and ``model.safetensors``, so that timm can load
-    that (``timm.create_model("hf-hub:USER/NAME", pretrained=True)``). The strategy stands in the config beside it, its own
-    weights and masks, if any, in ``strategy.safetensors``; the model card is ``README.md``.
+    A folder holds what timm writes for the unreduced model, ``config.json`` and
+    ``model.safetensors``, so that timm can load that (``timm.create_model("hf-hub:USER/NAME",
+    pretrained=True)``). The strategy stands in the config beside it, its own weights and masks, if
+    any, in ``strategy.safetensors``; the model card is ``README.md``.
     """
 
     vit: Any
@@ -51,16 +55,20 @@ class Shareable(
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, *, config: dict[str, Any] | None = None, **kwargs: Any
     ) -> str | None:
-        """Write the model to a folder. First it is built again from what would be written, and must give the same outputs.
+        """Write the model to a folder. First it is built again from what would be written, and must
+        give the same outputs.
 
         Args:
             save_directory: the folder, made if need be; a ``README.md`` that is there stays.
-            config: entries of ``config.json`` to add or replace: ``label_names``, or ``model_args``, the arguments of
-                ``timm.create_model`` where the model does not know them any more.
-            kwargs: passed to ``ModelHubMixin.save_pretrained``, such as ``model_card_kwargs={"license": "apache-2.0"}``.
+            config: entries of ``config.json`` to add or replace: ``label_names``, or
+                ``model_args``, the arguments of ``timm.create_model`` where the model does not know
+                them any more.
+            kwargs: passed to ``ModelHubMixin.save_pretrained``, such as
+                ``model_card_kwargs={"license": "apache-2.0"}``.
 
         Raises:
-            ValueError: if the model cannot be built again from its architecture's name and these arguments.
+            ValueError: if the model cannot be built again from its architecture's name and these
+                arguments.
             OSError: if the folder cannot be written.
         """
         described = _describe(self, config or {})
@@ -89,7 +97,8 @@ class Shareable(
         """The model of a folder or a repository of the hub, ready for inference.
 
         Args:
-            pretrained_model_name_or_path: what :meth:`save_pretrained` wrote, or a repository, ``USER/NAME``.
+            pretrained_model_name_or_path: what :meth:`save_pretrained` wrote, or a repository,
+                ``USER/NAME``.
             force_download: download again what lies in the cache.
             token: for private repositories; by default that of ``hf auth login``.
             cache_dir: folder for downloads.
@@ -97,8 +106,9 @@ class Shareable(
             revision: branch, tag or commit.
 
         Raises:
-            ValueError: if there is no such repository within reach, or its files are incomplete, of a newer version of this
-                library, for another model, or name a strategy that is not imported.
+            ValueError: if there is no such repository within reach, or its files are incomplete, of
+                a newer version of this library, for another model, or name a strategy that is not
+                imported.
         """
         name = str(pretrained_model_name_or_path)
         if os.path.isdir(name):
@@ -120,8 +130,9 @@ class Shareable(
                 )
             except (OSError, HFValidationError) as error:
                 raise ValueError(
-                    f"{name!r} is neither a folder nor a repository of the hub that can be reached: {error}\nCheck the name "
-                    f"and the connection; for a private repository, log in with `hf auth login`"
+                    f"{name!r} is neither a folder nor a repository of the hub that can be reached:"
+                    f" {error}\nCheck the name and the connection; for a private repository, log in"
+                    " with `hf auth login`"
                 ) from error
         config = _read_config(folder / "config.json", name)
         model = _build(config, name)
@@ -130,13 +141,18 @@ class Shareable(
             _fill(model.strategy, _read_weights(folder / _STRATEGY, name), f"{_STRATEGY} of {name}")
         return model.eval()
 
-    def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> str:
-        """Upload what :meth:`save_pretrained` writes, as ``ModelHubMixin.push_to_hub`` does; its arguments.
+    def push_to_hub(
+        self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes, as ``ModelHubMixin.push_to_hub`` does; its
+        arguments.
 
         Returns:
             The address of the commit.
         """
-        return super().push_to_hub(repo_id, model_card_kwargs={"repo_id": repo_id, **(model_card_kwargs or {})}, **kwargs)
+        return super().push_to_hub(
+            repo_id, model_card_kwargs={"repo_id": repo_id, **(model_card_kwargs or {})}, **kwargs
+        )
 
     def generate_model_card(
         self, *args: Any, license: str | None = None, repo_id: str = "USER/NAME", **kwargs: Any
@@ -161,8 +177,9 @@ def _describe(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
     if "architecture" not in (getattr(model.vit, "pretrained_cfg", None) or {}):
         raise ValueError(
-            f"this {type(model.vit).__name__} was not made by timm.create_model(), so no name says how to make it again; "
-            f"create one of the same sizes with it and load these weights into that"
+            f"this {type(model.vit).__name__} was not made by timm.create_model(), so no name says"
+            " how to make it again; create one of the same sizes with it and load these weights"
+            " into that"
         )
     entries = dict(given)
     arguments = entries.pop("model_args", {})
@@ -170,9 +187,16 @@ def _describe(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         path = Path(folder) / "config.json"
         save_config_for_hf(model.vit, path, model_config=entries, model_args=arguments)  # type: ignore[arg-type]
         config = json.loads(path.read_text(encoding="utf-8"))
-    config["pretrained_cfg"]["input_size"] = list(input_size(model.vit))  # timm keeps another where the size is free
+    config["pretrained_cfg"]["input_size"] = list(
+        input_size(model.vit)
+    )  # timm keeps another where the size is free
     dtype = str(next(model.vit.parameters()).dtype).removeprefix("torch.")
-    own = {"format": FORMAT, "version": __version__, "dtype": dtype, "strategy": model.strategy.config()}
+    own = {
+        "format": FORMAT,
+        "version": __version__,
+        "dtype": dtype,
+        "strategy": model.strategy.config(),
+    }
     return {**config, KEY: own}
 
 
@@ -183,27 +207,39 @@ def _build(config: Mapping[str, Any], origin: str) -> Any:
     own = config.get(KEY)
     if not isinstance(own, Mapping):
         raise ValueError(
-            f"{origin} holds no reduced model: its config.json has no {KEY!r}. For a plain model of timm's use "
-            f"timm.create_model('hf-hub:…', pretrained=True) and attach()"
+            f"{origin} holds no reduced model: its config.json has no {KEY!r}. For a plain model of"
+            " timm's use timm.create_model('hf-hub:…', pretrained=True) and attach()"
         )
     if own.get("format", 0) > FORMAT:
         raise ValueError(
-            f"{origin} was written by tdm-lightning {own.get('version', '(unknown)')} in format {own['format']}, and this "
-            f"release, {__version__}, reads up to format {FORMAT}: pip install --upgrade tdm-lightning"
+            f"{origin} was written by tdm-lightning {own.get('version', '(unknown)')} in format"
+            f" {own['format']}, and this release, {__version__}, reads up to format {FORMAT}: pip"
+            " install --upgrade tdm-lightning"
         )
-    missing = [key for key in ("architecture", "num_classes", "pretrained_cfg") if key not in config]
+    missing = [
+        key for key in ("architecture", "num_classes", "pretrained_cfg") if key not in config
+    ]
     missing += [f"{KEY}.{key}" for key in ("format", "dtype", "strategy") if key not in own]
     if missing:
-        raise ValueError(f"config.json of {origin} is incomplete: it has no {', '.join(map(repr, missing))}")
+        raise ValueError(
+            f"config.json of {origin} is incomplete: it has no {', '.join(map(repr, missing))}"
+        )
     labels = {"label_names": config["label_names"]} if "label_names" in config else {}
     try:
         vit = timm.create_model(
             config["architecture"],
-            pretrained_cfg={**config["pretrained_cfg"], "num_classes": config["num_classes"], **labels},
+            pretrained_cfg={
+                **config["pretrained_cfg"],
+                "num_classes": config["num_classes"],
+                **labels,
+            },
             **{**config.get("model_args", {}), "num_classes": config["num_classes"]},
         )
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"timm {timm.__version__} cannot make the {config['architecture']!r} of {origin}: {error}") from error
+        raise ValueError(
+            f"timm {timm.__version__} cannot make the {config['architecture']!r} of {origin}:"
+            f" {error}"
+        ) from error
     try:
         strategy = Strategy.from_config(own["strategy"])
     except (TypeError, ValueError) as error:
@@ -215,7 +251,9 @@ def _fill(module: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"{origin} does not fit the model that its config describes. {error}") from error
+        raise ValueError(
+            f"{origin} does not fit the model that its config describes. {error}"
+        ) from error
 
 
 def _read_config(path: Path, origin: str) -> dict[str, Any]:
@@ -226,7 +264,9 @@ def _read_config(path: Path, origin: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"config.json of {origin} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"config.json of {origin} holds a {type(config).__name__}, expected entries by name")
+        raise ValueError(
+            f"config.json of {origin} holds a {type(config).__name__}, expected entries by name"
+        )
     return config
 
 
@@ -239,21 +279,26 @@ def _read_weights(path: Path, origin: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _check_rebuilt(model: Any, config: Mapping[str, Any]) -> None:
-    """Refuse a description that gives another model: arguments of ``timm.create_model`` that nothing recorded."""
+    """Refuse a description that gives another model: arguments of ``timm.create_model`` that
+    nothing recorded.
+    """
     from tdm_lightning.vit.families import input_size
 
     remedy = (
-        f"a {config['architecture']} made with {config.get('model_args', {})} is not this model; say what it was created with: "
-        f"config={{'model_args': {{…}}}}"
+        f"a {config['architecture']} made with {config.get('model_args', {})} is not this model;"
+        " say what it was created with: config={'model_args': {…}}"
     )
-    with torch.random.fork_rng(devices=[]):  # weights are drawn at first, and a run goes on as if nothing had been saved
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # weights are drawn at first, and a run goes on as if nothing had been saved
         rebuilt = _build(config, "what would be written")
     try:
         rebuilt.vit.load_state_dict(model.vit.state_dict())
     except RuntimeError as error:
         raise ValueError(f"nothing was written: {remedy}. {error}") from error
     _fill(rebuilt.strategy, model.strategy.state_dict(), "what the strategy has learned")
-    # The strategy is built from its own config; what may be wrong is the timm model, also where all shapes agree.
+    # The strategy is built from its own config; what may be wrong is the timm model, also where all
+    # shapes agree.
     vit = copy.deepcopy(model.vit).eval()
     like = next(vit.parameters())
     images = torch.randn(2, *input_size(vit), generator=torch.Generator().manual_seed(0)).to(like)
@@ -273,7 +318,9 @@ def _card(model: Any, repo_id: str, license: str | None) -> str:
     cost = "depends on the image: every image keeps its own number of tokens"
     if not strategy.adaptive:
         report = mac_report(model)
-        cost = f"{report.backbone / 1e9:.2f} per image, {report.plain / 1e9:.2f} without the reduction"
+        cost = (
+            f"{report.backbone / 1e9:.2f} per image, {report.plain / 1e9:.2f} without the reduction"
+        )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"""# {name} with {method}
 

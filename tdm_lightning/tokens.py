@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tdm_lightning.ops import first_members, gather_tokens, mean_places, pack, rank_order
 
-#: Added to the logits of keys that nobody may attend to. Finite in half precision too, because an image may have no other keys.
+#: Added to the logits of keys that nobody may attend to. Finite in half precision too, because an
+#: image may have no other keys.
 _UNSEEN = -1e4
 
 
@@ -27,11 +28,13 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Observed:
-    """What a block's attention tells a strategy; only what :meth:`Strategy.needs` asked for is there.
+    """What a block's attention tells a strategy; only what :meth:`Strategy.needs` asked for is
+    there.
 
     Attributes:
-        importance: B×N, float32: the attention each patch gets from the class token (or tokens), mean over heads; in a
-            model without one, the mean attention from all patches. Not renormalised after the prefix is cut off.
+        importance: B×N, float32: the attention each patch gets from the class token (or tokens),
+            mean over heads; in a model without one, the mean attention from all patches. Not
+            renormalised after the prefix is cut off.
         heads: how many heads that is the mean of.
         keys: B×T×d, keys averaged over the heads.
         normed: B×T×C, the tokens after attention under the block's second norm.
@@ -49,9 +52,11 @@ class Reduction:
 
     Attributes:
         x: the M tokens that leave, B×M×C.
-        assignment: the leaving token that now holds each entering one, B×N, int64; -1 where it was dropped.
+        assignment: the leaving token that now holds each entering one, B×N, int64; -1 where it was
+            dropped.
         role: :class:`Role` of each entering token, B×N, int64.
-        place: the entering token in whose place each leaving one stands, B×M, int64; ``None``: see :meth:`Tokens.reduced`.
+        place: the entering token in whose place each leaving one stands, B×M, int64; ``None``: see
+            :meth:`Tokens.reduced`.
     """
 
     x: Tensor
@@ -62,7 +67,9 @@ class Reduction:
     def sizes(self, size: Tensor) -> Tensor:
         """Number of patches in each leaving token, B×M, from that of each entering one, B×N."""
         batch, count = self.x.shape[:2]
-        holder = torch.where(self.assignment < 0, count, self.assignment)  # what is dropped goes to one place more
+        holder = torch.where(
+            self.assignment < 0, count, self.assignment
+        )  # what is dropped goes to one place more
         return size.new_zeros(batch, count + 1).scatter_add(1, holder, size)[:, :count]
 
 
@@ -73,8 +80,8 @@ class LayerTrace:
     Attributes:
         index: the block, counted from 0.
         importance: B×N_in, the scores it decided by; ``None`` where the method has none.
-        assignment: B×N0, int64: the non-prefix output token, in output order, that now holds each patch; -1: dropped. Parked
-            tokens are numbered behind those that stay in the blocks.
+        assignment: B×N0, int64: the non-prefix output token, in output order, that now holds each
+            patch; -1: dropped. Parked tokens are numbered behind those that stay in the blocks.
         role: B×N0, int64, :class:`Role` of each patch.
     """
 
@@ -89,8 +96,9 @@ class Trace:
     """What became of every patch.
 
     Attributes:
-        token_counts: patch tokens after each block; where some are parked, those that the block updated. For adaptive
-            strategies each entry is a tensor B, one number per image, padding not counted.
+        token_counts: patch tokens after each block; where some are parked, those that the block
+            updated. For adaptive strategies each entry is a tensor B, one number per image, padding
+            not counted.
         layers: one :class:`LayerTrace` per reducing block.
     """
 
@@ -100,12 +108,15 @@ class Trace:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a model's blocks learn where tokens are, on the grid of all N0 patches; for models with more than absolute positions.
+    """How a model's blocks learn where tokens are, on the grid of all N0 patches; for models with
+    more than absolute positions.
 
     Attributes:
         rope: rotary embeddings, one per block, each N0×D or H×N0×D; empty without RoPE.
-        bias: relative position bias that all blocks share, 1×H×T0×T0; each block may add its own.
-        columns: width of the grid, where merged tokens stand in the middle of their patches, see :meth:`Tokens.reduced`.
+        bias: relative position bias that all blocks share, 1×H×T0×T0; each block may add its
+            own.
+        columns: width of the grid, where merged tokens stand in the middle of their patches, see
+            :meth:`Tokens.reduced`.
     """
 
     rope: tuple[Tensor, ...] = ()
@@ -115,26 +126,30 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens between two steps of a block. Immutable: a step returns a new one, so nothing of a pass stays behind.
+    """The tokens between two steps of a block. Immutable: a step returns a new one, so nothing of a
+    pass stays behind.
 
     Attributes:
         x: B×T×C, prefix tokens first.
-        prefix: number of prefix tokens: class, distillation, registers, and what a strategy lets run with them for a while.
+        prefix: number of prefix tokens: class, distillation, registers, and what a strategy lets
+            run with them for a while.
         depth: number of blocks in the model.
         readout: number of leading tokens that the head reads; ``None``: it pools over patches.
-        images: B, int64, which images of the batch the tokens belong to, once some have left it; ``None``: all of them.
+        images: B, int64, which images of the batch the tokens belong to, once some have left it;
+            ``None``: all of them.
         size: B×(T-prefix), patches each token stands for; ``None`` where nothing asks for it.
-        source: the token of :attr:`held` that holds each original patch, -1 dropped, int64, N0 for every image of the whole
-            batch; only while tracing.
+        source: the token of :attr:`held` that holds each original patch, -1 dropped, int64, N0 for
+            every image of the whole batch; only while tracing.
         geometry: tables of positions; ``None`` in models whose blocks do not ask where a token is.
-        position: B×N, int64, the original patch in whose place each token stands; ``None``: every patch still in its own, or
-            nothing asks.
+        position: B×N, int64, the original patch in whose place each token stands; ``None``: every
+            patch still in its own, or nothing asks.
         key_bias: added to the attention logits, broadcast to B×H×T×T.
-        policy: B×T, differentiable: how far each token may be attended to; selects the explicit attention of
-            :func:`~tdm_lightning.ops.policy_softmax`.
-        valid: B×T, bool: False where a row only pads an image that has fewer tokens than others; ``None``: all are tokens.
-        queries: rows of ``x``, int64, prefix included, that the coming block computes; its attention still looks at all
-            rows, and only these leave it. ``None``: all.
+        policy: B×T, differentiable: how far each token may be attended to; selects the explicit
+            attention of :func:`~tdm_lightning.ops.policy_softmax`.
+        valid: B×T, bool: False where a row only pads an image that has fewer tokens than others;
+            ``None``: all are tokens.
+        queries: rows of ``x``, int64, prefix included, that the coming block computes; its
+            attention still looks at all rows, and only these leave it. ``None``: all.
         parked: B×P×C, patch tokens that wait outside the blocks.
         layers: what the reducing layers did; only while tracing.
         carry: the strategy's own tensors for this pass.
@@ -177,20 +192,31 @@ class Tokens:
     @property
     def held(self) -> Tensor:
         """All patch tokens there are: those in the blocks, then the parked ones, B×(N+P)×C."""
-        return self.patches if self.parked is None else torch.cat((self.patches, self.parked), dim=1)
+        return (
+            self.patches if self.parked is None else torch.cat((self.patches, self.parked), dim=1)
+        )
 
     def whole(self, values: Tensor, fill: float = 0) -> Tensor:
-        """Values of the present images, B×…, for the whole batch: ``fill`` for images that left. Only while tracing."""
+        """Values of the present images, B×…, for the whole batch: ``fill`` for images that left.
+        Only while tracing.
+        """
         if self.images is None:
             return values
         assert self.source is not None
-        return values.new_full((self.source.shape[0], *values.shape[1:]), fill).index_copy(0, self.images, values)
+        return values.new_full((self.source.shape[0], *values.shape[1:]), fill).index_copy(
+            0, self.images, values
+        )
 
     def replace(self, **changes: Any) -> Tokens:
         """A copy with some fields changed."""
-        if torch.compiler.is_compiling():  # older versions of its tracer do not follow what comes below
-            return Tokens(**{name: changes.get(name, getattr(self, name)) for name in Tokens.__match_args__})
-        # Many times in every block: dataclasses.replace takes six times as long, which one image alone feels.
+        if (
+            torch.compiler.is_compiling()
+        ):  # older versions of its tracer do not follow what comes below
+            return Tokens(
+                **{name: changes.get(name, getattr(self, name)) for name in Tokens.__match_args__}
+            )
+        # Many times in every block: dataclasses.replace takes six times as long, which one image
+        # alone feels.
         copy = object.__new__(Tokens)
         copy.__dict__.update(self.__dict__, **changes)
         return copy
@@ -200,7 +226,9 @@ class Tokens:
         return self.replace(carry={**self.carry, **tensors})
 
     def with_size_bias(self) -> Tokens:
-        """Proportional attention: ``log(size)`` added to the logits of every key (Bolya et al., 2023, eq. 1)."""
+        """Proportional attention: ``log(size)`` added to the logits of every key (Bolya et al.,
+        2023, eq. 1).
+        """
         assert self.size is not None
         bias = torch.nn.functional.pad(self.size.log(), (self.prefix, 0))
         return self.replace(key_bias=bias[:, None, None, :].to(self.x.dtype))
@@ -208,7 +236,8 @@ class Tokens:
     def packed(self, index: int, kept: Tensor, importance: Tensor | None = None) -> Tokens:
         """The tokens after every image kept its own choice of patch tokens; the others are gone.
 
-        Images that kept fewer than the longest are padded; padding is masked out of the attention and stands for no patch.
+        Images that kept fewer than the longest are padded; padding is masked out of the attention
+        and stands for no patch.
 
         Args:
             index: the block.
@@ -243,18 +272,24 @@ class Tokens:
         return self.replace(images=images[stay], **changes)
 
     def masked(self, valid: Tensor) -> Tokens:
-        """The tokens with padding, B×T bool, masked out of the attention. Takes the place of any other key bias."""
+        """The tokens with padding, B×T bool, masked out of the attention. Takes the place of any
+        other key bias.
+        """
         if bool(valid.all()):  # a batch of one: nothing to mask, so the fastest attention kernel
             return self.replace(valid=None, key_bias=None)
-        bias = torch.zeros(valid.shape, dtype=self.x.dtype, device=self.x.device).masked_fill(~valid, _UNSEEN)
+        bias = torch.zeros(valid.shape, dtype=self.x.dtype, device=self.x.device).masked_fill(
+            ~valid, _UNSEEN
+        )
         return self.replace(valid=valid, key_bias=bias[:, None, None, :])
 
     def reduced(self, index: int, reduction: Reduction, importance: Tensor | None = None) -> Tokens:
-        """The tokens after block ``index`` replaced its patch tokens; sizes, positions and trace follow along.
+        """The tokens after block ``index`` replaced its patch tokens; sizes, positions and trace
+        follow along.
 
-        Where a merged token stands was chosen by measurement (``.github/positions``). Under rotary positions it takes the place
-        of its most important member, or of its first where there is no importance: the place nearest to the mean of its patches
-        cost up to 30 points of accuracy. Under a relative position bias that mean was ahead by up to 5 points, so it is taken.
+        Where a merged token stands was chosen by measurement (``.github/positions``). Under rotary
+        positions it takes the place of its most important member, or of its first where there is no
+        importance: the place nearest to the mean of its patches cost up to 30 points of accuracy.
+        Under a relative position bias that mean was ahead by up to 5 points, so it is taken.
         """
         changes: dict[str, Any] = {"x": torch.cat((self.x[:, : self.prefix], reduction.x), dim=1)}
         position = self._positions(reduction, importance)
@@ -263,8 +298,13 @@ class Tokens:
         if self.size is not None:
             changes["size"] = reduction.sizes(self.size)
         if self.source is not None:
-            assignment, fate = self.whole(reduction.assignment, -1), self.whole(reduction.role, int(Role.DROPPED))
-            held = torch.where(self.source < 0, assignment.shape[1], self.source)  # what is gone stays so, at the end
+            assignment, fate = (
+                self.whole(reduction.assignment, -1),
+                self.whole(reduction.role, int(Role.DROPPED)),
+            )
+            held = torch.where(
+                self.source < 0, assignment.shape[1], self.source
+            )  # what is gone stays so, at the end
             source = torch.nn.functional.pad(assignment, (0, 1), value=-1).gather(1, held)
             role = torch.nn.functional.pad(fate, (0, 1), value=int(Role.DROPPED)).gather(1, held)
             scores = None if importance is None else self.whole(importance.detach())
@@ -284,7 +324,9 @@ class Tokens:
                 position = torch.arange(self.count, device=self.x.device).expand_as(group)
             return mean_places(group, groups, position, self.size, self.geometry.columns)
         if place is None:
-            place = first_members(group, groups, None if importance is None else rank_order(importance))
+            place = first_members(
+                group, groups, None if importance is None else rank_order(importance)
+            )
         return place if position is None else position.gather(1, place)
 
 

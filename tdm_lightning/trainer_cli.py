@@ -14,7 +14,9 @@ from tdm_lightning.module import TokenReductionClassifier
 
 
 class TokenReductionCLI(LightningCLI):
-    """Links data and model: the classes flow to the model, the model's name and arguments to the transforms."""
+    """Links data and model: the classes flow to the model, the model's name and arguments to the
+    transforms.
+    """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """See ``LightningCLI``."""
@@ -24,7 +26,9 @@ class TokenReductionCLI(LightningCLI):
         parser.link_arguments("data.label_names", "model.label_names", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """See ``LightningCLI``, which warns about arguments given from Python: here they always are."""
+        """See ``LightningCLI``, which warns about arguments given from Python: here they always
+        are.
+        """
         self.config = parser.parse_args(args)
 
     def after_predict(self) -> None:
@@ -39,7 +43,9 @@ class TokenReductionCLI(LightningCLI):
             index = 0
             for batch in batches:
                 best = batch["probabilities"].max(dim=-1).values.tolist()
-                for label, name, probability in zip(batch["label"].tolist(), batch["name"], best, strict=True):
+                for label, name, probability in zip(
+                    batch["label"].tolist(), batch["name"], best, strict=True
+                ):
                     writer.writerow([index, label, name, f"{probability:.6f}"])
                     index += 1
         print(f"wrote {index} predictions to {path}")
@@ -50,7 +56,9 @@ def _name(model: Any) -> str | None:
     return model if isinstance(model, str) else None
 
 
-def run(args: list[str], model_class: type | None = None, datamodule_class: type | None = None) -> TokenReductionCLI:
+def run(
+    args: list[str], model_class: type | None = None, datamodule_class: type | None = None
+) -> TokenReductionCLI:
     """Parse the arguments and run the chosen ``Trainer`` method."""
     return TokenReductionCLI(
         model_class or TokenReductionClassifier,

@@ -12,7 +12,9 @@ GATE = {"gate_scale": 1.5, "gate_center": 2.0}
 
 
 def spread(vit):
-    """Weights that make states differ between tokens, while channel 0 rises: so they halt at different blocks."""
+    """Weights that make states differ between tokens, while channel 0 rises: so they halt at
+    different blocks.
+    """
     torch.manual_seed(2)
     with torch.no_grad():
         for name, parameter in vit.named_parameters():
@@ -34,7 +36,15 @@ def spread(vit):
 def make_vit(**kwargs):
     """16 patches, 6 blocks."""
     torch.manual_seed(1)
-    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 6, "num_heads": 2, "num_classes": 5, **kwargs}
+    arguments = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 6,
+        "num_heads": 2,
+        "num_classes": 5,
+        **kwargs,
+    }
     return spread(VisionTransformer(**arguments))
 
 

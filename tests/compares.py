@@ -10,7 +10,14 @@ import tdm_lightning as tdm
 from tdm_lightning.cli import main
 from tdm_lightning.compare import timing
 
-SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10}
+SHAPE = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 10,
+}
 NAME = "deit_tiny_patch16_224"
 STRATEGIES = [
     {"class_path": "TDM", "init_args": {"keep_rate": 0.5, "layers": [1]}},
@@ -26,8 +33,18 @@ def compare(tmp_path, monkeypatch):
 
     def call(*extra, strategies=STRATEGIES, shape=SHAPE, rounds=2):
         out = tmp_path / "out"
-        arguments = [f"--model={NAME}", f"--model_kwargs={json.dumps(shape)}", f"--strategies={json.dumps(strategies)}"]
-        arguments += [f"--rounds={rounds}", "--warmup=1", "--batch_size=2", "--device=cpu", f"--out={out}"]
+        arguments = [
+            f"--model={NAME}",
+            f"--model_kwargs={json.dumps(shape)}",
+            f"--strategies={json.dumps(strategies)}",
+        ]
+        arguments += [
+            f"--rounds={rounds}",
+            "--warmup=1",
+            "--batch_size=2",
+            "--device=cpu",
+            f"--out={out}",
+        ]
         main(["compare", *arguments, *extra])
 
     return call

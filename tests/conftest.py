@@ -28,7 +28,9 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], tuple[dict[str, Any], dict[str, torch.Tensor]]]:
-    """Facts and tensors recorded from an official implementation, by the folder's name under ``tests/golden``."""
+    """Facts and tensors recorded from an official implementation, by the folder's name under
+    ``tests/golden``.
+    """
 
     def load(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         folder = Path(__file__).parent / "golden" / name
@@ -44,18 +46,29 @@ def golden() -> Callable[[str], tuple[dict[str, Any], dict[str, torch.Tensor]]]:
 
 
 @pytest.fixture(scope="session")
-def official(golden: Callable[..., Any]) -> Callable[..., tuple[dict[str, Any], dict[str, torch.Tensor], tdm.TokenReducedViT]]:
-    """A golden case's facts and tensors, and a timm model under a strategy with the official weights."""
+def official(
+    golden: Callable[..., Any],
+) -> Callable[..., tuple[dict[str, Any], dict[str, torch.Tensor], tdm.TokenReducedViT]]:
+    """A golden case's facts and tensors, and a timm model under a strategy with the official
+    weights.
+    """
 
     def build(
         name: str, strategy: tdm.Strategy, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor], tdm.TokenReducedViT]:
         facts, tensors = golden(name)
-        arguments = {key: value for key, value in facts["constructor"].items() if not key.endswith("layernorm_eps")}
+        arguments = {
+            key: value
+            for key, value in facts["constructor"].items()
+            if not key.endswith("layernorm_eps")
+        }
         norm = functools.partial(torch.nn.LayerNorm, eps=facts["constructor"]["layernorm_eps"])
-        model = tdm.attach(VisionTransformer(norm_layer=norm, **arguments, **kwargs), strategy).eval()
+        model = tdm.attach(
+            VisionTransformer(norm_layer=norm, **arguments, **kwargs), strategy
+        ).eval()
         tdm.checkpoints.load_official(
-            model, {key[11:]: value for key, value in tensors.items() if key.startswith("state_dict.")}
+            model,
+            {key[11:]: value for key, value in tensors.items() if key.startswith("state_dict.")},
         )
         return facts, tensors, model
 

@@ -1,6 +1,7 @@
 """Small image classification sets on disk, in every format that the data module reads.
 
-Each image has one colour per class, so that a batch tells whether images and labels still belong together.
+Each image has one colour per class, so that a batch tells whether images and labels still belong
+together.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def samples(classes: int = 3, per_class: int = 6, size: int = 48) -> Iterator[tu
             yield encode(label, index, size), label
 
 
-def make_image_folder(root: Path, classes: int = 3, per_class: int = 6, size: int = 48, splits: Sequence[str] = SPLITS) -> Path:
+def make_image_folder(
+    root: Path, classes: int = 3, per_class: int = 6, size: int = 48, splits: Sequence[str] = SPLITS
+) -> Path:
     """``SPLIT/CLASS/INDEX.jpg``."""
     for split in splits:
         for label in range(classes):
@@ -53,7 +56,14 @@ def make_table(classes: int = 3, per_class: int = 6, size: int = 48, named: bool
     return Dataset.from_dict(columns, features=Features({"image": Image(), "label": label}))
 
 
-def make_parquet(root: Path, classes: int = 3, per_class: int = 6, size: int = 48, shards: int = 2, named: bool = True) -> Path:
+def make_parquet(
+    root: Path,
+    classes: int = 3,
+    per_class: int = 6,
+    size: int = 48,
+    shards: int = 2,
+    named: bool = True,
+) -> Path:
     """``SPLIT-SHARD.parquet``."""
     root.mkdir(parents=True, exist_ok=True)
     table = make_table(classes, per_class, size, named)
@@ -63,20 +73,26 @@ def make_parquet(root: Path, classes: int = 3, per_class: int = 6, size: int = 4
     return root
 
 
-def make_arrow(root: Path, classes: int = 3, per_class: int = 6, size: int = 48, shards: int = 2) -> Path:
+def make_arrow(
+    root: Path, classes: int = 3, per_class: int = 6, size: int = 48, shards: int = 2
+) -> Path:
     """``SPLIT/data-*.arrow``, as ``Dataset.save_to_disk`` writes them."""
     for split in SPLITS:
         make_table(classes, per_class, size).save_to_disk(root / split, num_shards=shards)
     return root
 
 
-def make_webdataset(root: Path, classes: int = 3, per_class: int = 6, size: int = 48, shards: int = 2) -> Path:
+def make_webdataset(
+    root: Path, classes: int = 3, per_class: int = 6, size: int = 48, shards: int = 2
+) -> Path:
     """``SPLIT-SHARD.tar`` with files ``INDEX.jpg`` and ``INDEX.cls``."""
     root.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         for shard in range(shards):
             with tarfile.open(root / f"{split}-{shard:05}.tar", "w") as tar:
-                for index, (image, label) in list(enumerate(samples(classes, per_class, size)))[shard::shards]:
+                for index, (image, label) in list(enumerate(samples(classes, per_class, size)))[
+                    shard::shards
+                ]:
                     for suffix, content in (("jpg", image), ("cls", str(label).encode())):
                         info = tarfile.TarInfo(f"{index:06}.{suffix}")
                         info.size = len(content)

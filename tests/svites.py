@@ -12,7 +12,14 @@ DEPTH = 4
 
 def small(strategy, **changes):
     torch.manual_seed(0)
-    settings = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": DEPTH, "num_heads": 3, "num_classes": 5}
+    settings = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 24,
+        "depth": DEPTH,
+        "num_heads": 3,
+        "num_classes": 5,
+    }
     return tdm.attach(VisionTransformer(**{**settings, **changes}), strategy)
 
 
@@ -33,7 +40,11 @@ def train(model, steps, total=None, hook=lambda step: None, lr=1e-2):
 
 
 def masks(model):
-    return {name: mask.clone() for name, mask in model.strategy.masks.named_buffers() if name != "in_force"}
+    return {
+        name: mask.clone()
+        for name, mask in model.strategy.masks.named_buffers()
+        if name != "in_force"
+    }
 
 
 def perturbed(model):

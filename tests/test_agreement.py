@@ -30,14 +30,19 @@ def test_an_image_that_rounding_decides_is_left_out():
 
     def run(images):
         logits = Decided()(images)
-        return torch.where((images == tied).flatten(1).all(dim=1, keepdim=True), 1 - logits, logits + 1e-5)
+        return torch.where(
+            (images == tied).flatten(1).all(dim=1, keepdim=True), 1 - logits, logits + 1e-5
+        )
 
     found = compare_logits(Decided(), run, [clear, torch.cat((tied, clear))])
     assert found == Agreement(pytest.approx(1e-5, rel=1e-2), 2, 1)
 
 
 def test_a_mistake_is_not_excused_by_near_ties_beside_it():
-    with pytest.raises(ValueError, match=r"2 of 2 images: they differ by up to 1, and 0\.0001 is allowed.*rounding is not"):
+    with pytest.raises(
+        ValueError,
+        match=r"2 of 2 images: they differ by up to 1, and 0\.0001 is allowed.*rounding is not",
+    ):
         compare_logits(Decided(), the_other_way, [torch.cat((image(1e-9), image(0.1)))])
 
 
@@ -55,6 +60,8 @@ def test_nan_is_a_mistake(mean):
 def test_the_tolerance_grows_with_the_logits():
     model = nn.Flatten()
     images = torch.full((1, 1, 1, 2), 100.0)
-    assert compare_logits(model, lambda x: model(x) + 5e-3, [images]).difference == pytest.approx(5e-3, rel=1e-2)
+    assert compare_logits(model, lambda x: model(x) + 5e-3, [images]).difference == pytest.approx(
+        5e-3, rel=1e-2
+    )
     with pytest.raises(ValueError, match=r"0\.01 is allowed"):
         compare_logits(model, lambda x: model(x) + 2e-2, [images])

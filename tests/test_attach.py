@@ -7,7 +7,12 @@ import pytest
 import timm
 import torch
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import (
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -20,7 +25,15 @@ LAYERS = (1, 2)
 
 
 def small(distilled=False, **kwargs):
-    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5, **kwargs}
+    arguments = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 4,
+        "num_heads": 2,
+        "num_classes": 5,
+        **kwargs,
+    }
     vit = (VisionTransformerDistilled if distilled else VisionTransformer)(**arguments).eval()
     with torch.no_grad():
         for name, parameter in vit.named_parameters():
@@ -64,7 +77,9 @@ def test_keep_rate_1_is_timms_model(images, kwargs):
     vit = small(**kwargs)
     model = tdm.attach(vit, tdm.TDM(1.0, LAYERS))
     torch.testing.assert_close(model(images), vit(images), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(model.forward_features(images), vit.forward_features(images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model.forward_features(images), vit.forward_features(images), atol=1e-5, rtol=1e-5
+    )
     assert model.vit is vit
     assert tdm.detach(model) is vit
 
@@ -98,26 +113,38 @@ def test_timms_own_names():
 @torch.no_grad()
 def test_importance_comes_from_the_class_tokens_rows(images):
     """Against the full map of timm's unfused attention, spelled out."""
-    for kwargs, rows in ((FAMILIES["deit"], 1), (FAMILIES["deit-distilled"], 2), (FAMILIES["dinov2-registers"], 1)):
+    for kwargs, rows in (
+        (FAMILIES["deit"], 1),
+        (FAMILIES["deit-distilled"], 2),
+        (FAMILIES["dinov2-registers"], 1),
+    ):
         vit = small(**kwargs)
         assert class_rows(vit) == rows
         inputs = []
-        handle = vit.blocks[1].attn.register_forward_pre_hook(lambda module, args, kept=inputs: kept.append(args[0]))
+        handle = vit.blocks[1].attn.register_forward_pre_hook(
+            lambda module, args, kept=inputs: kept.append(args[0])
+        )
         seen = tdm.attach(vit, tdm.EViT(0.7, (1,))).trace(images)[1].layers[0].importance
         handle.remove()
         q, k, _ = vit.blocks[1].attn.qkv(inputs[0]).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
         full = (q @ k.transpose(-2, -1) / 4).softmax(-1)
-        torch.testing.assert_close(seen, full[:, :, :rows, vit.num_prefix_tokens :].mean(dim=(1, 2)), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(
+            seen, full[:, :, :rows, vit.num_prefix_tokens :].mean(dim=(1, 2)), atol=1e-6, rtol=1e-4
+        )
 
 
-@pytest.mark.parametrize("family", ["augreg-avg", "no-class-token", "siglip-map", "avgmax", "max", "pool-with-prefix"])
+@pytest.mark.parametrize(
+    "family", ["augreg-avg", "no-class-token", "siglip-map", "avgmax", "max", "pool-with-prefix"]
+)
 @torch.no_grad()
 def test_pooling_counts_a_token_as_often_as_it_has_patches(family):
     """The weighted head equals timm's own on tokens repeated ``size`` times."""
     vit = small(**FAMILIES[family])
     prefix, sizes = vit.num_prefix_tokens, torch.tensor([1, 4, 2, 3])
     features = torch.randn(1, prefix + 4, 32)
-    repeated = torch.cat((features[:, :prefix], features[:, prefix:].repeat_interleave(sizes, dim=1)), dim=1)
+    repeated = torch.cat(
+        (features[:, :prefix], features[:, prefix:].repeat_interleave(sizes, dim=1)), dim=1
+    )
     weighted = forward_head(vit, features, sizes.float().unsqueeze(0))
     torch.testing.assert_close(weighted, vit.forward_head(repeated), atol=1e-5, rtol=1e-4)
     if family != "max":
@@ -132,14 +159,16 @@ def test_pooling_counts_a_token_as_often_as_it_has_patches(family):
 
 @torch.no_grad()
 def test_sizes_are_the_numbers_of_patches(images):
-    output = tdm.attach(small(**FAMILIES["no-class-token"]), tdm.TDM(0.5, LAYERS)).run(images, trace=True)
+    output = tdm.attach(small(**FAMILIES["no-class-token"]), tdm.TDM(0.5, LAYERS)).run(
+        images, trace=True
+    )
     for image in range(2):
         held = output.trace.layers[-1].assignment[image]
         assert output.size[image].tolist() == held.bincount(minlength=4).tolist()
         assert output.size[image].sum() == 16
 
 
-# Refusals --------------------------------------------------------------------------------------------------------------
+# Refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -153,7 +182,9 @@ def test_sizes_are_the_numbers_of_patches(images):
 def test_models_that_cannot_be_reduced_are_refused_with_the_reason(name, reason):
     with torch.device("meta"):
         other = timm.create_model(name)
-    with pytest.raises(TypeError, match=f"cannot reduce the tokens of {type(other).__name__}: .*{reason}"):
+    with pytest.raises(
+        TypeError, match=f"cannot reduce the tokens of {type(other).__name__}: .*{reason}"
+    ):
         tdm.attach(other, tdm.TDM())
 
 
@@ -198,15 +229,19 @@ def test_images_of_another_shape(shape):
 
 
 def test_images_of_another_size():
-    with pytest.raises(ValueError, match=r"must be 32×32 for this model, got 40×32.*dynamic_img_size"):
+    with pytest.raises(
+        ValueError, match=r"must be 32×32 for this model, got 40×32.*dynamic_img_size"
+    ):
         tdm.attach(small(), tdm.TDM(layers=LAYERS))(torch.zeros(1, 3, 40, 32))
     model = tdm.attach(small(dynamic_img_size=True), tdm.TDM(layers=LAYERS))
     assert model.trace(torch.zeros(1, 3, 40, 32))[1].token_counts == [20, 14, 10, 10]
-    with pytest.raises(ValueError, match=r"multiple of the patch size 8×8 for this model, got 41×32"):
+    with pytest.raises(
+        ValueError, match=r"multiple of the patch size 8×8 for this model, got 41×32"
+    ):
         model(torch.zeros(1, 3, 41, 32))
 
 
-# One model, several wrappers ----------------------------------------------------------------------------------------------
+# One model, several wrappers ------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -227,7 +262,7 @@ def test_mode_is_the_timm_models():
         assert all(module.training is mode for module in model.modules())
 
 
-# timm's tools -------------------------------------------------------------------------------------------------------------
+# timm's tools ---------------------------------------------------------------------------------
 
 
 def merged(groups):
@@ -247,12 +282,20 @@ def test_optimizer_groups_are_those_of_the_timm_model(kwargs):
     assert own == {f"vit.{name}" for name in skip}
     for groups in (
         lambda m: param_groups_weight_decay(m, 0.05, no_weight_decay_list=m.no_weight_decay()),
-        lambda m: param_groups_layer_decay(m, 0.05, no_weight_decay_list=m.no_weight_decay(), layer_decay=0.7),
+        lambda m: param_groups_layer_decay(
+            m, 0.05, no_weight_decay_list=m.no_weight_decay(), layer_decay=0.7
+        ),
         lambda m: create_optimizer_v2(m, "adamw", lr=1e-3, weight_decay=0.05).param_groups,
-        lambda m: create_optimizer_v2(m, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.7).param_groups,
+        lambda m: (
+            create_optimizer_v2(
+                m, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.7
+            ).param_groups
+        ),
     ):
         assert merged(groups(model)) == merged(groups(vit))
-    no_decay = merged(param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay()))[0.0, 1.0]
+    no_decay = merged(
+        param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
+    )[0.0, 1.0]
     for name in ("pos_embed", "cls_token"):
         parameter = getattr(vit, name)
         assert parameter is None or id(parameter) in no_decay
@@ -326,7 +369,9 @@ def test_forward_intermediates_is_timms(images, family, norm, indices, count):
     vit = small(**FAMILIES[family])
     for output_fmt, shape in (("NCHW", (2, 32, 4, 4)), ("NLC", (2, 16, 32))):
         arguments = {"indices": indices, "norm": norm, "output_fmt": output_fmt}
-        reduced = tdm.attach(vit, tdm.TDM(0.6, LAYERS)).forward_intermediates(images, intermediates_only=True, **arguments)
+        reduced = tdm.attach(vit, tdm.TDM(0.6, LAYERS)).forward_intermediates(
+            images, intermediates_only=True, **arguments
+        )
         assert [tuple(x.shape) for x in reduced] == [shape] * count
         model = tdm.attach(vit, tdm.TDM(1.0, LAYERS))
         for flags in ({}, {"return_prefix_tokens": True}):
@@ -364,7 +409,9 @@ def test_taps_fire_once_per_block_with_its_tokens(images):
 
 
 def test_training_moves_every_parameter(images):
-    """Gradients reach queries and keys of the reducing layers also through the combination weights."""
+    """Gradients reach queries and keys of the reducing layers also through the combination
+    weights.
+    """
     model = tdm.attach(small(), tdm.TDM(0.6, LAYERS)).train()
     optimizer = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=0.0)
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -1,4 +1,6 @@
-"""A-ViT at inference: against one image and token at a time, with halted tokens really gone, and its laws."""
+"""A-ViT at inference: against one image and token at a time, with halted tokens really gone, and
+its laws.
+"""
 
 import pytest
 import timm
@@ -21,13 +23,15 @@ def images():
     return torch.randn(4, 3, 32, 32)
 
 
-# One image and token at a time ---------------------------------------------------------------------------------------
+# One image and token at a time ----------------------------------------------------------------
 
 
 def slowly(vit, image, strategy, waits_for=None):
-    """The definition, for one image of 3×H×W: features before the final norm, blocks run and remainder of every token.
+    """The definition, for one image of 3×H×W: features before the final norm, blocks run and
+    remainder of every token.
 
-    Halted tokens are left out of what the blocks get. The whole image ends with the tokens in ``waits_for``.
+    Halted tokens are left out of what the blocks get. The whole image ends with the tokens in
+    ``waits_for``.
     """
     states = vit._pos_embed(vit.patch_embed(image[None]))[0]
     alive, spent = list(range(len(states))), [0.0] * len(states)
@@ -54,7 +58,11 @@ def slowly(vit, image, strategy, waits_for=None):
     return sums, torch.tensor(blocks), torch.tensor(rest)
 
 
-@given(scale=st.sampled_from([0.5, 1.0, 3.0]), center=st.floats(-2, 8), eps=st.sampled_from([0.01, 0.2]))
+@given(
+    scale=st.sampled_from([0.5, 1.0, 3.0]),
+    center=st.floats(-2, 8),
+    eps=st.sampled_from([0.01, 0.2]),
+)
 @torch.no_grad()
 def test_both_forms_follow_the_definition(scale, center, eps):
     model = small(gate_scale=scale, gate_center=center, eps=eps)
@@ -67,10 +75,14 @@ def test_both_forms_follow_the_definition(scale, center, eps):
         close(masked.features[i], model.vit.norm(sums), 1e-4)
         assert torch.equal(masked.carry["blocks"][i].long(), blocks)
         close(masked.carry["ponder"][i], blocks + rest, 1e-5)
-        assert [count[i].item() for count in masked.trace.token_counts] == [(blocks[1:] > at).sum() for at in range(6)]
+        assert [count[i].item() for count in masked.trace.token_counts] == [
+            (blocks[1:] > at).sum() for at in range(6)
+        ]
         sums, blocks, _ = slowly(model.vit, image, model.strategy, waits_for={0})
         close(removed.features[i], model.vit.norm(sums), 1e-4)
-        assert [count[i].item() for count in removed.trace.token_counts] == [(blocks[1:] > at).sum() for at in range(6)]
+        assert [count[i].item() for count in removed.trace.token_counts] == [
+            (blocks[1:] > at).sum() for at in range(6)
+        ]
     close(removed.logits, masked.logits, 1e-5)
 
 
@@ -86,18 +98,34 @@ MODELS = {
     "rotary": lambda: timm_model("eva02_tiny_patch14_224", patch_size=8),
     "relative bias": lambda: timm_model("beit_base_patch16_224"),
 }
-CENTERS = {"registers": 4.0, "no class token": 3.0, "another norm": 9.0, "distilled": 3.0, "rotary": 4.0, "relative bias": 4.0}
+CENTERS = {
+    "registers": 4.0,
+    "no class token": 3.0,
+    "another norm": 9.0,
+    "distilled": 3.0,
+    "rotary": 4.0,
+    "relative bias": 4.0,
+}
 
 
 def timm_model(name, **kwargs):
-    small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 6, "num_heads": 2, "num_classes": 5}
+    small = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 6,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
     return spread(timm.create_model(name, **{**small, **kwargs}))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
 def test_removal_equals_masking(name, images):
-    """On every kind of model; images differ in length, and where the head reads leading tokens some leave early."""
+    """On every kind of model; images differ in length, and where the head reads leading tokens some
+    leave early.
+    """
     model = small(MODELS[name](), gate_center=CENTERS.get(name, 2.0))
     logits, removed = model.trace(images)
     expected, masked = masking(model).trace(images)
@@ -111,7 +139,7 @@ def test_removal_equals_masking(name, images):
     assert found[-1].sum() < 4 * 16
 
 
-# What is computed ----------------------------------------------------------------------------------------------------
+# What is computed -----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -120,7 +148,9 @@ def test_fewer_rows_enter_the_matmuls(images):
     rows = {index: [] for index in range(6)}
     for index, block in enumerate(model.vit.blocks):
         for layer in (block.attn.qkv, block.mlp.fc1):
-            layer.register_forward_pre_hook(lambda layer, inputs, index=index: rows[index].append(inputs[0].shape[:2]))
+            layer.register_forward_pre_hook(
+                lambda layer, inputs, index=index: rows[index].append(inputs[0].shape[:2])
+            )
     model(images)
     blocks = [slowly(model.vit, image, model.strategy, waits_for={0})[1] for image in images]
     for index, shapes in rows.items():
@@ -163,7 +193,12 @@ def test_images_that_all_leave_at_once_end_the_pass(images):
     first = model.vit.blocks[0](model.vit._pos_embed(model.vit.patch_embed(images)))
     close(logits, model.vit.head(model.vit.norm(first)[:, 0]), 1e-5)
     assert tdm.flops.mac_report(model, images=images).blocks[1].mlp == 0
-    assert model.forward_intermediates(images, indices=[3], intermediates_only=True)[0].shape == (4, 32, 4, 4)
+    assert model.forward_intermediates(images, indices=[3], intermediates_only=True)[0].shape == (
+        4,
+        32,
+        4,
+        4,
+    )
     assert len(small(gate_center=-100.0).trace(images[:1])[1].layers) == 1
 
 
@@ -176,7 +211,7 @@ def test_without_halting_it_is_the_plain_model(images):
     assert model.trace(images)[1].layers == []
 
 
-# Laws ----------------------------------------------------------------------------------------------------------------
+# Laws -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -188,7 +223,9 @@ def test_an_image_does_not_depend_on_its_batch(images):
     for i in range(len(images)):
         alone, own = model.trace(images[i : i + 1])
         close(alone[0], together[i], 1e-5)
-        assert [count.item() for count in own.token_counts] == [count[i].item() for count in trace.token_counts]
+        assert [count.item() for count in own.token_counts] == [
+            count[i].item() for count in trace.token_counts
+        ]
         fates = {layer.index: layer.assignment[i] for layer in trace.layers}
         for layer in own.layers:
             assert torch.equal(layer.assignment[0], fates[layer.index])
@@ -199,7 +236,9 @@ def test_the_trace_accounts_for_every_patch_of_every_image(images):
     model = small()
     _, trace = model.trace(images)
     assert [layer.index for layer in trace.layers] == [2, 3, 4, 5]
-    runs = torch.stack([slowly(model.vit, image, model.strategy, waits_for={0})[1][1:] for image in images])
+    runs = torch.stack(
+        [slowly(model.vit, image, model.strategy, waits_for={0})[1][1:] for image in images]
+    )
     for layer in trace.layers:
         kept = runs > layer.index
         assert torch.equal(layer.assignment, torch.where(kept, kept.cumsum(1) - 1, -1))
@@ -221,9 +260,13 @@ def test_intermediate_maps_hold_every_image(images):
         model(image[None])
         for handle in handles:
             handle.remove()
-    final, maps = model.forward_intermediates(images, indices=[2, 5], output_fmt="NLC", return_prefix_tokens=True)
+    final, maps = model.forward_intermediates(
+        images, indices=[2, 5], output_fmt="NLC", return_prefix_tokens=True
+    )
     assert final.shape == (4, 17, 32)
-    runs = torch.stack([slowly(model.vit, image, model.strategy, waits_for={0})[1] for image in images])
+    runs = torch.stack(
+        [slowly(model.vit, image, model.strategy, waits_for={0})[1] for image in images]
+    )
     for at, (dense, prefix) in zip([2, 5], maps, strict=True):
         assert dense.shape == (4, 16, 32)
         assert torch.equal(dense.abs().sum(-1) > 0, runs[:, 1:] > at)
@@ -260,7 +303,7 @@ def test_half_precision_stays_finite(images, dtype, center):
     assert masking(model)(images.to(dtype)).isfinite().all()
 
 
-# Around it -----------------------------------------------------------------------------------------------------------
+# Around it ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -271,7 +314,9 @@ def test_pictures_of_images_that_leave(images):
     drawn = panels(model, images[0])
     trace = model.trace(images[:1])[1]
     assert (trace.layers[-1].assignment < 0).all()
-    assert [f"block {layer.index + 1}" for layer in trace.layers] == [name for name in drawn if name.startswith("block")]
+    assert [f"block {layer.index + 1}" for layer in trace.layers] == [
+        name for name in drawn if name.startswith("block")
+    ]
 
 
 def test_diversity_of_images_that_have_left(images, tmp_path):
@@ -292,7 +337,9 @@ def test_diversity_of_images_that_have_left(images, tmp_path):
             callbacks=[monitor],
             default_root_dir=tmp_path,
         )
-        trainer.validate(Module(small(gate_center=center)), DataLoader(images, batch_size=4), verbose=False)
+        trainer.validate(
+            Module(small(gate_center=center)), DataLoader(images, batch_size=4), verbose=False
+        )
         return monitor.scores["val"]
 
     assert scores(-100.0)[1:] == [0] * 5

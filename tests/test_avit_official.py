@@ -10,7 +10,7 @@ import tdm_lightning as tdm
 from tdm_lightning.strategies.avit import prior_divergence, prior_target
 from tests.avits import close
 
-# The official code ---------------------------------------------------------------------------------------------------
+# The official code ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -41,7 +41,9 @@ def test_official_inference_with_halted_tokens_gone(official):
     output = model.run(tensors["input"], trace=True)
     close(output.logits, tensors["logits"])
     runs = tensors["active"][:, :, 0].long()  # an image is there as long as its class token
-    assert torch.equal(torch.stack(output.trace.token_counts), (tensors["tokens_per_layer"] - 1) * runs)
+    assert torch.equal(
+        torch.stack(output.trace.token_counts), (tensors["tokens_per_layer"] - 1) * runs
+    )
     assert runs.sum(0).tolist() == [12, 12, 9]
     complete = tensors["counter"] <= runs.sum(0).unsqueeze(1)
     assert 0 < (~complete).sum() < 65
@@ -50,29 +52,46 @@ def test_official_inference_with_halted_tokens_gone(official):
 
 def test_official_losses(golden):
     _, tensors = golden("avit_a")
-    torch.testing.assert_close(prior_target(12, 8, 1), tensors["loss.prior_target"], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        prior_target(12, 8, 1), tensors["loss.prior_target"], atol=1e-6, rtol=1e-4
+    )
     halting = tensors["halting"]
-    close(halting[:, 1:].mean((1, 2)), tensors["halting_score_layer"], 1e-6)  # without the first image, as there
-    torch.testing.assert_close(prior_divergence(halting[:, 1:], 8, 1), tensors["loss.prior_kl"], atol=0, rtol=1e-4)
+    close(
+        halting[:, 1:].mean((1, 2)), tensors["halting_score_layer"], 1e-6
+    )  # without the first image, as there
+    torch.testing.assert_close(
+        prior_divergence(halting[:, 1:], 8, 1), tensors["loss.prior_kl"], atol=0, rtol=1e-4
+    )
 
 
 @torch.no_grad()
 def test_official_ponder_loss(official):
-    _, tensors, model = official("avit_a", tdm.AViT(gate_scale=10, gate_center=30, ponder_weight=1e-3))
+    _, tensors, model = official(
+        "avit_a", tdm.AViT(gate_scale=10, gate_center=30, ponder_weight=1e-3)
+    )
     model.strategy.train()
-    terms = model.strategy.loss(model.run(tensors["input"]), torch.tensor([0, 1, 2]), F.cross_entropy)
+    terms = model.strategy.loss(
+        model.run(tensors["input"]), torch.tensor([0, 1, 2]), F.cross_entropy
+    )
     torch.testing.assert_close(terms["ponder"], 1e-3 * tensors["loss.mean_rho"], atol=0, rtol=1e-4)
-    torch.testing.assert_close(terms["task"], F.cross_entropy(tensors["logits"], torch.tensor([0, 1, 2])), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        terms["task"],
+        F.cross_entropy(tensors["logits"], torch.tensor([0, 1, 2])),
+        atol=1e-4,
+        rtol=0,
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("other", [{"gate_scale": 10.5}, {"gate_center": 32.0}, {"eps": 0.3}])
 def test_settings_change_the_official_case(official, other):
-    _, tensors, model = official("avit_a", tdm.AViT(**{"gate_scale": 10, "gate_center": 30, **other}))
+    _, tensors, model = official(
+        "avit_a", tdm.AViT(**{"gate_scale": 10, "gate_center": 30, **other})
+    )
     assert (model(tensors["input"]) - tensors["logits"]).abs().max() > 1e-3
 
 
-# Published files and settings ----------------------------------------------------------------------------------------
+# Published files and settings -----------------------------------------------------------------
 
 
 def test_published_files_load_and_name_their_gate(official, tmp_path):

@@ -13,7 +13,7 @@ def images():
     return torch.randn(4, 3, 32, 32)
 
 
-# Training ------------------------------------------------------------------------------------------------------------
+# Training -------------------------------------------------------------------------------------
 
 
 def test_the_loss_has_its_terms(images):
@@ -48,7 +48,9 @@ def test_weights_of_a_token_sum_to_one(images):
     output = masking(small()).run(images)
     scores, blocks = torch.stack(output.carry["scores"]), output.carry["blocks"]
     before_halting = torch.arange(6).view(6, 1, 1) < blocks - 1
-    close((scores * before_halting).sum(0) + output.carry["ponder"] - blocks, torch.ones(4, 17), 1e-6)
+    close(
+        (scores * before_halting).sum(0) + output.carry["ponder"] - blocks, torch.ones(4, 17), 1e-6
+    )
     assert blocks.unique().tolist() == [2, 3, 4, 5, 6]
 
 
@@ -108,6 +110,8 @@ def test_ponder_loss_shortens_the_run(images):
         output = model.run(images)
         blocks.append(model.strategy.report(output, None)["blocks"].item())
         optimizer.zero_grad()
-        model.strategy.loss(output, torch.tensor([0, 1, 2, 3]), F.cross_entropy)["ponder"].backward()
+        model.strategy.loss(output, torch.tensor([0, 1, 2, 3]), F.cross_entropy)[
+            "ponder"
+        ].backward()
         optimizer.step()
     assert blocks[-1] < blocks[0] - 0.5

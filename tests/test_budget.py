@@ -16,13 +16,20 @@ def vit():
     return VisionTransformer(img_size=224, embed_dim=64, depth=3, num_heads=2, num_classes=10)
 
 
-@pytest.mark.parametrize("strategy", [tdm.TDM(layers=LAYERS), tdm.EViT(layers=LAYERS, fuse=False)], ids=["tdm", "evit"])
+@pytest.mark.parametrize(
+    "strategy", [tdm.TDM(layers=LAYERS), tdm.EViT(layers=LAYERS, fuse=False)], ids=["tdm", "evit"]
+)
 @pytest.mark.parametrize("gmacs", [0.04, 0.025])
 def test_meets_the_budget_and_no_larger_rate_does(vit, strategy, gmacs):
     rate = tdm.solve_keep_rate(vit, strategy, gmacs)
 
     def cost(keep_rate):
-        chosen = type(strategy)(**{**{n: getattr(strategy, n) for n in strategy.config()["init_args"]}, "keep_rate": keep_rate})
+        chosen = type(strategy)(
+            **{
+                **{n: getattr(strategy, n) for n in strategy.config()["init_args"]},
+                "keep_rate": keep_rate,
+            }
+        )
         return tdm.flops.count_macs(tdm.attach(vit, chosen))
 
     assert cost(rate) <= gmacs * 1e9 < cost(round(rate + 1e-3, 6))
@@ -31,7 +38,9 @@ def test_meets_the_budget_and_no_larger_rate_does(vit, strategy, gmacs):
 
 def test_a_reduced_model_counts_as_its_timm_model(vit):
     reduced = tdm.attach(vit, tdm.EViT(0.3, LAYERS))
-    assert tdm.solve_keep_rate(reduced, tdm.TDM(layers=LAYERS), 0.03) == tdm.solve_keep_rate(vit, tdm.TDM(layers=LAYERS), 0.03)
+    assert tdm.solve_keep_rate(reduced, tdm.TDM(layers=LAYERS), 0.03) == tdm.solve_keep_rate(
+        vit, tdm.TDM(layers=LAYERS), 0.03
+    )
 
 
 def test_resolution(vit):
@@ -43,7 +52,9 @@ def test_a_generous_budget_reduces_nothing(vit):
 
 
 def test_a_budget_that_cannot_be_met(vit):
-    with pytest.raises(ValueError, match=r"TDM cannot meet 0\.01 GMACs: its cheapest setting costs 0\.0"):
+    with pytest.raises(
+        ValueError, match=r"TDM cannot meet 0\.01 GMACs: its cheapest setting costs 0\.0"
+    ):
         tdm.solve_keep_rate(vit, tdm.TDM(layers=LAYERS), 0.01)
 
 
@@ -78,7 +89,11 @@ def test_tome_merges_as_little_as_the_budget_allows(vit):
 def test_a_strategy_at_a_budget_keeps_its_other_settings(vit):
     given = tdm.EViT(0.9, LAYERS, fuse=False)
     solved = at_budget(vit, given, 0.04)
-    assert (solved.keep_rate, solved.layers, solved.fuse) == (tdm.solve_keep_rate(vit, given, 0.04), LAYERS, False)
+    assert (solved.keep_rate, solved.layers, solved.fuse) == (
+        tdm.solve_keep_rate(vit, given, 0.04),
+        LAYERS,
+        False,
+    )
     assert given.keep_rate == 0.9
 
 
@@ -97,7 +112,9 @@ def test_spvits_targets_are_solved_for_together(vit):
     def cost(share):
         targets = [share, round(share**2, 6)]
         return tdm.flops.count_macs(
-            tdm.attach(vit, tdm.SPViT(layers=LAYERS, fixed_count=True, package="mean", targets=targets))
+            tdm.attach(
+                vit, tdm.SPViT(layers=LAYERS, fixed_count=True, package="mean", targets=targets)
+            )
         )
 
     assert cost(first) <= 0.04e9 < cost(round(first + 1e-3, 3))
@@ -130,5 +147,7 @@ def test_a_stack_turns_the_member_that_reduces_tokens(vit):
     ids=lambda strategy: type(strategy).__name__,
 )
 def test_methods_whose_cost_no_setting_decides(vit, strategy):
-    with pytest.raises(TypeError, match="has no keep rate or other setting that alone decides what it costs"):
+    with pytest.raises(
+        TypeError, match="has no keep rate or other setting that alone decides what it costs"
+    ):
         at_budget(vit, strategy, 0.04)

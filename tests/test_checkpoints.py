@@ -35,12 +35,19 @@ def official_file(weights, ema):
     return {
         "model": OrderedDict(weights),
         "model_ema": ema,
-        "optimizer": {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": np.float64(1e-3)}]},
+        "optimizer": {
+            "state": {0: {"step": 3, "exp_avg": torch.zeros(2)}},
+            "param_groups": [{"lr": np.float64(1e-3)}],
+        },
         "lr_scheduler": {"base_values": [1e-3], "noise_range_t": None},
         "scaler": {"scale": 65536.0, "_growth_tracker": 3},
         "epoch": 299,
         "args": argparse.Namespace(
-            lr=5e-4, model="deit", keep_rate=(0.7,), output_dir=pathlib.PosixPath("out"), dist_eval=True
+            lr=5e-4,
+            model="deit",
+            keep_rate=(0.7,),
+            output_dir=pathlib.PosixPath("out"),
+            dist_eval=True,
         ),
     }
 
@@ -100,8 +107,14 @@ def test_reduced_model_loads_into_its_vit_and_the_mapping_is_left_alone():
 
 def test_official_evit_weights_load(golden):
     facts, tensors = golden("evit_a")
-    stored = {name.removeprefix("state_dict."): value for name, value in tensors.items() if name.startswith("state_dict.")}
-    kwargs = {name: value for name, value in facts["constructor"].items() if name != "layernorm_eps"}
+    stored = {
+        name.removeprefix("state_dict."): value
+        for name, value in tensors.items()
+        if name.startswith("state_dict.")
+    }
+    kwargs = {
+        name: value for name, value in facts["constructor"].items() if name != "layernorm_eps"
+    }
     model = tdm.attach(VisionTransformer(**kwargs), tdm.EViT())
     load_official(model, {"model": stored})
     assert same(model.vit, stored)
@@ -110,14 +123,18 @@ def test_official_evit_weights_load(golden):
 def test_layer_scale_of_deit_iii_is_renamed():
     model = vit(init_values=1e-5, no_embed_class=True)
     weights = strange_weights(model)
-    named = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value for name, value in weights.items()}
+    named = {
+        name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value
+        for name, value in weights.items()
+    }
     assert "blocks.0.gamma_1" in named
     load_official(model, named)
     assert same(model, weights)
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"no_embed_class": True}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 3}]
+    "kwargs",
+    [{}, {"no_embed_class": True}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 3}],
 )
 @pytest.mark.parametrize("img_size", [48, (24, 40)])
 def test_position_grid_is_interpolated(kwargs, img_size):
@@ -128,14 +145,18 @@ def test_position_grid_is_interpolated(kwargs, img_size):
     assert report.interpolated == ((4, 4), grid)
     prefix = large.pos_embed.shape[1] - grid[0] * grid[1]
     assert torch.equal(large.pos_embed[:, :prefix], weights["pos_embed"][:, :prefix])
-    wanted = resample_abs_pos_embed(weights["pos_embed"], list(grid), [4, 4], num_prefix_tokens=prefix)
+    wanted = resample_abs_pos_embed(
+        weights["pos_embed"], list(grid), [4, 4], num_prefix_tokens=prefix
+    )
     torch.testing.assert_close(large.pos_embed, wanted)
     others = {name: value for name, value in large.state_dict().items() if name != "pos_embed"}
     assert all(torch.equal(value, weights[name]) for name, value in others.items())
 
 
 def test_a_smooth_position_field_survives_interpolation():
-    """An independent check of the geometry: a field linear in row and column stays linear, row before column."""
+    """An independent check of the geometry: a field linear in row and column stays linear, row
+    before column.
+    """
     small, large = vit(), vit(img_size=64)
     rows = torch.linspace(-1, 1, 9)[1::2]
     fine = torch.linspace(-1, 1, 17)[1::2]
@@ -166,7 +187,9 @@ def test_everything_that_does_not_fit_is_named_at_once_and_nothing_is_loaded():
     assert same(model, before)
 
 
-@pytest.mark.parametrize("name", ["cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight", "head.bias"])
+@pytest.mark.parametrize(
+    "name", ["cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight", "head.bias"]
+)
 @pytest.mark.parametrize("harm", ["shape", "missing", "extra"])
 def test_a_single_flaw_is_named(name, harm):
     model = tdm.attach(vit(), tdm.EViT(layers=(1,)))
@@ -174,7 +197,9 @@ def test_a_single_flaw_is_named(name, harm):
     weights = strange_weights(model.vit)
     if harm == "shape":
         weights[name] = torch.zeros(*weights[name].shape[:-1], weights[name].shape[-1] + 1)
-    elif harm == "missing" and name != "patch_embed.proj.weight":  # without that one no layout is recognised
+    elif (
+        harm == "missing" and name != "patch_embed.proj.weight"
+    ):  # without that one no layout is recognised
         del weights[name]
     else:
         name = f"{name}.more"
@@ -187,7 +212,11 @@ def test_a_single_flaw_is_named(name, harm):
 @pytest.mark.parametrize("kwargs", [{"embed_dim": 48}, {"depth": 3}, {"patch_size": 4}])
 def test_a_checkpoint_of_another_model_says_so(kwargs):
     with pytest.raises(
-        ValueError, match="It holds another model: .* blocks, width .*; this one has 4 blocks, width 32, patches 8×8"
+        ValueError,
+        match=(
+            "It holds another model: .* blocks, width .*; this one has 4 blocks, width 32,"
+            " patches 8×8"
+        ),
     ):
         load_official(vit(), vit(**kwargs).state_dict())
 
@@ -201,7 +230,9 @@ def test_another_class_count_is_an_error_unless_the_head_is_skipped():
     weights = strange_weights(vit(num_classes=7))
     model = vit(num_classes=5)
     own = model.head.weight.clone()
-    with pytest.raises(ValueError, match=r"head.weight \(7×32 instead of 5×32\)[\s\S]*skip_head=True"):
+    with pytest.raises(
+        ValueError, match=r"head.weight \(7×32 instead of 5×32\)[\s\S]*skip_head=True"
+    ):
         load_official(model, weights)
     report = load_official(model, weights, skip_head=True)
     assert report.untouched == ("head.bias", "head.weight")
@@ -223,7 +254,10 @@ class Scored(tdm.EViT):
 def test_a_strategys_own_layers_stay_when_the_file_has_none():
     model = tdm.attach(vit(), Scored(layers=(1,)))
     weights = strange_weights(model.vit)
-    assert load_official(model, weights).untouched == ("strategy.score.bias", "strategy.score.weight")
+    assert load_official(model, weights).untouched == (
+        "strategy.score.bias",
+        "strategy.score.weight",
+    )
     assert same(model.vit, weights)
 
 
@@ -260,7 +294,9 @@ def test_a_malicious_pickle_never_runs(tmp_path, where, legacy):
 
 
 def test_the_allow_list_does_not_leak(tmp_path):
-    load_official(vit(), _saved(tmp_path, {"model": strange_weights(vit()), "args": argparse.Namespace(a=1)}))
+    load_official(
+        vit(), _saved(tmp_path, {"model": strange_weights(vit()), "args": argparse.Namespace(a=1)})
+    )
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
@@ -285,7 +321,9 @@ def test_unreadable_and_missing_files(tmp_path):
 def test_contents_that_are_no_weights(tmp_path):
     with pytest.raises(ValueError, match="holds a list"):
         load_official(vit(), _saved(tmp_path, [1, 2]))
-    with pytest.raises(ValueError, match=r"no weights under 'model_ema'; its keys are model, epoch"):
+    with pytest.raises(
+        ValueError, match=r"no weights under 'model_ema'; its keys are model, epoch"
+    ):
         load_official(vit(), {"model": strange_weights(vit()), "epoch": 3}, which="model_ema")
     with pytest.raises(ValueError, match="no tensors: epoch"):
         load_official(vit(), {**strange_weights(vit()), "epoch": 3})

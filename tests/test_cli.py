@@ -44,7 +44,12 @@ def test_commands_run(tmp_path, command, monkeypatch):
 
 
 def test_strategy_by_short_name(tmp_path):
-    cli = fit(tmp_path, "--model.strategy=EViT", "--model.strategy.keep_rate=0.5", "--model.strategy.merger=TokenMerger")
+    cli = fit(
+        tmp_path,
+        "--model.strategy=EViT",
+        "--model.strategy.keep_rate=0.5",
+        "--model.strategy.merger=TokenMerger",
+    )
     strategy = cli.model.model.strategy
     assert type(strategy).__name__ == "EViT"
     assert strategy.keep_rate == 0.5
@@ -127,8 +132,16 @@ def test_rerun_overwrites_its_saved_config(tmp_path, monkeypatch):
         (["fit", "--config", "quickstart", "--model.strategy.keep_rate=1.5"], None, "(0, 1]"),
         (["fit", "--config", "quickstart", "--model.strategy.layers=[3,99]"], None, "99"),
         (["fit", "--config", "no_such_config"], None, "neither a file nor"),
-        (["fit", "--config", "quickstart", "--data.dataset=no/such/folder/at/all"], None, "no/such/folder"),
-        (["fit", "--config", "quickstart", "--model.model=resnet18", "--model.model_kwargs={}"], None, "cannot reduce"),
+        (
+            ["fit", "--config", "quickstart", "--data.dataset=no/such/folder/at/all"],
+            None,
+            "no/such/folder",
+        ),
+        (
+            ["fit", "--config", "quickstart", "--model.model=resnet18", "--model.model_kwargs={}"],
+            None,
+            "cannot reduce",
+        ),
     ],
 )
 def test_wrong_arguments_give_one_clear_message(arguments, code, message, tmp_path):
@@ -170,7 +183,10 @@ def test_overview_names_commands_and_configurations(capsys):
 
 def test_names_resolve_to_files_and_files_win(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert with_named_configs(["fit", "--config=quickstart"])[1] == f"--config={config_folder() / 'quickstart.yaml'}"
+    assert (
+        with_named_configs(["fit", "--config=quickstart"])[1]
+        == f"--config={config_folder() / 'quickstart.yaml'}"
+    )
     (tmp_path / "quickstart").write_text("{}")
     assert with_named_configs(["fit", "--config", "quickstart"])[2] == "quickstart"
     assert "strategies/evit_tdm" in named_configs()
@@ -186,7 +202,13 @@ def test_users_subclass_gets_the_same_command_line(tmp_path):
 
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"model": {"twist": 3.0}}))
-    arguments = ["fit", "--config=quickstart", f"--config={path}", "--trainer.fast_dev_run=1", "--model.warmup_epochs=0"]
+    arguments = [
+        "fit",
+        "--config=quickstart",
+        f"--config={path}",
+        "--trainer.fast_dev_run=1",
+        "--model.warmup_epochs=0",
+    ]
     cli = main([*arguments, "--trainer.callbacks=null", "--trainer.logger=false"], model_class=Mine)
     assert isinstance(cli.model, Mine)
     assert cli.model.twist == 3.0

@@ -23,7 +23,17 @@ def photo(tmp_path):
 
 def call(photo, tmp_path, *extra, more=()):
     out = tmp_path / "out"
-    return main(["visualize", photo, *more, "--model=deit_tiny_patch16_224", f"--model_kwargs={TINY}", f"--out={out}", *extra])
+    return main(
+        [
+            "visualize",
+            photo,
+            *more,
+            "--model=deit_tiny_patch16_224",
+            f"--model_kwargs={TINY}",
+            f"--out={out}",
+            *extra,
+        ]
+    )
 
 
 def test_random_weights_only_if_asked_for(photo, tmp_path):
@@ -36,7 +46,9 @@ def test_random_weights_only_if_asked_for(photo, tmp_path):
 
 
 def test_strategy_and_weights_from_the_command_line(photo, tmp_path):
-    vit = timm.create_model("deit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=32, num_heads=2)
+    vit = timm.create_model(
+        "deit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=32, num_heads=2
+    )
     torch.save({"model": vit.state_dict()}, tmp_path / "vit.pth")
     extra = [f"--checkpoint={tmp_path / 'vit.pth'}", "--strategy=EViT", "--strategy.keep_rate=0.5"]
     (written,) = call(photo, tmp_path, *extra)
@@ -56,14 +68,28 @@ def test_output_folder_that_cannot_be_written(photo, tmp_path):
 
 
 def test_a_checkpoint_of_fit(photo, tmp_path):
-    """The model, its weights and its strategy come from the run, and another strategy can be tried on them."""
+    """The model, its weights and its strategy come from the run, and another strategy can be tried
+    on them.
+    """
     shape = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "num_heads": 2}
-    module = tdm.TokenReductionClassifier("deit_tiny_patch16_224", tdm.TDM(0.5), num_classes=3, model_kwargs=shape)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    module = tdm.TokenReductionClassifier(
+        "deit_tiny_patch16_224", tdm.TDM(0.5), num_classes=3, model_kwargs=shape
+    )
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
+    )
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
-    (own,) = main(["visualize", photo, f"--ckpt_path={tmp_path / 'run.ckpt'}", f"--out={tmp_path / 'own'}"])
+    (own,) = main(
+        ["visualize", photo, f"--ckpt_path={tmp_path / 'run.ckpt'}", f"--out={tmp_path / 'own'}"]
+    )
     (other,) = main(
-        ["visualize", photo, f"--ckpt_path={tmp_path / 'run.ckpt'}", "--strategy=ToMe", f"--out={tmp_path / 'other'}"]
+        [
+            "visualize",
+            photo,
+            f"--ckpt_path={tmp_path / 'run.ckpt'}",
+            "--strategy=ToMe",
+            f"--out={tmp_path / 'other'}",
+        ]
     )
     assert own.read_bytes() != other.read_bytes()

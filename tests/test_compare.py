@@ -28,7 +28,11 @@ def test_table_in_three_forms(compare, tmp_path, capsys):
         assert int(row["macs"]) == tdm.flops.count_macs(model)
         assert int(row["parameters"]) == sum(p.numel() for p in model.parameters())
         assert float(row["reduction"]) == 1 - int(row["macs"]) / int(rows["plain"]["macs"])
-        assert float(row["images_per_second_q1"]) <= float(row["images_per_second"]) <= float(row["images_per_second_q3"])
+        assert (
+            float(row["images_per_second_q1"])
+            <= float(row["images_per_second"])
+            <= float(row["images_per_second_q3"])
+        )
         assert float(row["batch1_ms"]) > 0
         assert int(row["peak_bytes"]) > 4 * int(row["parameters"])
         assert row["top1"] == ""
@@ -40,18 +44,31 @@ def test_table_in_three_forms(compare, tmp_path, capsys):
             assert row[share] == "" if name == "plain" else 0 < float(row[share]) < 1
     assert float(rows["plain"]["ratio_to_plain"]) == 1
 
-    text, printed = (tmp_path / "out/compare.md").read_text(encoding="utf-8"), capsys.readouterr().out
+    text, printed = (
+        (tmp_path / "out/compare.md").read_text(encoding="utf-8"),
+        capsys.readouterr().out,
+    )
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(rows)
     assert len({line.count("|") for line in lines}) == 1
-    for word in ("random weights", "float32", "2 interleaved rounds", "EvoViT", "keep_rate=0.5, layers=[1]"):
+    for word in (
+        "random weights",
+        "float32",
+        "2 interleaved rounds",
+        "EvoViT",
+        "keep_rate=0.5, layers=[1]",
+    ):
         assert word in text
         assert word in printed
     assert "top-1" not in text
     with Image.open(tmp_path / "out/compare.png") as picture:
         assert min(picture.size) > 400
         assert len(picture.convert("RGB").getcolors(2**20)) > len(rows)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.csv", "compare.md", "compare.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "compare.csv",
+        "compare.md",
+        "compare.png",
+    ]
 
 
 def test_every_setting_is_solved_to_the_budget(compare, tmp_path):
@@ -66,7 +83,9 @@ def test_every_setting_is_solved_to_the_budget(compare, tmp_path):
     assert rows["TDM"]["settings"].startswith("keep_rate=0.")
 
 
-@pytest.mark.parametrize(("rounds", "calls"), [(2, 3 * 8), (0, 9), (0, 3)], ids=["later", "first", "warm-up"])
+@pytest.mark.parametrize(
+    ("rounds", "calls"), [(2, 3 * 8), (0, 9), (0, 3)], ids=["later", "first", "warm-up"]
+)
 def test_an_interrupt_keeps_complete_rounds(compare, tmp_path, monkeypatch, rounds, calls):
     """Four methods take eight timings a round."""
     left = iter(range(calls))
@@ -80,7 +99,9 @@ def test_an_interrupt_keeps_complete_rounds(compare, tmp_path, monkeypatch, roun
     with pytest.raises(SystemExit) as stop:
         compare(rounds=5)
     assert stop.value.code == 130
-    assert f"interrupted after {rounds} of 5 rounds" in (tmp_path / "out/compare.md").read_text(encoding="utf-8")
+    assert f"interrupted after {rounds} of 5 rounds" in (tmp_path / "out/compare.md").read_text(
+        encoding="utf-8"
+    )
     assert (tmp_path / "out/compare.png").exists()
     for name, row in table(tmp_path).items():
         assert int(row["macs"]) > 0
@@ -113,7 +134,10 @@ def test_an_interrupt_of_the_memory_measurement(compare, tmp_path, monkeypatch):
         ("--device=cpu:0:1", "device must be"),
         ("--match_gmacs=0", "must be a positive number"),
         ("--match_gmacs=0.00001", "cannot meet"),
-        ('--strategies=[{"class_path":"TDM"}]', r"TDM\(keep_rate=0.7\) does not fit deit_tiny.* layers \[6, 9\] do not exist"),
+        (
+            '--strategies=[{"class_path":"TDM"}]',
+            r"TDM\(keep_rate=0.7\) does not fit deit_tiny.* layers \[6, 9\] do not exist",
+        ),
         ('--strategies=[{"class_path":"Strategy"}]', None),
         ("--runtime=tensorrt", "runtime must be one of 'eager'"),
         (["--runtime=onnx", "--dtype=bfloat16"], "runtime=onnx runs on the CPU in float32"),
@@ -122,7 +146,9 @@ def test_an_interrupt_of_the_memory_measurement(compare, tmp_path, monkeypatch):
         ("--data.dataset=digits", "give --ckpt"),
     ],
 )
-def test_wrong_settings_are_refused_before_anything_is_measured(compare, tmp_path, monkeypatch, argument, message):
+def test_wrong_settings_are_refused_before_anything_is_measured(
+    compare, tmp_path, monkeypatch, argument, message
+):
     def fail(*_):
         raise AssertionError("measured")
 
@@ -160,11 +186,15 @@ def test_top1_of_the_methods_whose_weights_are_all_there(compare, tmp_path):
     compare(f"--ckpt={tmp_path / 'vit.pth'}", *extra, strategies=strategies, rounds=1)
     rows = table(tmp_path)
 
-    data = tdm.ImageNetDataModule("digits", model=NAME, model_kwargs=SHAPE, num_workers=0, batch_size=500)
+    data = tdm.ImageNetDataModule(
+        "digits", model=NAME, model_kwargs=SHAPE, num_workers=0, batch_size=500
+    )
     data.setup("test")
     for name, model in (("plain", vit), ("TopK", tdm.attach(vit, tdm.TopK(0.5, (1,))))):
         with torch.no_grad():
-            right = [model(images).argmax(dim=1) == labels for images, labels in data.test_dataloader()]
+            right = [
+                model(images).argmax(dim=1) == labels for images, labels in data.test_dataloader()
+            ]
         assert float(rows[name]["top1"]) == pytest.approx(torch.cat(right).float().mean().item())
     assert rows["DyViT"]["top1"] == rows["EvoViT"]["top1"] == ""
     text = (tmp_path / "out/compare.md").read_text(encoding="utf-8")
@@ -194,7 +224,10 @@ def test_lower_precision(compare, tmp_path):
 def test_published_costs_of_evovit_and_dyvit(size, evo, dyvit):
     parameters = {"tiny": 5_899_582, "small": 22_774_414, "base": 89_452_846}[size]
     with torch.device("meta"):
-        made = [methods.make_method(strategy, f"deit_{size}_patch16_224", {}) for strategy in (tdm.EvoViT(), tdm.DyViT())]
+        made = [
+            methods.make_method(strategy, f"deit_{size}_patch16_224", {})
+            for strategy in (tdm.EvoViT(), tdm.DyViT())
+        ]
     assert [tdm.flops.count_macs(method.model) for method in made] == [evo, dyvit]
     assert sum(p.numel() for p in made[1].model.parameters()) == parameters
 
@@ -218,7 +251,9 @@ def test_the_posters_methods_at_their_published_settings():
     fixed = [strategy for strategy in methods.posters_strategies() if not strategy.adaptive]
     with torch.device("meta"):
         made = [methods.make_method(strategy, NAME, {}) for strategy in fixed]
-    assert {method.name: round(tdm.flops.count_macs(method.model) / 1e9, 3) for method in made} == expected
+    assert {
+        method.name: round(tdm.flops.count_macs(method.model) / 1e9, 3) for method in made
+    } == expected
 
 
 @pytest.mark.parametrize(
@@ -231,7 +266,10 @@ def test_the_posters_methods_at_their_published_settings():
         (tdm.ToMe([11] * 9 + [10] * 3), ("ToMe", "r=[11×9, 10×3]")),
         (tdm.ToMe((8, -1.0)), ("ToMe", "r=[8, -1.0]")),
         (tdm.SViTE(interval=9), ("SViTE", "masks=Structured(heads=0.7, units=0.7), interval=9")),
-        (tdm.Stack([tdm.SViTE(), tdm.ToMe(8)]), ("SViTE+ToMe", "masks=Structured(heads=0.7, units=0.7), r=8")),
+        (
+            tdm.Stack([tdm.SViTE(), tdm.ToMe(8)]),
+            ("SViTE+ToMe", "masks=Structured(heads=0.7, units=0.7), r=8"),
+        ),
     ],
 )
 def test_names_and_settings(strategy, expected):
@@ -251,9 +289,13 @@ def test_masked_heads_and_units_are_taken_out_before_measuring(compare, tmp_path
     model = tdm.attach(vit, tdm.SViTE())
     tdm.sparsity.apply_masks(model)
     dense = tdm.sparsity.extract_dense(model)
-    assert int(rows["SViTE"]["parameters"]) == sum(parameter.numel() for parameter in dense.parameters())
+    assert int(rows["SViTE"]["parameters"]) == sum(
+        parameter.numel() for parameter in dense.parameters()
+    )
     assert int(rows["SViTE"]["macs"]) == tdm.flops.count_macs(dense)
-    assert "SViTE: the model without its masked heads and units" in " ".join(capsys.readouterr().out.split())
+    assert "SViTE: the model without its masked heads and units" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_a_strategy_of_ones_own_that_needs_an_argument():
@@ -267,16 +309,47 @@ def test_a_strategy_of_ones_own_that_needs_an_argument():
 
 def test_the_whole_poster_is_compared_by_default():
     names = {type(strategy).__name__ for strategy in methods.posters_strategies()}
-    assert names >= {"TDM", "EViT", "DyViT", "EvoViT", "PSViT", "SViTE", "SPViT", "IARED2", "AViT", "ToMe", "DPCKNN"}
-    adjustable = {type(strategy).__name__ for strategy in methods.posters_strategies(adjustable=True)}
-    assert adjustable == {"TDM", "EViT", "DyViT", "EvoViT", "PSViT", "SPViT", "SViTE", "ToMe", "DPCKNN", "TopK"}
+    assert names >= {
+        "TDM",
+        "EViT",
+        "DyViT",
+        "EvoViT",
+        "PSViT",
+        "SViTE",
+        "SPViT",
+        "IARED2",
+        "AViT",
+        "ToMe",
+        "DPCKNN",
+    }
+    adjustable = {
+        type(strategy).__name__ for strategy in methods.posters_strategies(adjustable=True)
+    }
+    assert adjustable == {
+        "TDM",
+        "EViT",
+        "DyViT",
+        "EvoViT",
+        "PSViT",
+        "SPViT",
+        "SViTE",
+        "ToMe",
+        "DPCKNN",
+        "TopK",
+    }
 
 
 def test_random_weights_are_the_same_whatever_stands_beside_a_method():
     plan = run.Plan(batch_size=2, device="cpu", seed=3)
-    alone, beside = (run.prepare(NAME, [*others, tdm.DyViT(layers=(1,))], plan, SHAPE) for others in ([], [tdm.ToMe(2)]))
+    alone, beside = (
+        run.prepare(NAME, [*others, tdm.DyViT(layers=(1,))], plan, SHAPE)
+        for others in ([], [tdm.ToMe(2)])
+    )
     assert torch.equal(alone.images, beside.images)
     for name, value in alone.methods[-1].model.state_dict().items():
         assert torch.equal(value, beside.methods[-1].model.state_dict()[name])
     plain = alone.methods[0].model.state_dict()
-    assert all(torch.equal(value, plain[name]) for name, value in alone.methods[-1].model.vit.state_dict().items())
+    assert all(
+        torch.equal(value, plain[name])
+        for name, value in alone.methods[-1].model.vit.state_dict().items()
+    )

@@ -58,7 +58,9 @@ def test_rounds_are_interleaved_in_turning_order(monkeypatch):
     monkeypatch.setattr(timing, "seconds", seconds)
     monkeypatch.setattr(timing, "LEAST_SECONDS", 0.03)
     steps = []
-    rounds = list(timing.interleaved_rounds([1, 2, 3], torch.zeros(8, 1), 2, 1, lambda: steps.append(None)))
+    rounds = list(
+        timing.interleaved_rounds([1, 2, 3], torch.zeros(8, 1), 2, 1, lambda: steps.append(None))
+    )
     assert [model for model, images, _ in seen if images == 8] == [1, 2, 3, 3, 2, 1, 1, 2, 3]
     assert {images for _, images, _ in seen} == {8, 1}
     assert {(model, passes) for model, _, passes in seen[:6]} == {(1, 1), (2, 1), (3, 1)}
@@ -69,7 +71,9 @@ def test_rounds_are_interleaved_in_turning_order(monkeypatch):
 
 def test_ratios_are_taken_within_each_round():
     plain, other = (methods.Method(name, "", nn.Linear(2, 2)) for name in ("plain", "other"))
-    found = run.Comparison(run.Plan(batch_size=8, device="cpu"), [plain, other], torch.zeros(8, 2), [100, 50], {})
+    found = run.Comparison(
+        run.Plan(batch_size=8, device="cpu"), [plain, other], torch.zeros(8, 2), [100, 50], {}
+    )
     for base, ratio in ((1.0, 2.0), (10.0, 3.0), (4.0, 1.0)):
         found.rounds.append([timing.Sample(base, base / 4), timing.Sample(base / ratio, base / 8)])
     row = found.rows()[1]
@@ -103,7 +107,8 @@ def test_a_tensor_saved_twice_counts_once_and_none_is_kept_for_it():
     images = torch.zeros(50, 10)
     with memory.LiveTensors() as live:
         saved = memory.saved_bytes(Model(), images)
-    # The input of each pair of layers, and the two factors, one of which is also what the sigmoid saves.
+    # The input of each pair of layers, and the two factors, one of which is also what the sigmoid
+    # saves.
     assert saved == 20 * 3 * 4 * 50 * 10
     assert live.peak < saved / 5
 
@@ -119,7 +124,9 @@ def test_own_time_is_a_share_of_the_pass_and_unknown_for_a_plain_model():
     vit = timm.create_model("test_vit", img_size=96).eval()
     images = torch.zeros(2, 3, 96, 96)
     assert math.isnan(timing.own_share(vit, images, 1))
-    assert 0 < timing.own_share(tdm.attach(vit, tdm.TDM(keep_rate=0.5, layers=(1, 3))), images, 3) < 1
+    assert (
+        0 < timing.own_share(tdm.attach(vit, tdm.TDM(keep_rate=0.5, layers=(1, 3))), images, 3) < 1
+    )
 
 
 def test_training_steps_are_timed_where_asked_for(compare, tmp_path, capsys):
@@ -166,6 +173,8 @@ def test_real_images_are_timed_on(compare, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "peak_bytes", lambda model, images: seen.append(images) or 1)
     extra = ["--data.dataset=digits", "--data.num_workers=0", "--data.batch_size=500"]
     compare(f"--ckpt={tmp_path / 'vit.pth'}", *extra, rounds=1, strategies=STRATEGIES[:1])
-    data = tdm.ImageNetDataModule("digits", model=NAME, model_kwargs=SHAPE, num_workers=0, batch_size=2)
+    data = tdm.ImageNetDataModule(
+        "digits", model=NAME, model_kwargs=SHAPE, num_workers=0, batch_size=2
+    )
     data.setup("test")
     torch.testing.assert_close(seen[0], next(iter(data.test_dataloader()))[0])

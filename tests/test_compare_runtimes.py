@@ -17,7 +17,9 @@ from tests.compares import compare as compare  # a fixture
 def test_other_runtimes_give_the_models_logits(runtime, monkeypatch):
     if runtime == "onnx":
         pytest.importorskip("onnxscript")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # the usual one takes its time
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="eager")
+    )  # the usual one takes its time
     model = reduced(tdm.EViT(0.5, layers=(1,)), {**SHAPE, "depth": 2}).eval()
     run_model = runtimes.runner(model, runtime)
     for images in torch.randn(3, 3, 32, 32), torch.randn(1, 3, 32, 32):
@@ -29,7 +31,9 @@ def test_other_runtimes_give_the_models_logits(runtime, monkeypatch):
 def test_every_compiled_method_has_graphs_of_its_own(monkeypatch):
     """More models and batch sizes than graphs that one code object may have."""
     compiled = []
-    count = functools.partial(torch.compile, backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    count = functools.partial(
+        torch.compile, backend=lambda graph, _: compiled.append(graph) or graph.forward
+    )
     monkeypatch.setattr(torch, "compile", count)
     torch._dynamo.reset()
     for width in range(1, 10):
@@ -56,7 +60,9 @@ def test_the_defaults_of_other_runtimes_keep_to_fixed_budgets():
 @pytest.mark.parametrize("runtime", ["compile", "onnx"])
 def test_other_runtimes_refuse_adaptive_methods(runtime):
     with pytest.raises(ValueError, match="Positive keeps another number of tokens for each image"):
-        run.prepare(NAME, [Positive()], run.Plan(batch_size=2, runtime=runtime, device="cpu"), SHAPE)
+        run.prepare(
+            NAME, [Positive()], run.Plan(batch_size=2, runtime=runtime, device="cpu"), SHAPE
+        )
 
 
 def test_a_method_that_a_runtime_cannot_run_is_named(monkeypatch):
@@ -65,7 +71,14 @@ def test_a_method_that_a_runtime_cannot_run_is_named(monkeypatch):
             raise ValueError("no such operator")
         return model
 
-    compared = run.prepare(NAME, [tdm.EViT(0.5, layers=(1,))], run.Plan(batch_size=2, runtime="compile", device="cpu"), SHAPE)
+    compared = run.prepare(
+        NAME,
+        [tdm.EViT(0.5, layers=(1,))],
+        run.Plan(batch_size=2, runtime="compile", device="cpu"),
+        SHAPE,
+    )
     monkeypatch.setattr(run, "runner", runner)
-    with pytest.raises(ValueError, match="EViT cannot be timed with runtime=compile: no such operator"):
+    with pytest.raises(
+        ValueError, match="EViT cannot be timed with runtime=compile: no such operator"
+    ):
         run.measure(compared)

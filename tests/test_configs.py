@@ -11,11 +11,23 @@ STRATEGIES = [name for name in named_configs() if name.startswith("strategies/")
 RECIPES = [name for name in named_configs() if name.startswith("recipes/")]
 MODELS = [name for name in named_configs() if name.startswith("deit_")]
 
-#: Twelve blocks of width 32 on digits, in seconds. Names of the real layers stay, their sizes shrink.
+#: Twelve blocks of width 32 on digits, in seconds. Names of the real layers stay, their sizes
+#: shrink.
 TINY = {
-    "trainer": {"accelerator": "cpu", "precision": "32-true", "fast_dev_run": 1, "enable_progress_bar": False},
+    "trainer": {
+        "accelerator": "cpu",
+        "precision": "32-true",
+        "fast_dev_run": 1,
+        "enable_progress_bar": False,
+    },
     "model": {
-        "model_kwargs": {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 32, "num_heads": 2},
+        "model_kwargs": {
+            "img_size": 16,
+            "patch_size": 4,
+            "in_chans": 1,
+            "embed_dim": 32,
+            "num_heads": 2,
+        },
         "pretrained": False,
         "warmup_epochs": 0,
     },
@@ -37,14 +49,20 @@ def run(tiny, *layers, commands=("fit", "test", "predict")):
         yield main([command, *arguments])
 
 
-#: Methods whose keep rate is annealed, those trained as DeiT is, and those that need a trained model to learn from.
+#: Methods whose keep rate is annealed, those trained as DeiT is, and those that need a trained
+#: model to learn from.
 SCRATCH = ("tdm", "evit", "evit_tdm")
 DEIT = ("plain", "evovit", "evovit_tdm", "tome", "topk", "random", "dpcknn")
 DYVIT = ("dyvit", "dyvit_tdm")
 FINETUNED = (*SCRATCH, "plain", "tome", "topk", "random", "dpcknn")
 PAIRS = [
     (f"strategies/{name}", f"recipes/{recipe}")
-    for recipe, names in {"scratch": SCRATCH, "deit": DEIT, "dyvit": DYVIT, "finetune": FINETUNED}.items()
+    for recipe, names in {
+        "scratch": SCRATCH,
+        "deit": DEIT,
+        "dyvit": DYVIT,
+        "finetune": FINETUNED,
+    }.items()
     for name in names
 ]
 PAIRS += [
@@ -66,7 +84,9 @@ def test_every_strategy_and_recipe_is_tried():
 @pytest.mark.parametrize(("strategy", "recipe"), PAIRS)
 def test_every_strategy_with_its_recipes(tiny, tmp_path, strategy, recipe):
     if recipe in ("recipes/dyvit", "recipes/spvit"):  # they learn from the model they start from
-        vit = timm.create_model("deit_tiny_patch16_224", num_classes=10, **TINY["model"]["model_kwargs"])
+        vit = timm.create_model(
+            "deit_tiny_patch16_224", num_classes=10, **TINY["model"]["model_kwargs"]
+        )
         start = tmp_path / "start.yaml"
         torch.save({"model": vit.state_dict()}, tmp_path / "start.pth")
         start.write_text(yaml.safe_dump({"model": {"checkpoint": str(tmp_path / "start.pth")}}))
@@ -114,7 +134,17 @@ def test_full_size_model_takes_a_step(tmp_path, monkeypatch):
         )
     )
     cli = main(
-        ["fit", "--config", "deit_small", "--config", "strategies/tdm", "--config", "recipes/finetune", "--config", str(layer)]
+        [
+            "fit",
+            "--config",
+            "deit_small",
+            "--config",
+            "strategies/tdm",
+            "--config",
+            "recipes/finetune",
+            "--config",
+            str(layer),
+        ]
     )
     assert cli.model.model.vit.embed_dim == 384
     assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])

@@ -11,7 +11,12 @@ MERGER = tdm.TokenMerger(density="knn", neighbours=3, attentive_ratio=0.6)
 
 @pytest.mark.parametrize(
     "strategy",
-    [tdm.TDM(), tdm.TDM(0.5, (1, 4), MERGER), tdm.EViT(0.6, [2], fuse=False), tdm.EViT(merger=MERGER)],
+    [
+        tdm.TDM(),
+        tdm.TDM(0.5, (1, 4), MERGER),
+        tdm.EViT(0.6, [2], fuse=False),
+        tdm.EViT(merger=MERGER),
+    ],
     ids=str,
 )
 def test_config_is_plain_and_builds_the_same_again(strategy):
@@ -33,7 +38,10 @@ def test_config_is_of_the_settings_alone():
 @pytest.mark.parametrize("path", ["TDM", "tdm_lightning.TDM", "tdm_lightning.strategies.tdm.TDM"])
 def test_short_class_paths(path):
     built = tdm.Strategy.from_config(
-        {"class_path": path, "init_args": {"keep_rate": 0.4, "merger": {"class_path": "TokenMerger"}}}
+        {
+            "class_path": path,
+            "init_args": {"keep_rate": 0.4, "merger": {"class_path": "TokenMerger"}},
+        }
     )
     assert isinstance(built, tdm.TDM)
     assert built.keep_rate == 0.4
@@ -42,7 +50,10 @@ def test_short_class_paths(path):
 
 def test_arguments_are_optional():
     assert tdm.Strategy.from_config({"class_path": "EViT"}).config() == tdm.EViT().config()
-    assert tdm.Strategy.from_config({"class_path": "EViT", "init_args": None}).config() == tdm.EViT().config()
+    assert (
+        tdm.Strategy.from_config({"class_path": "EViT", "init_args": None}).config()
+        == tdm.EViT().config()
+    )
 
 
 @pytest.mark.parametrize("path", ["os.system", "Nothing", "torch.nn.Linear", "TokenMerger"])

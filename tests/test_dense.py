@@ -1,4 +1,6 @@
-"""Dense features: every original patch has the feature of the token that holds it, in its own place."""
+"""Dense features: every original patch has the feature of the token that holds it, in its own
+place.
+"""
 
 import pytest
 import torch
@@ -28,7 +30,14 @@ HOLDING = {"tdm", "evit", "evovit", "tome", "dpcknn", "spvit"}  # methods that l
 def wide(**kwargs):
     """A ViT on images of 32×48 pixels, 4×6 patches."""
     torch.manual_seed(3)
-    shape = {"img_size": (32, 48), "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+    shape = {
+        "img_size": (32, 48),
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 4,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
     vit = VisionTransformer(**{**shape, "reg_tokens": 1, "global_pool": "avg", **kwargs}).eval()
     with torch.no_grad():
         for parameter in vit.parameters():
@@ -55,7 +64,9 @@ def reduced(name):
 @pytest.mark.parametrize("name", STRATEGIES)
 @torch.no_grad()
 def test_every_patch_has_the_feature_of_its_token(images, name):
-    """Against what the taps saw: a pass of its own, whose tokens the trace hands out patch by patch."""
+    """Against what the taps saw: a pass of its own, whose tokens the trace hands out patch by
+    patch.
+    """
     model = reduced(name)
     seen = {}
     handles = [
@@ -72,12 +83,18 @@ def test_every_patch_has_the_feature_of_its_token(images, name):
     for index, dense in enumerate(maps):
         held = layers.get(index, held)
         assert dense.shape == (3, 24, 32)
-        assert torch.equal(dense.abs().sum(dim=2) == 0, held < 0)  # zero where the patch is gone, and only there
+        assert torch.equal(
+            dense.abs().sum(dim=2) == 0, held < 0
+        )  # zero where the patch is gone, and only there
         if len(seen[index]) < len(images):
             continue  # an image has left the batch
         inside = seen[index].shape[1] - 2
-        for image, patch in ((held >= 0) & (held < inside)).nonzero().tolist():  # what is parked no tap has seen
-            torch.testing.assert_close(dense[image, patch], seen[index][image, 2 + held[image, patch]])
+        for image, patch in (
+            ((held >= 0) & (held < inside)).nonzero().tolist()
+        ):  # what is parked no tap has seen
+            torch.testing.assert_close(
+                dense[image, patch], seen[index][image, 2 + held[image, patch]]
+            )
     if name in HOLDING:
         assert (held >= 0).all()
     if name != "evovit":  # whose patches all come back as they were
@@ -95,7 +112,9 @@ def test_all_forms_of_the_same_maps(images, name):
 
     final, maps = asked(return_prefix_tokens=True)
     assert len(maps) == 4
-    assert all(dense.shape == (3, 32, 4, 6) and prefix.shape == (3, 2, 32) for dense, prefix in maps)
+    assert all(
+        dense.shape == (3, 32, 4, 6) and prefix.shape == (3, 2, 32) for dense, prefix in maps
+    )
     torch.manual_seed(6)
     torch.testing.assert_close(final, model.forward_features(images))
     last, one = (pair[0] for pair in (maps[3], maps[1]))
@@ -147,8 +166,12 @@ def test_gradients_flow_from_every_patch_through_the_merging(images, name):
 @torch.no_grad()
 def test_images_of_a_free_size():
     model = tdm.attach(wide(dynamic_img_size=True, dynamic_img_pad=True), tdm.TDM(0.5, (1,)))
-    (dense,) = model.forward_intermediates(torch.randn(1, 3, 40, 30), indices=1, intermediates_only=True)
+    (dense,) = model.forward_intermediates(
+        torch.randn(1, 3, 40, 30), indices=1, intermediates_only=True
+    )
     assert dense.shape == (1, 32, 5, 4)
     for size in ((4, 48), (32, 7)):
-        with pytest.raises(ValueError, match=f"an image of {size[0]}×{size[1]} is smaller than one patch, 8×8"):
+        with pytest.raises(
+            ValueError, match=f"an image of {size[0]}×{size[1]} is smaller than one patch, 8×8"
+        ):
             model(torch.zeros(1, 3, *size))

@@ -31,7 +31,9 @@ def test_neighbours_change_the_official_case(official):
 
 
 def test_equal_tokens_give_the_same_clusters_every_time():
-    x = torch.randn(1, 5, 4).repeat(3, 4, 1)  # four copies of every token, three times the same image
+    x = torch.randn(1, 5, 4).repeat(
+        3, 4, 1
+    )  # four copies of every token, three times the same image
     label, centres = cluster_density_peaks(x, 7, density="knn")
     again = cluster_density_peaks(x, 7, density="knn")
     assert torch.equal(label, again[0])
@@ -41,7 +43,10 @@ def test_equal_tokens_give_the_same_clusters_every_time():
 
 
 def test_learned_weights_are_trained_and_start_no_overflow():
-    model = tdm.attach(timm.create_model("test_vit", img_size=64), tdm.DPCKNN(0.7, layers=(1, 3), learned_weights=True))
+    model = tdm.attach(
+        timm.create_model("test_vit", img_size=64),
+        tdm.DPCKNN(0.7, layers=(1, 3), learned_weights=True),
+    )
     plain = timm.create_model("test_vit", img_size=64)
     own = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in plain.parameters())
     assert own == 2 * (plain.embed_dim + 1)
@@ -60,7 +65,9 @@ def test_equal_scores_are_equal_weights():
     for scorer in learned.strategy.scorers:
         scorer.weight.zero_()
     images = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(learned(images), tdm.attach(vit, tdm.DPCKNN(0.6, layers=(1, 3)))(images))
+    torch.testing.assert_close(
+        learned(images), tdm.attach(vit, tdm.DPCKNN(0.6, layers=(1, 3)))(images)
+    )
 
 
 def test_multiply_accumulates_and_parameters():

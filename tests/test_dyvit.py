@@ -27,7 +27,10 @@ def images():
 
 def small(**kwargs):
     """16 patches, 6 blocks, predictors that tell tokens apart."""
-    model = tdm.attach(timm.create_model("test_vit", img_size=64, num_classes=5), tdm.DyViT(0.6, layers=(1, 3), **kwargs))
+    model = tdm.attach(
+        timm.create_model("test_vit", img_size=64, num_classes=5),
+        tdm.DyViT(0.6, layers=(1, 3), **kwargs),
+    )
     with torch.no_grad():
         for parameter in model.strategy.parameters():
             if parameter.ndim > 1:
@@ -35,7 +38,7 @@ def small(**kwargs):
     return model
 
 
-# The official code -------------------------------------------------------------------------------------------------
+# The official code ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -49,7 +52,9 @@ def test_official_inference(official):
         kept = tensors[f"kept_patch.{layer.index}"]
         assert torch.equal(layer.assignment.gather(1, kept), torch.arange(count).expand(3, -1))
         assert (layer.role == Role.KEPT).sum(1).tolist() == [count] * 3
-        torch.testing.assert_close(layer.importance, tensors[f"pred_score.{layer.index}"][..., 0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            layer.importance, tensors[f"pred_score.{layer.index}"][..., 0], atol=1e-4, rtol=0
+        )
 
 
 @pytest.fixture
@@ -80,11 +85,20 @@ def test_official_losses(official_training, case, kwargs):
     features = torch.cat((torch.randn(3, 1, 48), tensors["loss.teacher_features"]), dim=1)
     teacher = Output(tensors["loss.teacher_logits"], features, None, {})
     terms = model.strategy.loss(output, tensors["loss.labels"], F.cross_entropy, teacher)
-    official = {"task": ("cls", 1), "ratio": ("ratio", 2 / 3), "distillation": ("cls_kl", 0.5), "tokens": ("token", 0.5)}
+    official = {
+        "task": ("cls", 1),
+        "ratio": ("ratio", 2 / 3),
+        "distillation": ("cls_kl", 0.5),
+        "tokens": ("token", 0.5),
+    }
     assert terms.keys() == official.keys()
     for name, (theirs, weight) in official.items():
-        torch.testing.assert_close(terms[name], weight * tensors[f"loss.{case}.{theirs}"], rtol=1e-4, atol=0)
-    torch.testing.assert_close(sum(terms.values()), tensors[f"loss.{case}.total"], rtol=1e-4, atol=0)
+        torch.testing.assert_close(
+            terms[name], weight * tensors[f"loss.{case}.{theirs}"], rtol=1e-4, atol=0
+        )
+    torch.testing.assert_close(
+        sum(terms.values()), tensors[f"loss.{case}.total"], rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +120,7 @@ def test_parameters_and_multiply_accumulates(name, parameters, macs):
     assert report.strategy == 0
 
 
-# Attention under a policy --------------------------------------------------------------------------------------------
+# Attention under a policy ---------------------------------------------------------------------
 
 
 def test_policy_softmax_against_its_definition():
@@ -116,7 +130,10 @@ def test_policy_softmax_against_its_definition():
         for h in range(3):
             for i in range(5):
                 row = logits[b, h, i].tolist()
-                e = [math.exp(s - max(row)) * (1 if i == j else policy[b, j].item()) for j, s in enumerate(row)]
+                e = [
+                    math.exp(s - max(row)) * (1 if i == j else policy[b, j].item())
+                    for j, s in enumerate(row)
+                ]
                 expected = [(value + eps / 5) / (sum(e) + eps) for value in e]
                 assert found[b, h, i].tolist() == pytest.approx(expected, rel=1e-5)
 
@@ -136,30 +153,44 @@ def test_gradients_are_finite_where_the_policy_is_zero(dtype):
     assert policy.grad[0, 1] != 0  # a dropped token still learns whether it was missed
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"qk_norm": True}, {"scale_norm": True}, {"gated": True}, {"qkv_bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"qk_norm": True}, {"scale_norm": True}, {"gated": True}, {"qkv_bias": True}],
+    ids=str,
+)
 def test_explicit_attention_is_timms(kwargs):
     attention = Attention(32, num_heads=4, norm_layer=torch.nn.LayerNorm, **kwargs).eval()
     x, bias = torch.randn(2, 9, 32), torch.randn(2, 1, 1, 9)
     tokens = Tokens(x, 1, policy=torch.ones(2, 9))
-    torch.testing.assert_close(full_attention(attention, x, tokens), attention(x), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        full_attention(attention, x, tokens), attention(x), atol=1e-5, rtol=1e-4
+    )
     biased = full_attention(attention, x, tokens.replace(key_bias=bias))
     torch.testing.assert_close(biased, attention(x, attn_mask=bias), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["DiffAttention", "DiffParallelScalingBlock", "ParallelScalingBlock"])
+@pytest.mark.parametrize(
+    "kind", ["DiffAttention", "DiffParallelScalingBlock", "ParallelScalingBlock"]
+)
 def test_training_needs_plain_attention(kind):
     from timm.layers import DiffAttention
     from timm.models import vision_transformer as timm_vit
 
-    chosen = {"attn_layer": DiffAttention} if kind == "DiffAttention" else {"block_fn": getattr(timm_vit, kind)}
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5, **chosen).eval()
+    chosen = (
+        {"attn_layer": DiffAttention}
+        if kind == "DiffAttention"
+        else {"block_fn": getattr(timm_vit, kind)}
+    )
+    vit = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5, **chosen
+    ).eval()
     model, images = tdm.attach(vit, tdm.DyViT(0.6, layers=(1,))), torch.randn(2, 3, 32, 32)
     assert model(images).isfinite().all()  # inference needs no policy
     with pytest.raises(TypeError, match="timm's Attention"):
         model.train()(images)
 
 
-# Training without a merger -------------------------------------------------------------------------------------------
+# Training without a merger --------------------------------------------------------------------
 
 
 def test_a_dropped_token_never_returns_and_is_seen_by_nobody(images):
@@ -176,14 +207,18 @@ def test_a_dropped_token_never_returns_and_is_seen_by_nobody(images):
         x = torch.ones(1, 17, 64).cumsum(1).sin()
         x[0, 5] += changed
         tokens = Tokens(x, 1, policy=policy)
-        return full_attention(model.vit.blocks[0].attn, x, tokens)[0, [i for i in range(17) if i != 5]]
+        return full_attention(model.vit.blocks[0].attn, x, tokens)[
+            0, [i for i in range(17) if i != 5]
+        ]
 
     torch.testing.assert_close(class_token(0.0), class_token(3.0), atol=1e-4, rtol=0)
 
 
 def test_sampling_varies_in_training_only(images):
     model = small().train()
-    assert not torch.equal(model.run(images).carry["decisions"][0], model.run(images).carry["decisions"][0])
+    assert not torch.equal(
+        model.run(images).carry["decisions"][0], model.run(images).carry["decisions"][0]
+    )
     model.eval()
     assert torch.equal(model(images), model(images))
     assert "decisions" not in model.run(images).carry
@@ -191,11 +226,15 @@ def test_sampling_varies_in_training_only(images):
 
 def test_a_model_ready_for_inference_is_pruned(images):
     """Attaching gives the strategy the model's own mode."""
-    model = tdm.attach(timm.create_model("test_vit", img_size=64).eval(), tdm.DyViT(0.6, layers=(1, 3)))
+    model = tdm.attach(
+        timm.create_model("test_vit", img_size=64).eval(), tdm.DyViT(0.6, layers=(1, 3))
+    )
     assert model.trace(images)[1].token_counts == [16, 9, 9, 5, 5, 5]
 
 
-@pytest.mark.parametrize("merger", [None, tdm.TokenMerger(), tdm.TokenMerger(proportional_attention=True)])
+@pytest.mark.parametrize(
+    "merger", [None, tdm.TokenMerger(), tdm.TokenMerger(proportional_attention=True)]
+)
 def test_the_task_alone_reaches_predictors_and_backbone(images, merger):
     model = small(merger=merger).train()
     F.cross_entropy(model(images), torch.tensor([0, 1, 2])).backward()
@@ -223,7 +262,9 @@ def test_the_ratio_loss_moves_the_kept_share_to_the_schedule():
 
 def test_no_kept_token_gives_no_token_loss(monkeypatch):
     images = torch.randn(2, 3, 64, 64)
-    monkeypatch.setattr(F, "gumbel_softmax", lambda x, **_: F.one_hot(torch.ones_like(x[..., 0]).long(), 2) + 0 * x)
+    monkeypatch.setattr(
+        F, "gumbel_softmax", lambda x, **_: F.one_hot(torch.ones_like(x[..., 0]).long(), 2) + 0 * x
+    )
     model = small().train()
     teacher = tdm.attach(model.vit, tdm.Strategy()).run(images)
     terms = model.strategy.loss(model.run(images), torch.tensor([0, 1]), F.cross_entropy, teacher)
@@ -232,7 +273,7 @@ def test_no_kept_token_gives_no_token_loss(monkeypatch):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-# The merger ----------------------------------------------------------------------------------------------------------
+# The merger -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -316,7 +357,7 @@ def test_a_split_that_is_not_feasible_is_refused_at_once():
         tdm.attach(timm.create_model("test_vit", img_size=64), strategy)
 
 
-# Losses, teacher, optimizer ------------------------------------------------------------------------------------------
+# Losses, teacher, optimizer -------------------------------------------------------------------
 
 
 def test_which_settings_need_a_teacher():
@@ -334,7 +375,9 @@ def test_losses_ask_for_what_they_need(images):
     for other in (
         timm.create_model("test_vit", img_size=64, num_classes=7),
         timm.create_model("test_vit", img_size=32, num_classes=5),
-        VisionTransformer(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=5),
+        VisionTransformer(
+            img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, num_classes=5
+        ),
     ):
         side = other.patch_embed.img_size[0]
         teacher = tdm.attach(other, tdm.Strategy()).run(images[..., :side, :side])
@@ -347,7 +390,10 @@ def test_losses_ask_for_what_they_need(images):
 def test_optimizer_groups():
     model = small()
     groups, found = grouped(model)
-    assert {name for name, _ in model.named_parameters()} - set(found) == {"vit.pos_embed", "vit.cls_token"}
+    assert {name for name, _ in model.named_parameters()} - set(found) == {
+        "vit.pos_embed",
+        "vit.cls_token",
+    }
     assert sum(len(group["params"]) for group in groups) == len(found)
     for name, group in found.items():
         own, decays = name.startswith("strategy."), model.get_parameter(name).ndim > 1

@@ -1,4 +1,6 @@
-"""Evo-ViT: against the official code in all its modes, and with stand-ins for the waiting tokens."""
+"""Evo-ViT: against the official code in all its modes, and with stand-ins for the waiting
+tokens.
+"""
 
 import pytest
 import timm
@@ -18,7 +20,14 @@ def images():
 def make_vit(**kwargs):
     """64 patches, 8 blocks, peaked attention."""
     torch.manual_seed(3)
-    arguments = {"img_size": 64, "patch_size": 8, "embed_dim": 32, "depth": 8, "num_heads": 2, "num_classes": 5}
+    arguments = {
+        "img_size": 64,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 8,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
     vit = VisionTransformer(**{**arguments, "global_pool": "avg", **kwargs}).eval()
     with torch.no_grad():
         for name, parameter in vit.named_parameters():
@@ -31,7 +40,7 @@ def small(keep_rate=0.5, **kwargs):
     return tdm.attach(make_vit(), tdm.EvoViT(keep_rate, **{"layers": (2, 5), **kwargs}))
 
 
-# The official code -------------------------------------------------------------------------------------------------
+# The official code ----------------------------------------------------------------------------
 
 
 def close(found, expected, atol=1e-4):
@@ -69,7 +78,9 @@ def test_official_dropping_of_the_last_placeholders(official):
 
 @torch.no_grad()
 def test_official_training(official):
-    _, tensors, model = official("evovit_a", tdm.EvoViT(0.5, class_head=True, layerwise_epochs=200), global_pool="avg")
+    _, tensors, model = official(
+        "evovit_a", tdm.EvoViT(0.5, class_head=True, layerwise_epochs=200), global_pool="avg"
+    )
     model.train()
     output = model.run(tensors["input"])
     close(output.logits, tensors["train.logits"])
@@ -113,7 +124,11 @@ def test_settings_change_the_official_case(official):
 
 @pytest.mark.parametrize(
     ("name", "macs", "represented"),
-    [("tiny", 817_754_112, 0.822), ("small", 3_033_391_104, 3.049), ("base", 11_658_313_728, 11.717)],
+    [
+        ("tiny", 817_754_112, 0.822),
+        ("small", 3_033_391_104, 3.049),
+        ("base", 11_658_313_728, 11.717),
+    ],
 )
 def test_multiply_accumulates(name, macs, represented):
     with torch.device("meta"):
@@ -125,7 +140,7 @@ def test_multiply_accumulates(name, macs, represented):
     assert round(gmacs, 3) == represented
 
 
-# The running attention -----------------------------------------------------------------------------------------------
+# The running attention ------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -137,7 +152,9 @@ def test_running_attention_against_its_definition(images):
         layer[index] = block.attn
     seen = {}
     for index in range(5):
-        layer[index].register_forward_hook(lambda module, args, out, index=index: seen.__setitem__(index, args[0]))
+        layer[index].register_forward_hook(
+            lambda module, args, out, index=index: seen.__setitem__(index, args[0])
+        )
     _, trace = model.trace(images)
     kept = int(0.4 * 64)
     for index in range(5):
@@ -152,14 +169,18 @@ def test_running_attention_against_its_definition(images):
         else:
             here = summed.shape[1]
             assert here == (64 if index < 2 else kept)
-            expected = torch.cat(((1 - mix[index]) * expected[:, :here] + mix[index] * summed, expected[:, here:]), 1)
+            expected = torch.cat(
+                ((1 - mix[index]) * expected[:, :here] + mix[index] * summed, expected[:, here:]), 1
+            )
     torch.testing.assert_close(trace.layers[1].importance, expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_one_number_is_that_number_in_every_block(images):
     vit = make_vit()
-    one, many = (tdm.attach(vit, tdm.EvoViT(0.5, tradeoff=t, layers=(2, 5))) for t in (0.3, [0.3] * 8))
+    one, many = (
+        tdm.attach(vit, tdm.EvoViT(0.5, tradeoff=t, layers=(2, 5))) for t in (0.3, [0.3] * 8)
+    )
     assert torch.equal(one(images), many(images))
 
 
@@ -173,12 +194,14 @@ def test_importance_is_only_asked_for_where_it_is_used():
     assert asked(layers=()) == []
 
 
-# What waits and comes back ---------------------------------------------------------------------------------------------
+# What waits and comes back --------------------------------------------------------------------
 
 
 @torch.no_grad()
 def changes_of_the_waiting(model, images):
-    """Run to the last selection and to the end; what became of the tokens that waited in between, B×P×C, and their groups."""
+    """Run to the last selection and to the end; what became of the tokens that waited in between,
+    B×P×C, and their groups.
+    """
     strategy, seen = model.strategy, {}
     original = strategy.before_block
 
@@ -239,18 +262,27 @@ def test_stand_ins_attract_attention_for_all_they_stand_for(proportional):
 def test_one_group_is_the_representative(images):
     vit = make_vit()
     one = tdm.attach(
-        vit, tdm.EvoViT(0.5, layers=(2, 5), merger=tdm.TokenMerger(cluster_fraction=0.01, proportional_attention=False))
+        vit,
+        tdm.EvoViT(
+            0.5,
+            layers=(2, 5),
+            merger=tdm.TokenMerger(cluster_fraction=0.01, proportional_attention=False),
+        ),
     )
     representative = tdm.attach(vit, tdm.EvoViT(0.5, layers=(2, 5), representative=True))
     torch.testing.assert_close(one(images), representative(images))
-    assert not torch.allclose(one(images), tdm.attach(vit, tdm.EvoViT(0.5, layers=(2, 5)))(images), atol=1e-3)
+    assert not torch.allclose(
+        one(images), tdm.attach(vit, tdm.EvoViT(0.5, layers=(2, 5)))(images), atol=1e-3
+    )
     assert one.trace(images)[1].token_counts == [64, 64] + [32] * 6
 
 
 @torch.no_grad()
 def test_the_merger_leaves_the_selection_as_it_is(images):
     vit = make_vit()
-    _, merged = tdm.attach(vit, tdm.EvoViT(0.5, layers=(2, 5), merger=tdm.TokenMerger())).trace(images)
+    _, merged = tdm.attach(vit, tdm.EvoViT(0.5, layers=(2, 5), merger=tdm.TokenMerger())).trace(
+        images
+    )
     _, plain = tdm.attach(vit, tdm.EvoViT(0.5, layers=(2, 5))).trace(images)
     assert torch.equal(merged.layers[0].role, plain.layers[0].role)
     assert torch.equal(merged.layers[0].assignment, plain.layers[0].assignment)
@@ -258,22 +290,35 @@ def test_the_merger_leaves_the_selection_as_it_is(images):
 
 @pytest.mark.parametrize("kwargs", [{"merger": tdm.TokenMerger()}, {"representative": True}])
 def test_gradients_reach_the_importance_through_the_stand_ins(images, kwargs):
-    """The class token's query in the block before a selection acts through the weights of the stand-ins."""
+    """The class token's query in the block before a selection acts through the weights of the
+    stand-ins.
+    """
     model = small(**kwargs)
     images.requires_grad_()
     model(images).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-# Class head ------------------------------------------------------------------------------------------------------------
+# Class head -----------------------------------------------------------------------------------
 
 
 def test_parameters_while_training():
     with torch.device("meta"):
-        vits = [timm.create_model(f"deit_{name}_patch16_224", global_pool="avg") for name in ("tiny", "small", "base")]
+        vits = [
+            timm.create_model(f"deit_{name}_patch16_224", global_pool="avg")
+            for name in ("tiny", "small", "base")
+        ]
     models = [tdm.attach(vit, tdm.EvoViT(class_head=True)) for vit in vits]
-    assert [sum(p.numel() for p in m.parameters()) for m in models] == [5_910_800, 22_436_432, 87_338_192]
-    assert [tdm.flops.mac_report(m).learned for m in models] == [0, 0, 0]  # inference does not use it
+    assert [sum(p.numel() for p in m.parameters()) for m in models] == [
+        5_910_800,
+        22_436_432,
+        87_338_192,
+    ]
+    assert [tdm.flops.mac_report(m).learned for m in models] == [
+        0,
+        0,
+        0,
+    ]  # inference does not use it
 
 
 def test_half_the_loss_comes_from_the_class_token(images):
@@ -282,7 +327,9 @@ def test_half_the_loss_comes_from_the_class_token(images):
     terms = model.strategy.loss(output, labels, F.cross_entropy)
     assert terms.keys() == {"task", "class_head"}
     torch.testing.assert_close(terms["task"], 0.5 * F.cross_entropy(output.logits, labels))
-    torch.testing.assert_close(terms["class_head"], 0.5 * F.cross_entropy(output.carry["class_logits"], labels))
+    torch.testing.assert_close(
+        terms["class_head"], 0.5 * F.cross_entropy(output.carry["class_logits"], labels)
+    )
     sum(terms.values()).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.strategy.parameters())
     model.eval()
@@ -302,14 +349,20 @@ def test_official_weights_load_with_and_without_the_class_head(official, golden)
         _, _, model = official("evovit_a", tdm.EvoViT(class_head=class_head), global_pool="avg")
         assert torch.equal(model.vit.fc_norm.weight, tensors["state_dict.norm.weight"])
         if class_head:
-            assert torch.equal(model.strategy.head_cls.weight, tensors["state_dict.head_cls.weight"])
-    weights = {name[11:]: value for name, value in tensors.items() if name.startswith("state_dict.")}
+            assert torch.equal(
+                model.strategy.head_cls.weight, tensors["state_dict.head_cls.weight"]
+            )
+    weights = {
+        name[11:]: value for name, value in tensors.items() if name.startswith("state_dict.")
+    }
     for missing in ("vs.3.v.weight", "qks.5.qk.bias", "projs.0.weight"):
         with pytest.raises(ValueError, match="does not fit this model; nothing was loaded"):
-            tdm.checkpoints.load_official(model, {name: value for name, value in weights.items() if name != missing})
+            tdm.checkpoints.load_official(
+                model, {name: value for name, value in weights.items() if name != missing}
+            )
 
 
-# Bad input -------------------------------------------------------------------------------------------------------------
+# Bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -348,7 +401,9 @@ def test_bad_arguments(arguments, error, message):
 
 @torch.no_grad()
 def test_no_class_token_is_fine_without_a_class_head(images):
-    model = tdm.attach(make_vit(class_token=False), tdm.EvoViT(0.5, layers=(2, 5), merger=tdm.TokenMerger()))
+    model = tdm.attach(
+        make_vit(class_token=False), tdm.EvoViT(0.5, layers=(2, 5), merger=tdm.TokenMerger())
+    )
     logits, trace = model.trace(images)
     assert logits.isfinite().all()
     assert trace.token_counts == [64, 64] + [32] * 6

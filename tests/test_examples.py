@@ -24,7 +24,9 @@ def test_there_is_none_without_a_test():
         "plain_loop",
         "segmentation",
     }
-    assert all(len(path.read_text(encoding="utf-8").splitlines()) <= 30 for path in FOLDER.glob("*.py"))
+    assert all(
+        len(path.read_text(encoding="utf-8").splitlines()) <= 30 for path in FOLDER.glob("*.py")
+    )
 
 
 @pytest.mark.parametrize("name", ["plain_loop", "fabric"])

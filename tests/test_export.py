@@ -15,7 +15,14 @@ from tdm_lightning.cli import main
 from tests.exporting import check_compiled, check_onnx
 from tests.test_families import made
 
-TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
+TINY = {
+    "img_size": 16,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 5,
+}
 
 
 def reduced(strategy, **kwargs):
@@ -33,7 +40,7 @@ def model():
     return reduced(tdm.EViT(0.5, (1,), fuse=False))
 
 
-# What is in the file ------------------------------------------------------------------------------------------------
+# What is in the file --------------------------------------------------------------------------
 
 
 def test_an_onnx_file_says_what_it_takes_and_gives(model, tmp_path):
@@ -46,7 +53,7 @@ def test_an_onnx_file_says_what_it_takes_and_gives(model, tmp_path):
     assert 0 <= written.agreement.difference < 1e-4
     assert (written.agreement.images, written.agreement.ties) == (11, 0)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    ((image,), (logits,)) = session.get_inputs(), session.get_outputs()
+    (image,), (logits,) = session.get_inputs(), session.get_outputs()
     assert (image.name, logits.name) == ("images", "logits")
     assert isinstance(image.shape[0], str)
     assert image.shape[1:] == [3, 16, 16]
@@ -66,7 +73,9 @@ def test_a_program_runs_with_torch_alone(tmp_path):
     written = export.export_program(model, path)
     images = torch.randn(7, 3, 16, 16)
     with torch.no_grad():
-        torch.testing.assert_close(torch.export.load(path).module()(images), model(images), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            torch.export.load(path).module()(images), model(images), atol=1e-5, rtol=1e-5
+        )
     assert written.size == path.stat().st_size
     assert written.outputs == {"logits": ("batch", 5)}
     assert b"tdm_lightning/vit" not in path.read_bytes()
@@ -92,10 +101,13 @@ def test_the_model_stays_as_it_was(tmp_path):
     assert modes == [module.training for module in model.modules()]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model(torch.randn(2, 3, 16, 16, dtype=torch.bfloat16)).sum().backward()
-    assert torch.export.load(tmp_path / "m.pt2").module()(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
+    assert (
+        torch.export.load(tmp_path / "m.pt2").module()(torch.zeros(1, 3, 16, 16)).dtype
+        == torch.float32
+    )
 
 
-# Strategies and families --------------------------------------------------------------------------------------------
+# Strategies and families ----------------------------------------------------------------------
 
 STRATEGIES = {
     "dpcknn": lambda: tdm.DPCKNN(0.5, (1,)),
@@ -120,7 +132,9 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_positions_follow_the_tokens_in_onnx_runtime(name, tmp_path):
-    check_onnx(tdm.attach(made(name), FAMILIES[name]()), torch.randn(3, 3, 32, 32), tmp_path / "m.onnx")
+    check_onnx(
+        tdm.attach(made(name), FAMILIES[name]()), torch.randn(3, 3, 32, 32), tmp_path / "m.onnx"
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -129,16 +143,22 @@ def test_families_compile_without_a_graph_break(name):
     check_compiled(tdm.attach(made(name), FAMILIES[name]()), torch.randn(2, 3, 32, 32))
 
 
-# What cannot be exported --------------------------------------------------------------------------------------------
+# What cannot be exported ----------------------------------------------------------------------
 
-ADAPTIVE = {"avit": lambda: tdm.AViT(), "iared2": lambda: tdm.IARED2(groups=2), "spvit": lambda: tdm.SPViT((1,))}
+ADAPTIVE = {
+    "avit": lambda: tdm.AViT(),
+    "iared2": lambda: tdm.IARED2(groups=2),
+    "spvit": lambda: tdm.SPViT((1,)),
+}
 
 
 @pytest.mark.parametrize("write", [export.export_onnx, export.export_program])
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_adaptive_strategies_are_refused(name, write, tmp_path):
     model = reduced(ADAPTIVE[name]())
-    with pytest.raises(ValueError, match="another number of tokens for each image.*fixed budget, such as TDM"):
+    with pytest.raises(
+        ValueError, match="another number of tokens for each image.*fixed budget, such as TDM"
+    ):
         write(model, tmp_path / "m")
     assert not list(tmp_path.iterdir())
 
@@ -147,7 +167,9 @@ def test_adaptive_strategies_are_refused(name, write, tmp_path):
 def test_adaptive_strategies_compile_with_breaks():
     model, images = reduced(tdm.SPViT((1,))), torch.randn(3, 3, 16, 16)
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(model, backend="eager")(images), model(images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.compile(model, backend="eager")(images), model(images), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_model_that_draws_at_random_is_refused(tmp_path):
@@ -165,7 +187,9 @@ class Twofold(tdm.Strategy):
 
 
 def test_a_file_with_other_logits_is_not_kept(tmp_path):
-    with pytest.raises(ValueError, match="other logits than the model for 1 of 1 images.*no file was kept"):
+    with pytest.raises(
+        ValueError, match="other logits than the model for 1 of 1 images.*no file was kept"
+    ):
         export.export_program(reduced(Twofold()), tmp_path / "m.pt2")
     assert not list(tmp_path.iterdir())
 
@@ -173,7 +197,9 @@ def test_a_file_with_other_logits_is_not_kept(tmp_path):
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_package_is_named_with_its_extra(model, package, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == package else object())
-    with pytest.raises(ValueError, match=rf"needs {package}: pip install 'tdm-lightning\[export\]'"):
+    with pytest.raises(
+        ValueError, match=rf"needs {package}: pip install 'tdm-lightning\[export\]'"
+    ):
         export.export_onnx(model, tmp_path / "m.onnx")
 
 
@@ -182,9 +208,12 @@ def test_a_folder_that_is_not_there(model, tmp_path):
         export.export_program(model, tmp_path / "missing" / "m.pt2")
 
 
-# The command --------------------------------------------------------------------------------------------------------
+# The command ----------------------------------------------------------------------------------
 
-SETTINGS = ["--model=deit_tiny_patch16_224", '--model_kwargs={"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2}']
+SETTINGS = [
+    "--model=deit_tiny_patch16_224",
+    '--model_kwargs={"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2}',
+]
 SETTINGS = [*SETTINGS, "--model_kwargs.num_heads=2", "--strategy=EViT", "--strategy.layers=[1]"]
 
 
@@ -204,7 +233,9 @@ def test_command_exports_a_shared_model(tmp_path):
     vit = timm.create_model("deit_tiny_patch16_224", **TINY)
     model = tdm.attach(vit, tdm.TDM(0.5, (1,))).eval()
     model.save_pretrained(tmp_path / "shared", config={"model_args": TINY})
-    path = main(["export", f"--from_pretrained={tmp_path / 'shared'}", f"--out={tmp_path / 'm.onnx'}"])
+    path = main(
+        ["export", f"--from_pretrained={tmp_path / 'shared'}", f"--out={tmp_path / 'm.onnx'}"]
+    )
     session, images = onnxruntime.InferenceSession(path), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])

@@ -1,4 +1,6 @@
-"""Every timm class of ViTs: the same as timm where nothing is reduced, and positions that follow the tokens."""
+"""Every timm class of ViTs: the same as timm where nothing is reduced, and positions that follow
+the tokens.
+"""
 
 import pytest
 import timm
@@ -13,7 +15,14 @@ import tdm_lightning as tdm
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.sweep.examine import Shuffled
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10}
+SMALL = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 10,
+}
 
 
 def beit(**arguments):
@@ -21,7 +30,14 @@ def beit(**arguments):
 
 
 def naflex(**arguments):
-    settings = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "pos_embed_grid_size": (4, 4), **arguments}
+    settings = {
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 4,
+        "num_heads": 2,
+        "pos_embed_grid_size": (4, 4),
+        **arguments,
+    }
     model = NaFlexVit(NaFlexVitCfg(**settings), num_classes=10, img_size=32)
     model.pretrained_cfg = {"input_size": (3, 32, 32)}
     return model
@@ -29,27 +45,42 @@ def naflex(**arguments):
 
 MODELS = {
     "eva": lambda: Eva(**SMALL, use_rot_pos_emb=True),
-    "eva separate projections": lambda: Eva(**SMALL, use_rot_pos_emb=True, qkv_fused=False, swiglu_mlp=True, scale_mlp=True),
+    "eva separate projections": lambda: Eva(
+        **SMALL, use_rot_pos_emb=True, qkv_fused=False, swiglu_mlp=True, scale_mlp=True
+    ),
     "eva post-norm": lambda: Eva(**SMALL, use_rot_pos_emb=True, use_post_norm=True),
     "eva registers, no class token": lambda: Eva(
         **SMALL, use_rot_pos_emb=True, class_token=False, num_reg_tokens=2, global_pool="avg"
     ),
     "eva DINOv3": lambda: Eva(
-        **SMALL, use_rot_pos_emb=True, rope_type="dinov3", rope_rotate_half=True, num_reg_tokens=4, use_abs_pos_emb=False
+        **SMALL,
+        use_rot_pos_emb=True,
+        rope_type="dinov3",
+        rope_rotate_half=True,
+        num_reg_tokens=4,
+        use_abs_pos_emb=False,
     ),
-    "eva mixed": lambda: Eva(**SMALL, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope", init_values=0.1),
-    "eva attention pooling": lambda: Eva(**SMALL, use_rot_pos_emb=True, global_pool="map", use_fc_norm=False),
+    "eva mixed": lambda: Eva(
+        **SMALL, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope", init_values=0.1
+    ),
+    "eva attention pooling": lambda: Eva(
+        **SMALL, use_rot_pos_emb=True, global_pool="map", use_fc_norm=False
+    ),
     "eva without RoPE": lambda: Eva(**SMALL, use_rot_pos_emb=False, qk_norm=True),
     "beit": lambda: beit(global_pool="token"),
     "beit averaged": lambda: beit(global_pool="avg"),
     "beit shared": lambda: beit(use_rel_pos_bias=False, use_shared_rel_pos_bias=True),
     "relpos": lambda: VisionTransformerRelPos(**SMALL),
-    "relpos class token": lambda: VisionTransformerRelPos(**SMALL, class_token=True, global_pool="token", qk_norm=True),
+    "relpos class token": lambda: VisionTransformerRelPos(
+        **SMALL, class_token=True, global_pool="token", qk_norm=True
+    ),
     "relpos network": lambda: VisionTransformerRelPos(**SMALL, rel_pos_type="mlp"),
     "relpos shared": lambda: VisionTransformerRelPos(**SMALL, shared_rel_pos=True),
     "naflex": lambda: naflex(class_token=True, global_pool="token"),
     "naflex averaged": lambda: naflex(reg_tokens=2, global_pool="avg"),
-    "naflex RoPE": lambda: naflex(class_token=True, rope_type="axial", attn_type="eva", pos_embed="none"),
+    "naflex RoPE": lambda: naflex(
+        class_token=True, rope_type="axial", attn_type="eva", pos_embed="none"
+    ),
 }
 
 
@@ -75,18 +106,26 @@ def images():
 def test_without_a_strategy_it_is_timms(name, images):
     vit = made(name)
     with torch.no_grad():
-        torch.testing.assert_close(tdm.attach(vit, Strategy())(images), vit(images), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(tdm.attach(vit, tdm.TDM(1.0, (1, 2)))(images), vit(images), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            tdm.attach(vit, Strategy())(images), vit(images), atol=1e-5, rtol=1e-4
+        )
+        torch.testing.assert_close(
+            tdm.attach(vit, tdm.TDM(1.0, (1, 2)))(images), vit(images), atol=1e-5, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_positions_move_with_the_tokens(name, images):
     vit = made(name)
     with torch.no_grad():
-        torch.testing.assert_close(tdm.attach(vit, Shuffled())(images), vit(images), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            tdm.attach(vit, Shuffled())(images), vit(images), atol=1e-5, rtol=1e-4
+        )
 
 
-@pytest.mark.parametrize("strategy", [tdm.TDM(0.5, (1, 2)), tdm.EViT(0.5, (1, 2)), tdm.ToMe(3), tdm.DPCKNN(0.5, (1, 2))])
+@pytest.mark.parametrize(
+    "strategy", [tdm.TDM(0.5, (1, 2)), tdm.EViT(0.5, (1, 2)), tdm.ToMe(3), tdm.DPCKNN(0.5, (1, 2))]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_fall_and_gradients_flow(name, strategy, images):
     vit = made(name)
@@ -95,27 +134,40 @@ def test_tokens_fall_and_gradients_flow(name, strategy, images):
     assert trace.token_counts[-1] < trace.token_counts[0]
     assert (logits - vit(images)).abs().max() > 1e-6
     logits.square().sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in vit.parameters() if parameter.grad is not None)
+    assert all(
+        parameter.grad.isfinite().all()
+        for parameter in vit.parameters()
+        if parameter.grad is not None
+    )
     assert vit.blocks[-1].norm2.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_importance_is_the_attention_that_timm_computes(name, images):
-    """The row beside the fused kernel, against the softmax of the model's own explicit attention."""
+    """The row beside the fused kernel, against the softmax of the model's own explicit
+    attention.
+    """
     vit = made(name)
     seen = {}
     for index, block in enumerate(vit.blocks):
         block.attn.fused_attn = False
-        block.attn.attn_drop.register_forward_hook(lambda module, inputs, out, index=index: seen.__setitem__(index, inputs[0]))
+        block.attn.attn_drop.register_forward_hook(
+            lambda module, inputs, out, index=index: seen.__setitem__(index, inputs[0])
+        )
     with torch.no_grad():
         vit(images)
         trace = tdm.attach(vit, tdm.EViT(0.5, (1,), fuse=False)).trace(images)[1]
     prefix = vit.num_prefix_tokens
     weights = seen[1]
     has_class = (
-        getattr(vit, "cls_token", None) is not None or getattr(getattr(vit, "embeds", None), "cls_token", None) is not None
+        getattr(vit, "cls_token", None) is not None
+        or getattr(getattr(vit, "embeds", None), "cls_token", None) is not None
     )
-    expected = weights[:, :, 0, prefix:].mean(1) if has_class else weights[:, :, prefix:, prefix:].mean((1, 2))
+    expected = (
+        weights[:, :, 0, prefix:].mean(1)
+        if has_class
+        else weights[:, :, prefix:, prefix:].mean((1, 2))
+    )
     torch.testing.assert_close(trace.layers[0].importance, expected, atol=1e-6, rtol=1e-4)
 
 
@@ -139,7 +191,9 @@ def test_under_rope_a_merged_token_stands_where_its_most_important_member_stood(
     for image in range(len(images)):
         for token in range(tokens.count):
             members = (layer.assignment[image] == token).nonzero().flatten()
-            assert tokens.position[image, token] == members[layer.importance[image, members].argmax()]
+            assert (
+                tokens.position[image, token] == members[layer.importance[image, members].argmax()]
+            )
 
 
 @pytest.mark.parametrize("name", ["beit", "relpos"])
@@ -189,7 +243,9 @@ def test_other_image_sizes(images):
 
 def test_an_image_smaller_than_a_patch():
     with pytest.raises(ValueError, match="smaller than one patch"):
-        tdm.attach(naflex(class_token=True, global_pool="token"), tdm.TDM(0.5, (1,)))(torch.zeros(1, 3, 4, 4))
+        tdm.attach(naflex(class_token=True, global_pool="token"), tdm.TDM(0.5, (1,)))(
+            torch.zeros(1, 3, 4, 4)
+        )
 
 
 def test_a_models_own_size_may_be_no_multiple_of_the_patch():

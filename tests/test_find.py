@@ -12,7 +12,9 @@ from tdm_lightning.vit.find import find_vit, inner_vit, tap_blocks
 
 
 def small():
-    return VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=3).eval()
+    return VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=3
+    ).eval()
 
 
 class Holder(nn.Module):
@@ -40,7 +42,10 @@ def test_none_and_several_are_errors_that_say_where():
         find_vit(Holder(net=nn.Linear(2, 2)))
     student, teacher = tdm.attach(small(), tdm.TDM(layers=(1,))), small()
     both = Holder(net=Holder(student=student, teacher=teacher))
-    with pytest.raises(ValueError, match=r"2 ViTs.*'net\.student' \(TokenReducedViT\).*'net\.teacher' \(VisionTransformer\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"2 ViTs.*'net\.student' \(TokenReducedViT\).*'net\.teacher' \(VisionTransformer\)",
+    ):
         find_vit(both)
     assert find_vit(both, "net.student") is student
     assert find_vit(both, "net.teacher") is teacher
@@ -51,9 +56,14 @@ def test_none_and_several_are_errors_that_say_where():
 def test_taps_see_the_same_tokens_in_a_plain_model_as_at_keep_rate_1():
     vit, images = small(), torch.randn(2, 3, 32, 32)
     seen = {}
-    for name, model in {"plain": vit, "reduced": tdm.attach(vit, tdm.TDM(1.0, layers=(1,)))}.items():
+    for name, model in {
+        "plain": vit,
+        "reduced": tdm.attach(vit, tdm.TDM(1.0, layers=(1,))),
+    }.items():
         seen[name] = {}
-        with tap_blocks(model, lambda index, tokens, valid, kept=seen[name]: kept.__setitem__(index, tokens)):
+        with tap_blocks(
+            model, lambda index, tokens, valid, kept=seen[name]: kept.__setitem__(index, tokens)
+        ):
             model(images)
         model(images * 2)  # outside: not seen
     assert list(seen["plain"]) == list(seen["reduced"]) == [0, 1, 2, 3]
@@ -64,7 +74,10 @@ def test_taps_see_the_same_tokens_in_a_plain_model_as_at_keep_rate_1():
 def test_taps_are_removed_on_errors_and_copies_show_nothing():
     model = tdm.attach(small(), tdm.TDM(0.5, layers=(1,)))
     seen = []
-    with pytest.raises(RuntimeError), tap_blocks(model, lambda index, tokens, valid: seen.append(tokens.shape[1])):  # noqa: PT012
+    with (
+        pytest.raises(RuntimeError),
+        tap_blocks(model, lambda index, tokens, valid: seen.append(tokens.shape[1])),
+    ):
         copy.deepcopy(model)(torch.zeros(1, 3, 32, 32))
         assert seen == []
         model(torch.zeros(1, 3, 32, 32))

@@ -9,7 +9,12 @@ import yaml
 from tdm_lightning.cli import main
 from tests.localsets import NAMES, make_arrow, make_image_folder, make_parquet, make_webdataset
 
-MAKERS = {"imagefolder": make_image_folder, "parquet": make_parquet, "arrow": make_arrow, "webdataset": make_webdataset}
+MAKERS = {
+    "imagefolder": make_image_folder,
+    "parquet": make_parquet,
+    "arrow": make_arrow,
+    "webdataset": make_webdataset,
+}
 
 
 def settings(tmp_path, root, kind, streaming):
@@ -22,7 +27,13 @@ def settings(tmp_path, root, kind, streaming):
     }
     if kind == "webdataset":
         data |= {"image_column": "jpg", "label_column": "cls", "num_classes": 3}
-    trainer = {"accelerator": "cpu", "max_epochs": 1, "limit_train_batches": 2, "logger": False, "enable_checkpointing": False}
+    trainer = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "limit_train_batches": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+    }
     model = {
         "model": "deit_tiny_patch16_224",
         "model_kwargs": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2},

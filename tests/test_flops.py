@@ -47,7 +47,11 @@ def test_parts_sum_to_the_whole_and_follow_the_formula():
     assert report.embed == 196 * 768 * width
     assert report.head == 1000 * width
     assert report.learned == 0
-    assert report.backbone == report.embed + report.head + sum(b.attention + b.mlp for b in report.blocks) == INSIDE["small"]
+    assert (
+        report.backbone
+        == report.embed + report.head + sum(b.attention + b.mlp for b in report.blocks)
+        == INSIDE["small"]
+    )
     assert report.total == report.backbone + report.strategy
     assert report.plain == PLAIN["small"]
     assert report.reduction == pytest.approx(1 - INSIDE["small"] / PLAIN["small"])
@@ -55,7 +59,9 @@ def test_parts_sum_to_the_whole_and_follow_the_formula():
 
 
 def test_the_merger_costs_what_its_products_cost():
-    """Class rows, inattentive distances N_i²·C and the bipartite similarity; gathering and adding up cost nothing."""
+    """Class rows, inattentive distances N_i²·C and the bipartite similarity; gathering and adding
+    up cost nothing.
+    """
     report = mac_report(tdm.attach(deit("small"), tdm.TDM(0.7)))
     width, heads, n = 384, 6, 196
     for block in report.blocks:
@@ -69,20 +75,43 @@ def test_the_merger_costs_what_its_products_cost():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_input_size(channels):
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, in_chans=channels, num_classes=5)
+    vit = VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        in_chans=channels,
+        num_classes=5,
+    )
     n = 17
     blocks = 2 * (12 * n * 32**2 + 2 * n**2 * 32)
     assert default_input_size(vit) == (channels, 32, 32)
-    assert count_macs(vit) == count_macs(vit, (channels, 32, 32)) == 16 * 64 * channels * 32 + blocks + 5 * 32
+    assert (
+        count_macs(vit)
+        == count_macs(vit, (channels, 32, 32))
+        == 16 * 64 * channels * 32 + blocks + 5 * 32
+    )
     flexible = VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, dynamic_img_size=True, num_classes=5
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        dynamic_img_size=True,
+        num_classes=5,
     )
     n = 37
-    assert count_macs(flexible, (3, 48, 48)) == 36 * 64 * 3 * 32 + 2 * (12 * n * 32**2 + 2 * n**2 * 32) + 5 * 32
+    assert (
+        count_macs(flexible, (3, 48, 48))
+        == 36 * 64 * 3 * 32 + 2 * (12 * n * 32**2 + 2 * n**2 * 32) + 5 * 32
+    )
 
 
 def test_real_images_give_the_same_numbers_and_leave_the_model_alone():
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5)
+    vit = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5
+    )
     model = tdm.attach(vit, tdm.TDM(0.5, layers=(1, 2)))
     model.train()
     assert mac_report(model) == mac_report(model, images=torch.randn(3, 3, 32, 32))
@@ -94,7 +123,9 @@ def test_adaptive_strategies_need_images():
     class Adaptive(tdm.Strategy):
         adaptive = True
 
-    model = tdm.attach(VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2), Adaptive())
+    model = tdm.attach(
+        VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2), Adaptive()
+    )
     with pytest.raises(ValueError, match="Adaptive keeps another number of tokens.*images="):
         count_macs(model)
 

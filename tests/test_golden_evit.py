@@ -15,8 +15,12 @@ def official(golden):
     kwargs = dict(facts["constructor"])
     norm = functools.partial(torch.nn.LayerNorm, eps=kwargs.pop("layernorm_eps"))
     vit = VisionTransformer(norm_layer=norm, **kwargs).eval()
-    tdm.checkpoints.load_official(vit, {name[11:]: value for name, value in tensors.items() if name.startswith("state_dict.")})
-    model = tdm.attach(vit, tdm.EViT(facts["method"]["keep_rate"], facts["method"]["reduction_layers"]))
+    tdm.checkpoints.load_official(
+        vit, {name[11:]: value for name, value in tensors.items() if name.startswith("state_dict.")}
+    )
+    model = tdm.attach(
+        vit, tdm.EViT(facts["method"]["keep_rate"], facts["method"]["reduction_layers"])
+    )
     with torch.no_grad():
         return model, tensors, model.run(tensors["input"], trace=True)
 
@@ -43,7 +47,9 @@ def test_importance_and_kept_indices(official, layer):
 
 @pytest.mark.parametrize("layer", [3, 6, 9])
 def test_assignment_names_the_official_token_of_every_patch(official, layer):
-    """A patch that is the n-th official token is where the trace says it is; all others are in fused tokens."""
+    """A patch that is the n-th official token is where the trace says it is; all others are in
+    fused tokens.
+    """
     _, tensors, output = official
     seen = next(trace for trace in output.trace.layers if trace.index == layer)
     patches = tensors[f"kept_patch.{layer}"]
@@ -51,12 +57,16 @@ def test_assignment_names_the_official_token_of_every_patch(official, layer):
         places = {patch: place for place, patch in enumerate(patches[image].tolist()) if patch >= 0}
         held = seen.assignment[image].tolist()
         assert all(held[patch] == place for patch, place in places.items())
-        fused = {place for place, patch in enumerate(patches[image].tolist()) if patch < 0} | {patches.shape[1]}
+        fused = {place for place, patch in enumerate(patches[image].tolist()) if patch < 0} | {
+            patches.shape[1]
+        }
         assert {held[patch] for patch in range(len(held)) if patch not in places} <= fused
 
 
 def test_switching_the_reduction_off_shows(official):
-    """The fixture can tell a reduction that does nothing, and one that takes another number of tokens."""
+    """The fixture can tell a reduction that does nothing, and one that takes another number of
+    tokens.
+    """
     model, tensors, _ = official
     for strategy in (tdm.EViT(1.0), tdm.EViT(0.68), tdm.EViT(0.7, fuse=False)):
         with torch.no_grad():

@@ -32,7 +32,7 @@ def images():
     return torch.randn(4, 3, 32, 32)
 
 
-# Decisions -----------------------------------------------------------------------------------------------------------
+# Decisions ------------------------------------------------------------------------------------
 
 
 def test_scores_against_their_definition():
@@ -41,18 +41,24 @@ def test_scores_against_their_definition():
     torch.nn.init.normal_(interpreter.qk.bias)
     tokens = torch.randn(2, 6, 24) * 3
     found = interpreter(tokens[:, :1], tokens[:, 1:])
-    normed = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    normed = (tokens - tokens.mean(-1, keepdim=True)) / (
+        tokens.var(-1, unbiased=False, keepdim=True) + 1e-5
+    ).sqrt()
     q, k, _ = interpreter.qk(normed).chunk(3, dim=-1)
     for image in range(2):
         for patch in range(5):
             heads = [slice(8 * h, 8 * h + 8) for h in range(3)]
-            logits = [(q[image, 0, h] @ k[image, patch + 1, h] / math.sqrt(8)).item() for h in heads]
+            logits = [
+                (q[image, 0, h] @ k[image, patch + 1, h] / math.sqrt(8)).item() for h in heads
+            ]
             expected = sum(1 / (1 + math.exp(-logit)) for logit in logits) / 3
             assert found[image, patch].item() == pytest.approx(expected, abs=1e-5)
 
 
 def masked_pass(model, images):
-    """As the authors' tool infers: all tokens stay, dropped ones are zeroed and masked out of the attention."""
+    """As the authors' tool infers: all tokens stay, dropped ones are zeroed and masked out of the
+    attention.
+    """
     vit, strategy = model.vit, model.strategy
     x = vit._pos_embed(vit.patch_embed(images))
     policy, kept = torch.ones(x.shape[:2]), []
@@ -60,15 +66,28 @@ def masked_pass(model, images):
         if index % 2 == 0:
             x = x * policy.unsqueeze(-1)
             interpreter = strategy.interpreters[index // 2]
-            q, k, _ = interpreter.qk(F.layer_norm(x, x.shape[-1:])).unflatten(-1, (3, interpreter.heads, -1)).unbind(2)
+            q, k, _ = (
+                interpreter.qk(F.layer_norm(x, x.shape[-1:]))
+                .unflatten(-1, (3, interpreter.heads, -1))
+                .unbind(2)
+            )
             logits = torch.einsum("bhd,bnhd->bhn", q[:, 0], k) / math.sqrt(q.shape[-1])
             policy = (logits.sigmoid().mean(1) * policy > strategy.threshold).float()
             policy[:, 0] = 1
             x = x * policy.unsqueeze(-1)
             kept.append(policy[:, 1:].bool())
-        q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            block.attn.qkv(block.norm1(x))
+            .unflatten(-1, (3, block.attn.num_heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
         both = (policy.unsqueeze(1) * policy.unsqueeze(2)).bool().unsqueeze(1)
-        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).masked_fill(~both, -torch.inf).softmax(-1).nan_to_num()
+        weights = (
+            (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]))
+            .masked_fill(~both, -torch.inf)
+            .softmax(-1)
+            .nan_to_num()
+        )
         x = x + block.attn.proj((weights @ v).transpose(1, 2).flatten(2))
         x = x + block.mlp(block.norm2(x))
     return vit.head(vit.norm(x)[:, 0]), kept
@@ -124,19 +143,27 @@ def test_training_starts_from_the_plain_model(images):
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_an_image_may_lose_all_of_its_patches(images, group, training, pool):
     model = keep_none(small(global_pool=pool), group).train(training)
-    model.strategy.on_progress(0 if group == 0 else 61, 0, 1)  # drawn while its own group learns, thresholded before
+    model.strategy.on_progress(
+        0 if group == 0 else 61, 0, 1
+    )  # drawn while its own group learns, thresholded before
     with torch.no_grad():
         model.strategy.interpreters[group].qk.bias.mul_(10)
     output = model.run(images, trace=True)
     assert output.logits.isfinite().all()
     assert output.trace.token_counts[-1].tolist() == [0] * 4
-    sum(model.strategy.loss(output, LABELS, F.cross_entropy, model.strategy.baseline(model, images)).values()).backward()
+    sum(
+        model.strategy.loss(
+            output, LABELS, F.cross_entropy, model.strategy.baseline(model, images)
+        ).values()
+    ).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 @torch.no_grad()
 def test_fewer_rows_enter_the_matmuls(images):
-    """Multiply-accumulates as if each image had as many tokens as the longest, the first decision before any block."""
+    """Multiply-accumulates as if each image had as many tokens as the longest, the first decision
+    before any block.
+    """
     model = small().eval()
     longest = [int(count.max()) + 1 for count in model.trace(images)[1].token_counts]
     assert longest[0] < 17
@@ -149,13 +176,17 @@ def test_fewer_rows_enter_the_matmuls(images):
     assert report.learned == sum(2 * width**2 + 2 * n * width for n in entering)
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("tiny", 6_050_920), ("small", 23_381_224), ("base", 91_882_984)])
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("tiny", 6_050_920), ("small", 23_381_224), ("base", 91_882_984)]
+)
 def test_parameters_of_the_published_weights(name, parameters):
     with torch.device("meta"):
         vit = timm.create_model(f"deit_{name}_patch16_224")
     model = tdm.attach(vit, tdm.IARED2())
     assert sum(p.numel() for p in model.parameters()) == parameters
-    assert [interpreter.heads for interpreter in model.strategy.interpreters] == [vit.blocks[0].attn.num_heads] * 3
+    assert [interpreter.heads for interpreter in model.strategy.interpreters] == [
+        vit.blocks[0].attn.num_heads
+    ] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -168,7 +199,7 @@ def test_half_precision_stays_finite(images, dtype):
     assert logits.dtype == dtype
 
 
-# Published weights ---------------------------------------------------------------------------------------------------
+# Published weights ----------------------------------------------------------------------------
 
 
 def published(model):
@@ -178,7 +209,9 @@ def published(model):
     for name, value in list(weights.items()):
         if name.startswith("blocks."):
             _, block, rest = name.split(".", 2)
-            weights[f"groups.{int(block) // length}.block_list.{int(block) % length}.{rest}"] = value.clone()
+            weights[f"groups.{int(block) // length}.block_list.{int(block) % length}.{rest}"] = (
+                value.clone()
+            )
     for group, interpreter in enumerate(model.strategy.interpreters):
         for kind, value in interpreter.qk.state_dict().items():
             weights[f"groups.{group}.agent.qk.{kind}"] = torch.randn_like(value)
@@ -211,7 +244,7 @@ def test_published_weights_that_do_not_fit():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-# Bad input -----------------------------------------------------------------------------------------------------------
+# Bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def images():
     return torch.randn(4, 3, 32, 32)
 
 
-# Reward and policy gradient ------------------------------------------------------------------------------------------
+# Reward and policy gradient -------------------------------------------------------------------
 
 
 def outcome(kept, right, group=0):
@@ -34,12 +34,19 @@ def test_rewards_by_hand(soft):
     target = torch.zeros(4, dtype=torch.int64)
     target = 0.6 * F.one_hot(target, 3) + 0.1 if soft else target
     kept, right = [10, 5, 0, 5], [True, True, True, False]
-    rewards = [tdm.IARED2().reward(outcome(kept, right, group), target).tolist() for group in range(3)]
+    rewards = [
+        tdm.IARED2().reward(outcome(kept, right, group), target).tolist() for group in range(3)
+    ]
     assert rewards[0] == pytest.approx([0, 0.75, 1, -3])
     assert rewards[1] == pytest.approx([0, 0.5, 2 / 3, -5])
     assert rewards[2] == pytest.approx([0, 0.25, 1 / 3, -8])
     others = tdm.IARED2(groups=4, penalty=[1, 2])
-    assert [others.reward(outcome(kept, right, group), target)[3].item() for group in range(4)] == [-1, -2, -2, -2]
+    assert [others.reward(outcome(kept, right, group), target)[3].item() for group in range(4)] == [
+        -1,
+        -2,
+        -2,
+        -2,
+    ]
 
 
 def test_policy_gradient_by_hand(images):
@@ -116,9 +123,13 @@ class Markers:
 
 
 def test_the_expected_reward_rises():
-    """One policy gradient stage finds the patch that matters and drops the rest, at no cost in accuracy."""
+    """One policy gradient stage finds the patch that matters and drops the rest, at no cost in
+    accuracy.
+    """
     data = Markers()
-    vit = VisionTransformer(img_size=8, patch_size=2, embed_dim=32, depth=3, num_heads=2, num_classes=4)
+    vit = VisionTransformer(
+        img_size=8, patch_size=2, embed_dim=32, depth=3, num_heads=2, num_classes=4
+    )
     optimizer = torch.optim.AdamW(vit.parameters(), lr=3e-3)
     for _ in range(120):
         images, labels, _ = data.draw(48)
@@ -132,13 +143,19 @@ def test_the_expected_reward_rises():
 
     @torch.no_grad()
     def expected():
-        return torch.stack([strategy.reward(model.run(images), labels).mean() for _ in range(8)]).mean().item()
+        return (
+            torch.stack([strategy.reward(model.run(images), labels).mean() for _ in range(8)])
+            .mean()
+            .item()
+        )
 
     optimizer = torch.optim.AdamW(strategy.parameters(), lr=2e-3)
     history = [expected()]
     for step in range(90):
         pictures, classes, _ = data.draw(48)
-        terms = strategy.loss(model.run(pictures), classes, F.cross_entropy, strategy.baseline(model, pictures))
+        terms = strategy.loss(
+            model.run(pictures), classes, F.cross_entropy, strategy.baseline(model, pictures)
+        )
         optimizer.zero_grad()
         sum(terms.values()).backward()
         optimizer.step()
@@ -153,14 +170,18 @@ def test_the_expected_reward_rises():
     assert (logits.argmax(1) == labels).float().mean() > 0.95
 
 
-# Curriculum ----------------------------------------------------------------------------------------------------------
+# Curriculum -----------------------------------------------------------------------------------
 
 
 def trained(model, images):
     """Names of the parameters that a step's loss reaches."""
     model.zero_grad()
     strategy = model.strategy
-    sum(strategy.loss(model.run(images), LABELS, F.cross_entropy, strategy.baseline(model, images)).values()).backward()
+    sum(
+        strategy.loss(
+            model.run(images), LABELS, F.cross_entropy, strategy.baseline(model, images)
+        ).values()
+    ).backward()
     return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -169,11 +190,20 @@ def test_each_stage_trains_its_part_only(images, group):
     model = small().train()
     names = {name for name, _ in model.named_parameters()}
     model.strategy.on_progress(30 * group, 0, 1)
-    assert trained(model, images) == {f"strategy.interpreters.{group}.qk.{kind}" for kind in ("weight", "bias")}
-    later = {name for block in range(2 * group, 6) for name in names if name.startswith(f"vit.blocks.{block}.")}
+    assert trained(model, images) == {
+        f"strategy.interpreters.{group}.qk.{kind}" for kind in ("weight", "bias")
+    }
+    later = {
+        name
+        for block in range(2 * group, 6)
+        for name in names
+        if name.startswith(f"vit.blocks.{block}.")
+    }
     for epoch in (30 * group + 10, 30 * group + 29):
         model.strategy.on_progress(epoch, 0, 1)
-        assert trained(model, images) == later | {name for name in names if name.startswith(("vit.norm.", "vit.head."))}
+        assert trained(model, images) == later | {
+            name for name in names if name.startswith(("vit.norm.", "vit.head."))
+        }
 
 
 def test_settled_groups_infer_and_later_ones_wait(images):
@@ -192,8 +222,20 @@ def test_settled_groups_infer_and_later_ones_wait(images):
 
 
 def test_the_stage_follows_from_the_epoch_alone(images):
-    walked, fresh = tdm.IARED2(2, interpreter_epochs=1, block_epochs=2), tdm.IARED2(2, interpreter_epochs=1, block_epochs=2)
-    expected = [(0, True), (0, False), (0, False), (1, True), (1, False), (1, False), (1, False), (1, False)]
+    walked, fresh = (
+        tdm.IARED2(2, interpreter_epochs=1, block_epochs=2),
+        tdm.IARED2(2, interpreter_epochs=1, block_epochs=2),
+    )
+    expected = [
+        (0, True),
+        (0, False),
+        (0, False),
+        (1, True),
+        (1, False),
+        (1, False),
+        (1, False),
+        (1, False),
+    ]
     for epoch, stage in enumerate(expected):
         walked.on_progress(epoch, 10 * epoch, 80)
         fresh.__init__(2, interpreter_epochs=1, block_epochs=2)
@@ -211,7 +253,9 @@ def fitting(tmp_path, epochs, **kwargs):
 
 
 def test_a_run_resumed_in_the_middle_of_the_curriculum(tmp_path):
-    """Two of six stages, then the third in a new process' objects: only the second group's interpreter has moved."""
+    """Two of six stages, then the third in a new process' objects: only the second group's
+    interpreter has moved.
+    """
     torch.manual_seed(0)
     data = DataLoader(TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8) % 5), batch_size=4)
 
@@ -220,7 +264,13 @@ def test_a_run_resumed_in_the_middle_of_the_curriculum(tmp_path):
             "deit_tiny_patch16_224",
             tdm.IARED2(penalty=[0.5], interpreter_epochs=1, block_epochs=1, interpreter_lr=1e-2),
             num_classes=5,
-            model_kwargs={"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 6, "num_heads": 2},
+            model_kwargs={
+                "img_size": 32,
+                "patch_size": 8,
+                "embed_dim": 32,
+                "depth": 6,
+                "num_heads": 2,
+            },
             lr=1e-3,
             min_lr=1e-3,
             warmup_epochs=0,
@@ -235,9 +285,13 @@ def test_a_run_resumed_in_the_middle_of_the_curriculum(tmp_path):
     first.save_checkpoint(tmp_path / "middle.ckpt")
     before = torch.load(tmp_path / "middle.ckpt", weights_only=True)["state_dict"]
     again = module()
-    fitting(tmp_path, 3, enable_checkpointing=False).fit(again, data, ckpt_path=tmp_path / "middle.ckpt")
+    fitting(tmp_path, 3, enable_checkpointing=False).fit(
+        again, data, ckpt_path=tmp_path / "middle.ckpt"
+    )
     assert again.model.strategy.stage == (1, True)
-    moved = {name for name, value in again.state_dict().items() if not torch.equal(value, before[name])}
+    moved = {
+        name for name, value in again.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert moved == {f"model.strategy.interpreters.1.qk.{kind}" for kind in ("weight", "bias")}
 
 
@@ -250,7 +304,9 @@ def test_recomputed_blocks_draw_the_same_policy(images, epoch):
         model.strategy.on_progress(epoch, 0, 1)
         torch.manual_seed(5)
         trained(model, images)
-        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        gradients.append(
+            [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        )
     torch.testing.assert_close(*gradients)
 
 
@@ -269,7 +325,10 @@ def test_optimizer_groups():
     groups, found = grouped(model)
     assert found.keys() == {name for name, _ in model.named_parameters()}
     for name, group in found.items():
-        decays = model.get_parameter(name).ndim > 1 and name not in ("vit.pos_embed", "vit.cls_token")
+        decays = model.get_parameter(name).ndim > 1 and name not in (
+            "vit.pos_embed",
+            "vit.cls_token",
+        )
         assert group["lr"] == (4e-5 if name.startswith("strategy.") else 1e-3)
         assert group["weight_decay"] == (0.05 if decays else 0.0)
     torch.optim.AdamW(groups)

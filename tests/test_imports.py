@@ -7,13 +7,19 @@ import pytest
 
 
 def imported_by(statement):
-    code = f"import sys; {statement}; print(' '.join(sorted(name for name in sys.modules if '.' not in name)))"
+    code = (
+        f"import sys; {statement}; print(' '.join(sorted(name for name in sys.modules if '.' not in"
+        " name)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 
 
 def test_the_numeric_core_brings_in_neither_lightning_nor_datasets():
-    names = imported_by("import tdm_lightning as tdm; tdm.TDM; tdm.checkpoints; tdm.flops; tdm.metrics; tdm.solve_keep_rate")
+    names = imported_by(
+        "import tdm_lightning as tdm; tdm.TDM; tdm.checkpoints; tdm.flops; tdm.metrics;"
+        " tdm.solve_keep_rate"
+    )
     assert "tdm_lightning" in names
     assert not names & {"lightning", "pytorch_lightning", "datasets", "jsonargparse"}
 

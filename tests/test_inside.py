@@ -11,7 +11,14 @@ from torchvision.ops import MultiScaleRoIAlign
 
 import tdm_lightning as tdm
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 0}
+SMALL = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 0,
+}
 
 
 def strategy():
@@ -66,7 +73,9 @@ def test_gradients_reach_the_whole_model(images):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in clip.parameters())
 
 
-@pytest.mark.parametrize("container", [nn.Sequential, lambda *inner: nn.Sequential(nn.ModuleList(inner))])
+@pytest.mark.parametrize(
+    "container", [nn.Sequential, lambda *inner: nn.Sequential(nn.ModuleList(inner))]
+)
 def test_containers(container):
     vit = VisionTransformer(**SMALL)
     whole = tdm.attach(container(nn.Identity(), vit), strategy())
@@ -90,13 +99,19 @@ def test_a_vit_that_hangs_there_twice_is_replaced_twice():
 def test_several_are_an_error_that_names_them():
     student, teacher = Clip(), Clip()
     pair = nn.ModuleDict({"student": student, "teacher": teacher})
-    with pytest.raises(ValueError, match=r"2 ViTs.*'student\.visual\.trunk'.*'teacher\.visual\.trunk'.*say which by its path"):
+    with pytest.raises(
+        ValueError,
+        match=r"2 ViTs.*'student\.visual\.trunk'.*'teacher\.visual\.trunk'.*say which by its path",
+    ):
         tdm.attach(pair, strategy())
     tdm.attach(pair, strategy(), path="student")
     assert isinstance(student.visual.trunk, tdm.TokenReducedViT)
     assert isinstance(teacher.visual.trunk, VisionTransformer)
     tdm.attach(pair, strategy(), path="teacher.visual.trunk")
-    with pytest.raises(ValueError, match=r"2 reduced models.*'student\.visual\.trunk', 'teacher\.visual\.trunk'.*by its path"):
+    with pytest.raises(
+        ValueError,
+        match=r"2 reduced models.*'student\.visual\.trunk', 'teacher\.visual\.trunk'.*by its path",
+    ):
         tdm.detach(pair)
     tdm.detach(pair, "teacher")
     tdm.detach(pair)
@@ -109,7 +124,10 @@ def test_what_cannot_be_attached_or_detached():
         tdm.attach(clip, strategy(), "visual.body")
     with pytest.raises(ValueError, match=r"no ViT in Clip\.text"):
         tdm.attach(clip, strategy(), "text")
-    with pytest.raises(TypeError, match="cannot reduce the tokens of Tower: it has no sequence of transformer blocks"):
+    with pytest.raises(
+        TypeError,
+        match="cannot reduce the tokens of Tower: it has no sequence of transformer blocks",
+    ):
         tdm.attach(Tower(nn.Flatten()), strategy())
     with pytest.raises(TypeError, match="got a Clip in which nothing is attached"):
         tdm.detach(clip)
@@ -135,7 +153,12 @@ def test_nothing_is_replaced_where_the_strategy_does_not_fit():
 def backbone(**kwargs):
     """A timm ViT as detectors take it, cut off behind its last map."""
     shape = {name: value for name, value in SMALL.items() if name != "num_classes"}
-    return timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=[2], **{**shape, "img_size": 64, **kwargs})
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        features_only=True,
+        out_indices=[2],
+        **{**shape, "img_size": 64, **kwargs},
+    )
 
 
 @torch.no_grad()
@@ -166,7 +189,12 @@ class Maps(nn.Module):
 def test_the_backbone_of_a_detector():
     anchors = AnchorGenerator(sizes=((16, 32),), aspect_ratios=((1.0,),))
     regions = MultiScaleRoIAlign(featmap_names=["0"], output_size=2, sampling_ratio=1)
-    size = {"min_size": 64, "max_size": 64, "rpn_pre_nms_top_n_train": 20, "rpn_post_nms_top_n_train": 10}
+    size = {
+        "min_size": 64,
+        "max_size": 64,
+        "rpn_pre_nms_top_n_train": 20,
+        "rpn_post_nms_top_n_train": 10,
+    }
     detector = FasterRCNN(Maps(), 3, rpn_anchor_generator=anchors, box_roi_pool=regions, **size)
     tdm.attach(detector, strategy())
     assert isinstance(detector.backbone.body.model, tdm.TokenReducedViT)
@@ -177,6 +205,6 @@ def test_the_backbone_of_a_detector():
     first = detector.backbone.body.model.vit.blocks[0].attn.qkv.weight
     assert first.grad.abs().sum() > 0
     with torch.no_grad():
-        (found, _) = detector.eval()([torch.rand(3, 64, 64) for _ in targets])
+        found, _ = detector.eval()([torch.rand(3, 64, 64) for _ in targets])
     assert set(found) == {"boxes", "labels", "scores"}
     assert isinstance(tdm.detach(detector).backbone.body.model, VisionTransformer)

@@ -20,7 +20,11 @@ from tests.vits import lively
 MERGERS = {
     "default": lambda: tdm.TokenMerger(),
     "other": lambda: tdm.TokenMerger(
-        density="knn", assignment="denser", matching="greedy", features="keys", proportional_attention=True
+        density="knn",
+        assignment="denser",
+        matching="greedy",
+        features="keys",
+        proportional_attention=True,
     ),
 }
 STRATEGIES = {
@@ -36,7 +40,15 @@ every_strategy = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=ST
 def make_vit(**kwargs):
     """A small ViT whose attention is peaked, so that decisions are not near ties."""
     torch.manual_seed(1)
-    arguments = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 12, "num_heads": 2, "num_classes": 5, **kwargs}
+    arguments = {
+        "img_size": 32,
+        "patch_size": 4,
+        "embed_dim": 32,
+        "depth": 12,
+        "num_heads": 2,
+        "num_classes": 5,
+        **kwargs,
+    }
     return lively(VisionTransformer(**arguments).eval())
 
 
@@ -66,7 +78,7 @@ def arguments(strategy):
     return {name: getattr(strategy, name) for name in strategy.config()["init_args"]}
 
 
-# 1 ------------------------------------------------------------------------------------------------------------------
+# 1 --------------------------------------------------------------------------------------------
 
 
 @every_strategy
@@ -80,7 +92,7 @@ def test_keep_rate_1_is_the_plain_model(vit, images, strategy):
     assert trace.layers == []
 
 
-# 2, 3 ---------------------------------------------------------------------------------------------------------------
+# 2, 3 -----------------------------------------------------------------------------------------
 
 
 @every_strategy
@@ -116,14 +128,18 @@ def test_counts_and_the_fate_of_every_patch(vit, strategy, rate, layers):
                 assert Role.DROPPED not in layer.role[image]
 
 
-# 4 ------------------------------------------------------------------------------------------------------------------
+# 4 --------------------------------------------------------------------------------------------
 
 
 @every_strategy
-@pytest.mark.parametrize("pooling", [{}, {"global_pool": "avg"}, {"class_token": False, "global_pool": "avg"}], ids=str)
+@pytest.mark.parametrize(
+    "pooling", [{}, {"global_pool": "avg"}, {"class_token": False, "global_pool": "avg"}], ids=str
+)
 @torch.no_grad()
 def test_commutes_with_a_permutation_of_the_patches(strategy, pooling):
-    """Positions are added before the first block, so shuffling the embedded patches shuffles all the model sees."""
+    """Positions are added before the first block, so shuffling the embedded patches shuffles all
+    the model sees.
+    """
     vit = make_vit(**pooling)
     model = tdm.attach(vit, strategy())
     embedded = torch.randn(2, vit.num_prefix_tokens + 64, 32)
@@ -140,13 +156,15 @@ def through(model, embedded):
     prefix = model.vit.num_prefix_tokens
     batch, patches = embedded.shape[0], embedded.shape[1] - prefix
     source = torch.arange(patches).expand(batch, -1)
-    tokens = model.strategy.begin(Tokens(embedded, prefix, size=torch.ones(batch, patches), source=source))
+    tokens = model.strategy.begin(
+        Tokens(embedded, prefix, size=torch.ones(batch, patches), source=source)
+    )
     for index in range(len(model.vit.blocks)):
         tokens = model._block(index, tokens, lambda stage, block: None)
     return model.strategy.finish(tokens)
 
 
-# 5 ------------------------------------------------------------------------------------------------------------------
+# 5 --------------------------------------------------------------------------------------------
 
 
 @every_strategy
@@ -156,13 +174,18 @@ def test_no_parameter_and_no_buffer_is_added(vit, strategy):
     assert {id(p) for p in model.parameters()} == {id(p) for p in vit.parameters()}
 
 
-# 6 ------------------------------------------------------------------------------------------------------------------
+# 6 --------------------------------------------------------------------------------------------
 
 
 def everything_kept(model):
-    """Every attribute of every module, and every hook and buffer: whatever a pass could leave behind."""
+    """Every attribute of every module, and every hook and buffer: whatever a pass could leave
+    behind.
+    """
     return {
-        name: {key: copy.copy(value) if isinstance(value, (dict, list, set)) else value for key, value in vars(module).items()}
+        name: {
+            key: copy.copy(value) if isinstance(value, (dict, list, set)) else value
+            for key, value in vars(module).items()
+        }
         for name, module in model.named_modules()
     }
 
@@ -210,7 +233,7 @@ def test_without_a_trace_no_source_map_is_made(vit, images, strategy, monkeypatc
     assert not any(no_source for no_source, _, _ in made)
 
 
-# 7 ------------------------------------------------------------------------------------------------------------------
+# 7 --------------------------------------------------------------------------------------------
 
 
 @every_strategy
@@ -226,7 +249,7 @@ def test_an_image_does_not_depend_on_its_batch(images, strategy, pooling):
             assert torch.equal(layer.assignment[i], single.assignment[0])
 
 
-# 8 ------------------------------------------------------------------------------------------------------------------
+# 8 --------------------------------------------------------------------------------------------
 
 
 @every_strategy
@@ -247,7 +270,7 @@ def test_exports_to_onnx(shallow, images, name, tmp_path):
     check_onnx(tdm.attach(shallow, early(STRATEGIES[name]())), images, tmp_path / "m.onnx")
 
 
-# 9 ------------------------------------------------------------------------------------------------------------------
+# 9 --------------------------------------------------------------------------------------------
 
 
 @every_strategy
@@ -275,7 +298,7 @@ def test_autocast_trains_with_finite_gradients(images, strategy, pooling):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-# 10 -----------------------------------------------------------------------------------------------------------------
+# 10 -------------------------------------------------------------------------------------------
 
 
 @every_strategy
@@ -285,7 +308,9 @@ def test_every_block_attends_through_the_fused_kernel(vit, images, strategy, mod
     model.train(mode == "train")
     calls, rows = [], []
     original = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
     monkeypatch.setattr(blocks, "class_row", lambda *a, **k: rows.append(1) or class_row(*a, **k))
     model(images)
     model.eval()

@@ -1,4 +1,6 @@
-"""The laws that hold for the other schedules: what any of them may rely on, on any model and image."""
+"""The laws that hold for the other schedules: what any of them may rely on, on any model and
+image.
+"""
 
 import copy
 
@@ -25,17 +27,28 @@ STRATEGIES = {
     ),
     "evovit": lambda rate=0.7: tdm.EvoViT(rate, layers=(2, 4)),
     "evovit-dropping": lambda rate=0.7: tdm.EvoViT(rate, layers=(2, 4), drop_last=True),
-    "evovit-representative": lambda rate=0.7: tdm.EvoViT(rate, layers=(2, 4), representative=True, class_head=True),
+    "evovit-representative": lambda rate=0.7: tdm.EvoViT(
+        rate, layers=(2, 4), representative=True, class_head=True
+    ),
     "evovit-merger": lambda rate=0.7: tdm.EvoViT(rate, layers=(2, 4), merger=tdm.TokenMerger()),
 }
 every_strategy = pytest.mark.parametrize("name", STRATEGIES)
 
 
 def make_vit(name, **kwargs):
-    """A small ViT with peaked attention, so that decisions are no near ties; pooled as the strategy needs."""
+    """A small ViT with peaked attention, so that decisions are no near ties; pooled as the strategy
+    needs.
+    """
     torch.manual_seed(2)
     pool = {"global_pool": "avg"} if name.startswith("evovit") else {}
-    arguments = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 6, "num_heads": 2, "num_classes": 5}
+    arguments = {
+        "img_size": 32,
+        "patch_size": 4,
+        "embed_dim": 32,
+        "depth": 6,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
     return lively(VisionTransformer(**{**arguments, **pool, **kwargs}).eval())
 
 
@@ -83,7 +96,9 @@ def test_counts_and_the_fate_of_every_patch(images, name):
         for image in range(3):
             held = set(layer.assignment[image].tolist()) - {-1}
             assert held == set(range(64 if parks else kept_count))
-    returned = 44 if name == "evovit-dropping" else 64 if name.startswith("evovit") else expected[-1]
+    returned = (
+        44 if name == "evovit-dropping" else 64 if name.startswith("evovit") else expected[-1]
+    )
     assert output.features.shape == (3, returned + 1, 32)
 
 
@@ -93,7 +108,9 @@ def test_dense_features_follow_every_patch(images, name):
     """A patch's feature is that of the token that holds it; none is zero unless it was dropped."""
     model = reduced(name)
     _, trace = model.trace(images)
-    maps = model.forward_intermediates(images, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True)
+    maps = model.forward_intermediates(
+        images, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True
+    )
     for block, (dense, prefix) in enumerate(maps):
         assert dense.shape == (3, 64, 32)
         assert prefix.shape == (3, 1, 32)
@@ -132,8 +149,14 @@ def test_a_pass_leaves_no_state_behind(images, name):
         def still(value):
             return copy.copy(value) if isinstance(value, (dict, list, set)) else value
 
-        modules = [*model.named_modules(), ("merger", getattr(model.strategy, "merger", None) or model)]
-        return {path: {key: still(value) for key, value in vars(module).items()} for path, module in modules}
+        modules = [
+            *model.named_modules(),
+            ("merger", getattr(model.strategy, "merger", None) or model),
+        ]
+        return {
+            path: {key: still(value) for key, value in vars(module).items()}
+            for path, module in modules
+        }
 
     kept = everything()
     alone, traced, other = model(images[:1]), model.trace(images)[0], model(images)
@@ -142,7 +165,10 @@ def test_a_pass_leaves_no_state_behind(images, name):
     after = everything()
     for path, attributes in kept.items():
         assert attributes.keys() == after[path].keys()
-        assert all(value is after[path][key] or value == after[path][key] for key, value in attributes.items())
+        assert all(
+            value is after[path][key] or value == after[path][key]
+            for key, value in attributes.items()
+        )
 
 
 @every_strategy
@@ -194,7 +220,9 @@ def test_autocast_trains_with_finite_gradients(images, name, checkpointing):
     teacher = model.strategy.needs_teacher and tdm.attach(model.vit, tdm.Strategy()).run(images)
     with torch.autocast("cpu", torch.bfloat16):
         output = model.run(images)
-        terms = model.strategy.loss(output, torch.tensor([0, 1, 2]), F.cross_entropy, teacher or None)
+        terms = model.strategy.loss(
+            output, torch.tensor([0, 1, 2]), F.cross_entropy, teacher or None
+        )
     sum(terms.values()).backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
@@ -207,7 +235,9 @@ def test_inference_attends_through_the_fused_kernel(images, name, monkeypatch):
     model = reduced(name)
     calls = []
     original = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
     model(images)
     assert len(calls) == 6
 

@@ -26,7 +26,12 @@ def test_equals_the_definition(norm, n, width, seed):
     wanted = [by_definition(image.double().numpy(), norm) for image in z]
     np.testing.assert_allclose(diversity_score(z, norm), wanted, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(diversity_score(z[0], norm), wanted[0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(diversity_score(z, norm, normalize=True), np.array(wanted) / (n * width), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        diversity_score(z, norm, normalize=True),
+        np.array(wanted) / (n * width),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -36,15 +41,24 @@ def test_padding_does_not_count(norm, normalize):
     valid[2] = False
     scores = diversity_score(z, norm, normalize, valid)
     for image in (0, 1):
-        torch.testing.assert_close(scores[image], diversity_score(z[image, valid[image]], norm, normalize))
-        torch.testing.assert_close(scores[image], diversity_score(z[image], norm, normalize, valid[image]))
+        torch.testing.assert_close(
+            scores[image], diversity_score(z[image, valid[image]], norm, normalize)
+        )
+        torch.testing.assert_close(
+            scores[image], diversity_score(z[image], norm, normalize, valid[image])
+        )
         assert scores[image] != diversity_score(z[image], norm, normalize)
     assert scores[2] == 0
-    torch.testing.assert_close(diversity_score(z, norm, normalize, torch.ones_like(valid)), diversity_score(z, norm, normalize))
+    torch.testing.assert_close(
+        diversity_score(z, norm, normalize, torch.ones_like(valid)),
+        diversity_score(z, norm, normalize),
+    )
     metric = DiversityScore(norm, normalize)
     metric.update(z, valid)
     torch.testing.assert_close(metric.compute(), scores.mean())
-    with pytest.raises(ValueError, match=r"valid must have shape \(3, 7\), one entry per token, got \(3, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"valid must have shape \(3, 7\), one entry per token, got \(3, 6\)"
+    ):
         diversity_score(z, norm, normalize, valid[:, :6])
 
 
@@ -56,8 +70,12 @@ def test_collapsed_tokens_have_no_diversity(norm):
 @pytest.mark.parametrize("norm", NORMS)
 def test_order_does_not_matter_and_scale_does(norm):
     z = torch.randn(2, 9, 4)
-    torch.testing.assert_close(diversity_score(z[:, torch.randperm(9)], norm), diversity_score(z, norm))
-    torch.testing.assert_close(diversity_score(3 * z + 5, norm), 3 * diversity_score(z, norm), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        diversity_score(z[:, torch.randperm(9)], norm), diversity_score(z, norm)
+    )
+    torch.testing.assert_close(
+        diversity_score(3 * z + 5, norm), 3 * diversity_score(z, norm), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -82,7 +100,9 @@ def test_metric_is_the_mean_over_images_of_uneven_batches(norm):
 
 
 def test_processes_add_up():
-    """What DDP does to sum states, by hand: two processes that saw uneven parts agree with one that saw everything."""
+    """What DDP does to sum states, by hand: two processes that saw uneven parts agree with one that
+    saw everything.
+    """
     z = torch.randn(5, 6, 4)
     parts = [DiversityScore(), DiversityScore()]
     parts[0].update(z[:4])
@@ -91,7 +111,9 @@ def test_processes_add_up():
     whole.update(z)
     for state, reduction in whole._reductions.items():
         gathered = torch.stack([getattr(part, state) for part in parts])
-        torch.testing.assert_close(reduction(gathered).double(), getattr(whole, state).double(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            reduction(gathered).double(), getattr(whole, state).double(), rtol=1e-6, atol=0
+        )
 
 
 def test_metric_keeps_no_graph():
@@ -107,7 +129,9 @@ def test_bad_shapes(shape):
 
 
 def test_bad_norm():
-    with pytest.raises(ValueError, match="norm must be one of 'medoid', 'column', 'composite', got 'l2'"):
+    with pytest.raises(
+        ValueError, match="norm must be one of 'medoid', 'column', 'composite', got 'l2'"
+    ):
         diversity_score(torch.zeros(2, 2), "l2")
     with pytest.raises(ValueError, match="norm must be one of"):
         DiversityScore("l2")

@@ -55,7 +55,15 @@ def trainer(tmp_path, **changes):
         {"strategy": None},
         {"strategy": tdm.EViT(merger=tdm.TokenMerger())},
     ],
-    ids=["deit", "no mixing", "plain cross entropy", "eval mode", "layer decay", "plain model", "evit+tdm"],
+    ids=[
+        "deit",
+        "no mixing",
+        "plain cross entropy",
+        "eval mode",
+        "layer decay",
+        "plain model",
+        "evit+tdm",
+    ],
 )
 def test_fit_and_test(tmp_path, loader, recipe):
     module = classifier(**recipe)
@@ -63,7 +71,11 @@ def test_fit_and_test(tmp_path, loader, recipe):
     run = trainer(tmp_path)
     run.fit(module, loader, loader)
     assert {"train/loss", "val/loss", "val/top1", "val/top5"} <= set(run.callback_metrics)
-    moved = [name for name, value in module.model.vit.named_parameters() if not torch.equal(value, before[name])]
+    moved = [
+        name
+        for name, value in module.model.vit.named_parameters()
+        if not torch.equal(value, before[name])
+    ]
     assert len(moved) > len(before) / 2
     assert "test/top1" in run.test(module, loader, verbose=False)[0]
 
@@ -77,7 +89,12 @@ def test_eval_mode_reaches_the_vit_but_not_the_strategy(tmp_path, loader):
             return super().training_step(batch, batch_idx)
 
     module = Watching(
-        "deit_tiny_patch16_224", tdm.TDM(), CLASSES, model_kwargs=KWARGS, warmup_epochs=0, train_in_eval_mode=True
+        "deit_tiny_patch16_224",
+        tdm.TDM(),
+        CLASSES,
+        model_kwargs=KWARGS,
+        warmup_epochs=0,
+        train_in_eval_mode=True,
     )
     trainer(tmp_path, max_epochs=2).fit(module, loader, loader)
     assert set(modes) == {(False, True)}
@@ -91,7 +108,14 @@ def test_schedule_warms_up_then_follows_a_cosine(tmp_path, loader):
             rates.append(self.optimizers().param_groups[0]["lr"])
 
     module = Watching(
-        "deit_tiny_patch16_224", None, CLASSES, model_kwargs=KWARGS, lr=1e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=2
+        "deit_tiny_patch16_224",
+        None,
+        CLASSES,
+        model_kwargs=KWARGS,
+        lr=1e-3,
+        min_lr=1e-5,
+        warmup_lr=1e-6,
+        warmup_epochs=2,
     )
     trainer(tmp_path, max_epochs=6).fit(module, loader)
     assert rates[0] == pytest.approx(1e-6)
@@ -107,7 +131,12 @@ def test_weights_decay_but_not_biases_norms_and_positions():
     module.trainer = Trainer(max_steps=10, logger=False, accelerator="cpu")
     optimizer = module.configure_optimizers()["optimizer"]
     names = {id(parameter): name for name, parameter in module.model.vit.named_parameters()}
-    free = {names[id(p)] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    free = {
+        names[id(p)]
+        for group in optimizer.param_groups
+        if not group["weight_decay"]
+        for p in group["params"]
+    }
     assert {"cls_token", "pos_embed", "norm.weight", "head.bias", "blocks.0.attn.qkv.bias"} <= free
     assert not any(name.endswith("attn.qkv.weight") or name == "head.weight" for name in free)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
@@ -122,7 +151,9 @@ def test_layer_decay_scales_the_learning_rate_by_depth(tmp_path, loader):
 
 
 def test_checkpoint_loads_without_arguments(tmp_path, loader):
-    module = classifier(strategy=tdm.TDM(0.5, merger=tdm.TokenMerger(cluster_fraction=0.5, matching="greedy")))
+    module = classifier(
+        strategy=tdm.TDM(0.5, merger=tdm.TokenMerger(cluster_fraction=0.5, matching="greedy"))
+    )
     run = trainer(tmp_path, enable_checkpointing=True)
     run.fit(module, loader)
     path = tmp_path / "model.ckpt"
@@ -145,7 +176,13 @@ def test_stored_hyperparameters_are_plain_values(tmp_path, loader):
 
 def test_subclass_with_its_own_argument_reloads(tmp_path, loader):
     path = tmp_path / "model.ckpt"
-    module = Tempered(2.0, model="deit_tiny_patch16_224", model_kwargs=KWARGS, num_classes=CLASSES, warmup_epochs=0)
+    module = Tempered(
+        2.0,
+        model="deit_tiny_patch16_224",
+        model_kwargs=KWARGS,
+        num_classes=CLASSES,
+        warmup_epochs=0,
+    )
     run = trainer(tmp_path, enable_checkpointing=True)
     run.fit(module, loader)
     run.save_checkpoint(path)
@@ -197,9 +234,15 @@ def test_dyvit_learns_from_its_starting_weights(tmp_path, loader):
     run = trainer(tmp_path, enable_checkpointing=True)
     run.fit(module, loader, loader)
     assert {"train/task", "train/ratio"} <= set(run.callback_metrics)
-    moved = {name for name, value in module.model.named_parameters() if not torch.equal(value, before[name])}
+    moved = {
+        name
+        for name, value in module.model.named_parameters()
+        if not torch.equal(value, before[name])
+    }
     assert moved
-    assert all(name.startswith("strategy.") for name in moved)  # the backbone is frozen in the first epoch
+    assert all(
+        name.startswith("strategy.") for name in moved
+    )  # the backbone is frozen in the first epoch
     run.save_checkpoint(tmp_path / "model.ckpt")
     stored = torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
     assert not any("teacher" in name for name in stored)

@@ -16,7 +16,10 @@ ASSIGNMENTS = ("nearest", "denser")
 
 def distances_by_loops(x):
     n, width = len(x), len(x[0])
-    return [[math.sqrt(sum((x[i][c] - x[j][c]) ** 2 for c in range(width)) / width) for j in range(n)] for i in range(n)]
+    return [
+        [math.sqrt(sum((x[i][c] - x[j][c]) ** 2 for c in range(width)) / width) for j in range(n)]
+        for i in range(n)
+    ]
 
 
 def densities_by_loops(d, kernel, cutoff, neighbours):
@@ -28,13 +31,17 @@ def densities_by_loops(d, kernel, cutoff, neighbours):
         if not between:
             return [0.0]
         radius = between[max(1, round(cutoff * len(between))) - 1]
-        return [sum(math.exp(-((d[i][j] / radius) ** 2)) for j in range(n) if j != i) for i in range(n)]
+        return [
+            sum(math.exp(-((d[i][j] / radius) ** 2)) for j in range(n) if j != i) for i in range(n)
+        ]
     k = min(neighbours, n)
     return [math.exp(-sum(v**2 for v in sorted(row)[:k]) / k) for row in d]
 
 
 def peaks_by_loops(x, clusters, kernel, assignment, cutoff=0.02, neighbours=5):
-    """Labels and centres of one token set, N×C, in the words of the method: nothing is vectorised."""
+    """Labels and centres of one token set, N×C, in the words of the method: nothing is
+    vectorised.
+    """
     d = distances_by_loops(x)
     n = len(d)
     rho = densities_by_loops(d, kernel, cutoff, neighbours)
@@ -77,14 +84,25 @@ def test_distances_of_half_precision_tokens_do_not_overflow(dtype):
 
 @pytest.mark.parametrize("assignment", ASSIGNMENTS)
 @pytest.mark.parametrize("density", DENSITIES)
-@given(n=st.integers(1, 30), share=st.floats(0.01, 1), seed=st.integers(0, 10**6), spread=st.sampled_from([0.3, 1.0, 3.0]))
+@given(
+    n=st.integers(1, 30),
+    share=st.floats(0.01, 1),
+    seed=st.integers(0, 10**6),
+    spread=st.sampled_from([0.3, 1.0, 3.0]),
+)
 def test_equals_the_loops(density, assignment, n, share, seed, spread):
-    """Also for tokens so far apart that their densities vanish beside the token's own share of 1."""
+    """Also for tokens so far apart that their densities vanish beside the token's own share of
+    1.
+    """
     x = torch.randn(2, n, 6, generator=torch.Generator().manual_seed(seed)) * spread
     clusters = max(1, math.floor(share * n))
-    labels, centres = cluster_density_peaks(x, clusters, density, assignment, cutoff=0.1, neighbours=4)
+    labels, centres = cluster_density_peaks(
+        x, clusters, density, assignment, cutoff=0.1, neighbours=4
+    )
     for image in range(2):
-        wanted = peaks_by_loops(x[image].double().tolist(), clusters, density, assignment, cutoff=0.1, neighbours=4)
+        wanted = peaks_by_loops(
+            x[image].double().tolist(), clusters, density, assignment, cutoff=0.1, neighbours=4
+        )
         assert (labels[image].tolist(), centres[image].tolist()) == wanted
 
 
@@ -111,7 +129,9 @@ def test_identical_tokens_still_give_k_clusters(density, assignment):
 
 
 def test_equal_densities_are_told_apart_by_rank():
-    """Two far pairs whose four members are equally dense: the earlier of each pair is its centre."""
+    """Two far pairs whose four members are equally dense: the earlier of each pair is its
+    centre.
+    """
     x = torch.tensor([[[0.0], [1.0], [0.0], [1.0]]]) * 8
     labels, centres = cluster_density_peaks(x, 2)
     assert centres.tolist() == [[0, 1]]
@@ -119,11 +139,15 @@ def test_equal_densities_are_told_apart_by_rank():
 
 
 @pytest.mark.parametrize("assignment", ASSIGNMENTS)
-@pytest.mark.parametrize(("density", "cutoff"), [("gaussian", 0.02), ("cutoff", 0.1), ("knn", 0.02)])
+@pytest.mark.parametrize(
+    ("density", "cutoff"), [("gaussian", 0.02), ("cutoff", 0.1), ("knn", 0.02)]
+)
 @given(seed=st.integers(0, 10**6), groups=st.integers(1, 6))
 def test_planted_clusters_are_recovered(density, cutoff, assignment, seed, groups):
     generator = torch.Generator().manual_seed(seed)
-    planted = torch.arange(groups).repeat_interleave(8)[torch.randperm(8 * groups, generator=generator)]
+    planted = torch.arange(groups).repeat_interleave(8)[
+        torch.randperm(8 * groups, generator=generator)
+    ]
     centres = torch.eye(groups, 16) * 25
     x = centres[planted] + torch.randn(8 * groups, 16, generator=generator) * 0.5
     labels, _ = cluster_density_peaks(x.unsqueeze(0), groups, density, assignment, cutoff=cutoff)
@@ -139,7 +163,9 @@ def test_no_gradient_flows_through_indices():
 
 
 def test_densities_that_float32_cannot_hold_are_still_told_apart():
-    """A close pair, and two pairs 50 apart with densities of e^-2500: their order is that of ρ·δ all the same."""
+    """A close pair, and two pairs 50 apart with densities of e^-2500: their order is that of ρ·δ
+    all the same.
+    """
     x = torch.tensor([[[0.0], [500.0], [50.0], [550.0], [1001.0], [1000.0]]])
     _, centres = cluster_density_peaks(x, 4)
     assert centres.tolist() == [[4, 5, 1, 0]]

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from tdm_lightning.ops import gather_tokens, group_weights, merge_groups, unmerge
 
 
-@given(n=st.integers(1, 20), groups=st.integers(1, 8), seed=st.integers(0, 10**6), rule=st.sampled_from(["attention", "mean"]))
+@given(
+    n=st.integers(1, 20),
+    groups=st.integers(1, 8),
+    seed=st.integers(0, 10**6),
+    rule=st.sampled_from(["attention", "mean"]),
+)
 def test_weights_and_merge_equal_the_loops(n, groups, seed, rule):
     generator = torch.Generator().manual_seed(seed)
     x, a = torch.randn(2, n, 3, generator=generator), torch.rand(2, n, generator=generator)
@@ -21,8 +26,12 @@ def test_weights_and_merge_equal_the_loops(n, groups, seed, rule):
             members = [j for j in range(n) if group[image, j] == g]
             raw = [float(a[image, j]) if rule == "attention" else 1.0 for j in members]
             shares = [r / sum(raw) for r in raw]
-            assert sum(float(weight[image, j]) for j in members) == pytest.approx(1 if members else 0, abs=1e-5)
-            wanted = sum((s * x[image, j].numpy() for s, j in zip(shares, members, strict=True)), np.zeros(3))
+            assert sum(float(weight[image, j]) for j in members) == pytest.approx(
+                1 if members else 0, abs=1e-5
+            )
+            wanted = sum(
+                (s * x[image, j].numpy() for s, j in zip(shares, members, strict=True)), np.zeros(3)
+            )
             np.testing.assert_allclose(merged[image, g], wanted, atol=1e-5)
 
 
@@ -59,7 +68,9 @@ def test_gradients_flow_through_tokens_and_weights():
 
     gradient_x, gradient_a = torch.autograd.grad(merge(x, a).square().sum(), (x, a))
     assert gradient_a.abs().min() > 0
-    torch.testing.assert_close(gradient_x[0, 0] / gradient_x[0, 2], (a[0, 0] / a[0, 2]).expand(3), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        gradient_x[0, 0] / gradient_x[0, 2], (a[0, 0] / a[0, 2]).expand(3), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_gradients_stay_finite_without_any_attention():
@@ -74,7 +85,10 @@ def test_gradients_stay_finite_without_any_attention():
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 9), m=st.integers(1, 9))
 def test_gather_picks_by_position(seed, n, m):
     generator = torch.Generator().manual_seed(seed)
-    x, index = torch.randn(3, n, 2, generator=generator), torch.randint(n, (3, m), generator=generator)
+    x, index = (
+        torch.randn(3, n, 2, generator=generator),
+        torch.randint(n, (3, m), generator=generator),
+    )
     found = gather_tokens(x, index)
     for image in range(3):
         for place in range(m):

@@ -30,7 +30,10 @@ def fusions_by_loops(x, pairs, rule):
     free, fused = set(range(n)), {}
     if rule == "mutual":
         best = [max((j for j in range(n) if j != i), key=lambda j: s[i][j]) for i in range(n)]
-        mutual = sorted(((s[i][best[i]], i) for i in range(n) if i < best[i] and best[best[i]] == i), reverse=True)
+        mutual = sorted(
+            ((s[i][best[i]], i) for i in range(n) if i < best[i] and best[best[i]] == i),
+            reverse=True,
+        )
         for _, i in mutual[:pairs]:
             fused[best[i]] = i
             free -= {i, best[i]}
@@ -62,7 +65,9 @@ def test_equals_the_loops(rule, n, share, seed):
 @pytest.mark.parametrize("rule", RULES)
 @given(seed=st.integers(0, 10**6), pairs=st.integers(1, 6))
 def test_known_pairs_are_recovered(rule, seed, pairs):
-    """Twins stand at neighbouring ranks, one in each half of the bipartite split; the other tokens are orthogonal."""
+    """Twins stand at neighbouring ranks, one in each half of the bipartite split; the other tokens
+    are orthogonal.
+    """
     generator = torch.Generator().manual_seed(seed)
     directions = torch.eye(16)[torch.randperm(16, generator=generator)]
     twins, lonely = directions[:pairs].repeat_interleave(2, dim=0), directions[pairs : pairs + 6]
@@ -76,7 +81,9 @@ def test_known_pairs_are_recovered(rule, seed, pairs):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("n", "pairs"), [(1, 0), (2, 0), (2, 1), (3, 1), (9, 4), (138, 15), (138, 69)])
+@pytest.mark.parametrize(
+    ("n", "pairs"), [(1, 0), (2, 0), (2, 1), (3, 1), (9, 4), (138, 15), (138, 69)]
+)
 def test_exactly_n_minus_p_groups(rule, n, pairs):
     group, shared = match_pairs(torch.randn(2, n, 8), pairs, rule)
     for image in range(2):
@@ -93,7 +100,9 @@ def test_one_to_one_rules_never_fuse_three(rule):
 
 
 def test_bipartite_may_fuse_several_into_one():
-    x = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [1.0, -0.1], [0.0, 1.0]]])  # ranks 0 and 2 both prefer rank 1
+    x = torch.tensor(
+        [[[1.0, 0.0], [1.0, 0.1], [1.0, -0.1], [0.0, 1.0]]]
+    )  # ranks 0 and 2 both prefer rank 1
     group, shared = match_pairs(x, 2)
     assert group.tolist() == [[0, 0, 0, 1]]
     assert shared.tolist() == [[True, True, True, False]]

@@ -1,4 +1,6 @@
-"""Other layouts and fewer bits: channels-last images, autocast, dynamic int8 quantisation of the linear layers."""
+"""Other layouts and fewer bits: channels-last images, autocast, dynamic int8 quantisation of the
+linear layers.
+"""
 
 import copy
 import functools
@@ -18,7 +20,10 @@ from tdm_lightning.ops.linear import is_quantized
 from tests.test_dense import STRATEGIES, reduced, wide
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
-ALL = {**STRATEGIES, "svite-tdm": lambda: [tdm.SViTE(), tdm.TDM(0.5, (1, 2), tdm.TokenMerger(features="keys"))]}
+ALL = {
+    **STRATEGIES,
+    "svite-tdm": lambda: [tdm.SViTE(), tdm.TDM(0.5, (1, 2), tdm.TokenMerger(features="keys"))],
+}
 ADAPTIVE = {"avit", "spvit", "iared2"}
 
 
@@ -40,7 +45,11 @@ def seeded(model, images):
 def same_decisions(one, other):
     """The share of patches that both passes treat alike, over all reducing layers."""
     pairs = list(zip(one.layers, other.layers, strict=True))
-    return torch.stack([(a.role == b.role).float().mean() for a, b in pairs]).mean().item() if pairs else 1.0
+    return (
+        torch.stack([(a.role == b.role).float().mean() for a, b in pairs]).mean().item()
+        if pairs
+        else 1.0
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -75,7 +84,9 @@ def packed(model):
 
 
 def subclassed(model):
-    """By torchao, which makes the weights tensors of another class; it needs a newer torch than the oldest that does here."""
+    """By torchao, which makes the weights tensors of another class; it needs a newer torch than the
+    oldest that does here.
+    """
     torchao = pytest.importorskip("torchao.quantization")
     model, config = copy.deepcopy(model), torchao.Int8DynamicActivationInt8WeightConfig()
     torchao.quantize_(model, config, filter_fn=lambda layer, _: wide_enough(layer))
@@ -106,7 +117,9 @@ def test_dynamic_int8(images, name, quantise):
 @pytest.mark.parametrize("quantise", [packed, subclassed])
 @torch.no_grad()
 def test_int8_decides_by_its_own_attention(images, quantise):
-    """With weights that eight bits hold exactly only the activations are rounded, and importance is that of the float model."""
+    """With weights that eight bits hold exactly only the activations are rounded, and importance is
+    that of the float model.
+    """
     model = reduced("tdm")
     for layer in model.vit.modules():
         if isinstance(layer, nn.Linear):
@@ -118,7 +131,14 @@ def test_int8_decides_by_its_own_attention(images, quantise):
     assert torch.nn.functional.cosine_similarity(a, b, dim=1).min() > 0.98
 
 
-SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+SHAPE = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 5,
+}
 FAMILIES = {
     "parallel": lambda: wide(img_size=32, block_fn=ParallelScalingBlock),
     "no class token": lambda: wide(img_size=32, class_token=False, qk_norm=True),
@@ -174,7 +194,10 @@ def test_an_attention_that_cannot_be_quantised_is_refused(quantise):
     """Where timm's own module cannot run either."""
     model = tdm.attach(Eva(**SHAPE, use_rot_pos_emb=True).eval(), tdm.TDM(0.5, (1,)))
     small = quantise(model)
-    with pytest.raises(TypeError, match="EvaAttention multiplies by the weight of its qkv layer, which a quantised layer"):
+    with pytest.raises(
+        TypeError,
+        match="EvaAttention multiplies by the weight of its qkv layer, which a quantised layer",
+    ):
         small(torch.zeros(1, 3, 32, 32))
     for block in small.vit.blocks:
         block.attn.qkv_bias_separate = True

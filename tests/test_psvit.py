@@ -9,7 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import DiffAttention
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import (
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -25,7 +30,15 @@ COUNTS = (14, 14, 9, 4, 4, 0)
 def make_vit(distilled=False, **kwargs):
     """16 patches, 6 blocks, peaked attention."""
     torch.manual_seed(1)
-    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 6, "num_heads": 2, "num_classes": 5, **kwargs}
+    arguments = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 6,
+        "num_heads": 2,
+        "num_classes": 5,
+        **kwargs,
+    }
     vit = (VisionTransformerDistilled if distilled else VisionTransformer)(**arguments).eval()
     with torch.no_grad():
         for name, parameter in vit.named_parameters():
@@ -45,19 +58,25 @@ def images():
     return torch.randn(2, 3, 32, 32)
 
 
-# Arithmetic -----------------------------------------------------------------------------------------------------------
+# Arithmetic -----------------------------------------------------------------------------------
 
 
 def masked_blocks(vit, images, masks):
-    """The method spelled out on all tokens: rows outside a mask stay as they are, keys outside the mask before are hidden."""
+    """The method spelled out on all tokens: rows outside a mask stay as they are, keys outside the
+    mask before are hidden.
+    """
     x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
     always = torch.ones(vit.num_prefix_tokens, dtype=torch.bool)
     before = torch.ones(x.shape[1], dtype=torch.bool)
     for block, mask in zip(vit.blocks, masks, strict=True):
         kept = torch.cat((always, mask))
         attn = block.attn
-        q, k, v = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        logits = (attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale).masked_fill(~before, -torch.inf)
+        q, k, v = (
+            attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )
+        logits = (attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale).masked_fill(
+            ~before, -torch.inf
+        )
         y = x + block.ls1(attn.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2)))
         y = y + block.ls2(block.mlp(block.norm2(y)))
         x = torch.where(kept[:, None], y, x)
@@ -91,7 +110,9 @@ def test_equals_masking_on_all_tokens(images, kwargs, counts):
     assert torch.equal(final >= 0, masks[-1].expand(2, -1))
     patches = output.features[:, prefix:]
     for position in masks[-1].nonzero().flatten().tolist():
-        torch.testing.assert_close(patches[0, final[0, position]], dense[0, prefix + position], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            patches[0, final[0, position]], dense[0, prefix + position], atol=1e-5, rtol=1e-4
+        )
     survivors = torch.cat((dense[:, :prefix], dense[:, prefix:][:, masks[-1]]), dim=1)
     torch.testing.assert_close(output.logits, vit.forward_head(survivors), atol=1e-5, rtol=1e-4)
 
@@ -103,11 +124,15 @@ def test_counts_and_the_fate_of_every_patch(counts, seed):
     masks = random_masks(counts, seed=seed)
     _, trace = tdm.attach(make_vit(), tdm.PSViT(masks=masks)).trace(torch.randn(1, 3, 32, 32))
     assert trace.token_counts == counts
-    assert [layer.index for layer in trace.layers] == [b for b in range(6) if counts[b] < [16, *counts][b]]
+    assert [layer.index for layer in trace.layers] == [
+        b for b in range(6) if counts[b] < [16, *counts][b]
+    ]
     for layer in trace.layers:
         assert torch.equal(layer.assignment[0] >= 0, masks[layer.index])
         assert torch.equal(layer.role[0] == Role.KEPT, masks[layer.index])
-        assert sorted(layer.assignment[0][masks[layer.index]].tolist()) == list(range(counts[layer.index]))
+        assert sorted(layer.assignment[0][masks[layer.index]].tolist()) == list(
+            range(counts[layer.index])
+        )
 
 
 @torch.no_grad()
@@ -123,7 +148,9 @@ def test_keep_rate_1_is_the_plain_model(images):
 @torch.no_grad()
 def test_the_last_block_needs_the_class_token_alone(images):
     vit = make_vit()
-    torch.testing.assert_close(tdm.attach(vit, tdm.PSViT(counts=[16] * 5 + [0]))(images), vit(images), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        tdm.attach(vit, tdm.PSViT(counts=[16] * 5 + [0]))(images), vit(images), atol=1e-6, rtol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -144,7 +171,9 @@ def test_attention_is_computed_for_kept_rows_only(images, monkeypatch):
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     model(images)
-    assert shapes == [(count + 1, before + 1) for count, before in zip(COUNTS, (16, *COUNTS), strict=False)]
+    assert shapes == [
+        (count + 1, before + 1) for count, before in zip(COUNTS, (16, *COUNTS), strict=False)
+    ]
 
 
 def expected_macs(counts, patches, width, classes, stem):
@@ -167,19 +196,23 @@ def test_cost_is_exact():
 
 
 @pytest.mark.parametrize(
-    ("size", "width", "rate", "published"), [("tiny", 192, 0.96, 0.93), ("small", 384, 0.91, 2.6), ("base", 768, 0.91, 9.8)]
+    ("size", "width", "rate", "published"),
+    [("tiny", 192, 0.96, 0.93), ("small", 384, 0.91, 2.6), ("base", 768, 0.91, 9.8)],
 )
 def test_published_costs(size, width, rate, published):
     with torch.device("meta"):
         vit = timm.create_model(f"deit_{size}_patch16_224")
     strategy = tdm.PSViT(rate)
     model = tdm.attach(vit, strategy)
-    assert tdm.flops.count_macs(model) == expected_macs(strategy.token_counts, 196, width, 1000, 768)[1]
+    assert (
+        tdm.flops.count_macs(model)
+        == expected_macs(strategy.token_counts, 196, width, 1000, 768)[1]
+    )
     assert tdm.flops.count_macs(model) / 1e9 == pytest.approx(published, rel=0.02)
     assert strategy.token_counts[-1] == 0
 
 
-# The placeholder ------------------------------------------------------------------------------------------------------
+# The placeholder ------------------------------------------------------------------------------
 
 
 def test_placeholder_keeps_a_share_of_the_block_before():
@@ -213,7 +246,7 @@ def test_a_budget_turns_the_keep_rate():
     assert tdm.flops.count_macs(tdm.attach(vit, tdm.PSViT(rate))) <= 0.6 * plain
 
 
-# Masks in the state dict ----------------------------------------------------------------------------------------------
+# Masks in the state dict ----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -237,26 +270,46 @@ def test_loading_masks_that_do_not_fit():
     with pytest.raises(RuntimeError, match="not nested"):
         model.load_state_dict(model.state_dict() | {"strategy.kept": before.flip(0)})
     with pytest.raises(RuntimeError, match="size mismatch for strategy.kept"):
-        model.load_state_dict(model.state_dict() | {"strategy.kept": torch.ones(6, 25, dtype=torch.bool)})
+        model.load_state_dict(
+            model.state_dict() | {"strategy.kept": torch.ones(6, 25, dtype=torch.bool)}
+        )
     assert torch.equal(model.strategy.kept, before)
     assert model.strategy.token_counts == COUNTS
 
 
 def test_arguments_as_plain_values():
-    for strategy in (tdm.PSViT(0.8), tdm.PSViT(counts=COUNTS), tdm.PSViT(masks=random_masks(COUNTS))):
+    for strategy in (
+        tdm.PSViT(0.8),
+        tdm.PSViT(counts=COUNTS),
+        tdm.PSViT(masks=random_masks(COUNTS)),
+    ):
         again = tdm.Strategy.from_config(strategy.config())
         assert again.config() == strategy.config()
-        assert torch.equal(tdm.attach(make_vit(), again).strategy.kept, tdm.attach(make_vit(), strategy).strategy.kept)
+        assert torch.equal(
+            tdm.attach(make_vit(), again).strategy.kept,
+            tdm.attach(make_vit(), strategy).strategy.kept,
+        )
     assert repr(again) == f"PSViT(token_counts={list(COUNTS)})"
 
 
 def test_checkpoints_of_the_classifier(tmp_path, images):
     from lightning.pytorch import Trainer
 
-    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 6, "num_heads": 2, "num_classes": 5}
+    kwargs = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 6,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
     module = tdm.TokenReductionClassifier("deit_tiny_patch16_224", tdm.PSViT(), model_kwargs=kwargs)
-    module.model.load_state_dict(tdm.attach(make_vit(), tdm.PSViT(masks=random_masks(COUNTS))).state_dict())
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    module.model.load_state_dict(
+        tdm.attach(make_vit(), tdm.PSViT(masks=random_masks(COUNTS))).state_dict()
+    )
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path
+    )
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     again = tdm.TokenReductionClassifier.load_from_checkpoint(tmp_path / "model.ckpt").eval()
@@ -270,7 +323,9 @@ def test_checkpoints_of_the_classifier(tmp_path, images):
         # Weights alone fit any other model, and weights without masks fit PS-ViT.
         plain = make_vit()
         tdm.checkpoints.load_official(plain, tmp_path / "model.ckpt")
-        assert tdm.checkpoints.load_official(fresh, plain.state_dict()).untouched == ("strategy.kept",)
+        assert tdm.checkpoints.load_official(fresh, plain.state_dict()).untouched == (
+            "strategy.kept",
+        )
     assert fresh.strategy.token_counts == COUNTS
 
 
@@ -285,7 +340,7 @@ def test_averaging_weights_with_buffers_keeps_the_masks(images):
     torch.testing.assert_close(mean(images), model(images), atol=1e-6, rtol=1e-5)
 
 
-# Laws of a fixed budget -----------------------------------------------------------------------------------------------
+# Laws of a fixed budget -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -306,9 +361,13 @@ def test_compiles_without_a_graph_break(shallow, images):
 @torch.no_grad()
 def test_exports_with_any_batch_size(shallow, images):
     eager = shallow(images)
-    program = torch.export.export(shallow, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    program = torch.export.export(
+        shallow, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},)
+    )
     for size in (1, 2):
-        torch.testing.assert_close(program.module()(images[:size]), eager[:size], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            program.module()(images[:size]), eager[:size], atol=1e-5, rtol=1e-4
+        )
     assert torch.equal(shallow(images), eager)
 
 
@@ -318,7 +377,14 @@ def test_exports_to_onnx(shallow, images, tmp_path):
 
     eager = shallow(images)
     batch = torch.export.Dim("batch", min=1, max=64)
-    torch.onnx.export(shallow, (images,), tmp_path / "m.onnx", dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+    torch.onnx.export(
+        shallow,
+        (images,),
+        tmp_path / "m.onnx",
+        dynamo=True,
+        dynamic_shapes=({0: batch},),
+        verbose=False,
+    )
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: images[:1].numpy()})
     torch.testing.assert_close(torch.from_numpy(found), eager[:1], atol=1e-4, rtol=1e-4)
@@ -335,7 +401,7 @@ def test_trains_in_half_precision_with_finite_gradients(images):
         assert model.half().eval()(images.half()).isfinite().all()
 
 
-# Where no patch is left -----------------------------------------------------------------------------------------------
+# Where no patch is left -----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -354,7 +420,7 @@ def test_dense_features_and_pictures_without_patches(images):
     assert "diversity" in panels(model, images[0], layer=1)
 
 
-# Refusals -------------------------------------------------------------------------------------------------------------
+# Refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -369,7 +435,11 @@ def test_dense_features_and_pictures_without_patches(images):
         ({"masks": 3}, TypeError, "zeros and ones"),
         ({"masks": [[1, 0], [1]]}, ValueError, "lengths"),
         ({"masks": [[1, 2]]}, ValueError, "other values"),
-        ({"masks": [[1, 1, 0], [1, 0, 1]]}, ValueError, "block 1 keeps patch 2, which block 0 did not"),
+        (
+            {"masks": [[1, 1, 0], [1, 0, 1]]},
+            ValueError,
+            "block 1 keeps patch 2, which block 0 did not",
+        ),
     ],
 )
 def test_wrong_arguments(arguments, error, message):
@@ -410,7 +480,9 @@ def test_another_image_size_at_run_time():
 def test_blocks_that_cannot_compute_chosen_rows(kwargs):
     vit = make_vit(**kwargs)
     assert kwargs != {"attn_layer": "diff"} or isinstance(vit.blocks[0].attn, DiffAttention)
-    with pytest.raises(TypeError, match="PSViT computes chosen rows.*plain blocks, or another strategy"):
+    with pytest.raises(
+        TypeError, match="PSViT computes chosen rows.*plain blocks, or another strategy"
+    ):
         tdm.attach(vit, tdm.PSViT())
 
 

@@ -51,12 +51,16 @@ def test_pack_gathers_in_order(kept):
         assert positions[real].tolist() == row.nonzero().flatten().tolist()
 
 
-@pytest.mark.parametrize("arguments", [{}, {"global_pool": "avg", "class_token": False}, {"global_pool": "avgmax"}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"global_pool": "avg", "class_token": False}, {"global_pool": "avgmax"}]
+)
 def test_a_batch_gives_what_its_images_give_alone(arguments, images):
     model = tdm.attach(vit(**arguments), Bright())
     together, trace = model.trace(images)
     alone = [model.trace(image[None]) for image in images]
-    torch.testing.assert_close(together, torch.cat([logits for logits, _ in alone]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        together, torch.cat([logits for logits, _ in alone]), atol=1e-5, rtol=1e-5
+    )
     for index, counts in enumerate(trace.token_counts):
         assert counts.tolist() == [single.token_counts[index].item() for _, single in alone]
     assert len(set(trace.token_counts[-1].tolist())) > 1
@@ -73,7 +77,11 @@ def test_trace_accounts_for_every_patch(images):
 def test_every_patch_may_go(images):
     class Nothing(Bright):
         def before_block(self, index, tokens):
-            return tokens.packed(index, torch.zeros_like(tokens.valid_patches)) if index == 1 else tokens
+            return (
+                tokens.packed(index, torch.zeros_like(tokens.valid_patches))
+                if index == 1
+                else tokens
+            )
 
     logits, trace = tdm.attach(vit(), Nothing()).trace(images)
     assert logits.isfinite().all()
@@ -92,4 +100,7 @@ def test_chosen_rows_leave_as_they_would_among_all(images):
 
 def test_blocks_that_compute_all_rows_say_so(images):
     with pytest.raises(TypeError, match="some rows"):
-        tdm.attach(timm.create_model("test_vit", img_size=32, patch_size=8, attn_layer="diff").eval(), Rows())(images)
+        tdm.attach(
+            timm.create_model("test_vit", img_size=32, patch_size=8, attn_layer="diff").eval(),
+            Rows(),
+        )(images)

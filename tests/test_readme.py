@@ -24,7 +24,9 @@ def block(word):
 def untrained(monkeypatch):
     """The same model without its pretrained weights, which need a download."""
     create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kwargs: create(name, **kwargs))
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, pretrained=False, **kwargs: create(name, **kwargs)
+    )
 
 
 def test_five_lines_and_what_follows(untrained):
@@ -40,7 +42,9 @@ def test_five_lines_and_what_follows(untrained):
 def test_subclass():
     names = {"__name__": "readme"}
     exec(block("class FocalClassifier"), names)
-    module = names["FocalClassifier"](gamma=1.0, model="test_vit", num_classes=4, mixup=0.0, cutmix=0.0)
+    module = names["FocalClassifier"](
+        gamma=1.0, model="test_vit", num_classes=4, mixup=0.0, cutmix=0.0
+    )
     criterion = module.configure_criterion()
     logits, target = torch.tensor([[2.0, 0.0, 0.0, 0.0]]), torch.tensor([0])
     plain = torch.nn.functional.cross_entropy(logits, target)
@@ -70,7 +74,9 @@ def test_callbacks_elsewhere(tmp_path, monkeypatch):
     class Foreign(LightningModule):
         def __init__(self):
             super().__init__()
-            self.backbone = tdm.attach(timm.create_model("test_vit", img_size=96, num_classes=3), tdm.TDM(0.5, (1, 3)))
+            self.backbone = tdm.attach(
+                timm.create_model("test_vit", img_size=96, num_classes=3), tdm.TDM(0.5, (1, 3))
+            )
 
         def training_step(self, batch, batch_idx):
             return torch.nn.functional.cross_entropy(self.backbone(batch[0]), batch[1])
@@ -79,25 +85,38 @@ def test_callbacks_elsewhere(tmp_path, monkeypatch):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     code = block("trainer.fit(your_module")
-    settings = "max_epochs=1, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False,"
-    loader = DataLoader(TensorDataset(torch.randn(4, 3, 96, 96), torch.tensor([0, 1, 2, 0])), batch_size=2)
-    exec(code.replace("max_epochs=300,", settings), {"your_module": Foreign(), "your_loader": loader})
+    settings = (
+        "max_epochs=1, accelerator='cpu', logger=False, enable_checkpointing=False,"
+        " enable_progress_bar=False,"
+    )
+    loader = DataLoader(
+        TensorDataset(torch.randn(4, 3, 96, 96), torch.tensor([0, 1, 2, 0])), batch_size=2
+    )
+    exec(
+        code.replace("max_epochs=300,", settings), {"your_module": Foreign(), "your_loader": loader}
+    )
 
 
 @pytest.fixture
 def reduced():
     torch.manual_seed(0)
-    return tdm.attach(timm.create_model("test_vit", img_size=96, num_classes=3), tdm.TDM(0.5, (1, 3)))
+    return tdm.attach(
+        timm.create_model("test_vit", img_size=96, num_classes=3), tdm.TDM(0.5, (1, 3))
+    )
 
 
 def test_a_loop_of_ones_own(reduced, capsys):
-    loader = DataLoader(TensorDataset(torch.randn(4, 3, 96, 96), torch.tensor([0, 1, 2, 0])), batch_size=2)
+    loader = DataLoader(
+        TensorDataset(torch.randn(4, 3, 96, 96), torch.tensor([0, 1, 2, 0])), batch_size=2
+    )
     exec(block("DiversityRecorder(model)"), {"model": reduced, "loader": loader})
     printed = capsys.readouterr().out
     scores = eval(printed[: printed.index("]") + 1])
     assert len(scores) == 6
     assert all(score > 0 for score in scores)
-    assert float(printed[printed.index("]") + 1 :]) * 1e9 == pytest.approx(tdm.flops.count_macs(reduced))
+    assert float(printed[printed.index("]") + 1 :]) * 1e9 == pytest.approx(
+        tdm.flops.count_macs(reduced)
+    )
     assert not any(tap._forward_hooks for tap in reduced.taps)
 
 

@@ -1,4 +1,6 @@
-"""A run that was cut off goes on as if it had not been: same images, same augmentation, same losses."""
+"""A run that was cut off goes on as if it had not been: same images, same augmentation, same
+losses.
+"""
 
 import warnings
 from itertools import islice
@@ -24,7 +26,12 @@ def images(tmp_path_factory):
 
 
 def make_data(images, **changes):
-    settings = {"model": "deit_tiny_patch16_224", "model_kwargs": VIT, "batch_size": 4, "num_workers": 0}
+    settings = {
+        "model": "deit_tiny_patch16_224",
+        "model_kwargs": VIT,
+        "batch_size": 4,
+        "num_workers": 0,
+    }
     return ImageNetDataModule(images, cache_dir=images, **{**settings, **changes})
 
 
@@ -55,7 +62,9 @@ class Watch(Callback):
 
 
 def fit(tmp_path, data, watch, ckpt_path=None, module=None, **changes):
-    """A run with everything random that there is: RandAugment, erasing, mixup, cutmix, drop-path, dropped tokens."""
+    """A run with everything random that there is: RandAugment, erasing, mixup, cutmix, drop-path,
+    dropped tokens.
+    """
     seed_everything(7, verbose=False)
     settings = {
         "model": "deit_tiny_patch16_224",
@@ -74,7 +83,9 @@ def fit(tmp_path, data, watch, ckpt_path=None, module=None, **changes):
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*dataloader is not resumable.*")
-        trainer.fit(TokenReductionClassifier(**{**settings, **(module or {})}), data, ckpt_path=ckpt_path)
+        trainer.fit(
+            TokenReductionClassifier(**{**settings, **(module or {})}), data, ckpt_path=ckpt_path
+        )
     return trainer
 
 
@@ -96,8 +107,13 @@ def test_a_resumed_run_has_the_losses_of_one_never_interrupted(tmp_path, images,
     whole = Watch(tmp_path)
     fit(tmp_path, make_data(images, **KINDS[kind]), whole)
     assert len(set(whole.losses.values())) == EPOCHS * BATCHES
-    # In an epoch, at its last batch, validating in its middle and at its end, at its end, in the last epoch.
-    moments = ["batch3", "batch6", "val8", "val12", "epoch12", "batch17"] if kind == "map" else ["batch9", "epoch6"]
+    # In an epoch, at its last batch, validating in its middle and at its end, at its end, in the
+    # last epoch.
+    moments = (
+        ["batch3", "batch6", "val8", "val12", "epoch12", "batch17"]
+        if kind == "map"
+        else ["batch9", "epoch6"]
+    )
     for moment in moments:
         step = int(moment.lstrip("abcdefghijklmnopqrstuvwxyz"))
         resumed = Watch()
@@ -107,11 +123,22 @@ def test_a_resumed_run_has_the_losses_of_one_never_interrupted(tmp_path, images,
 
 @pytest.mark.parametrize("step", [4, 6], ids=["within an epoch", "at its end"])
 def test_a_run_that_ended_by_its_steps_goes_on(tmp_path, images, step):
-    flat = {"min_lr": 5e-4, "warmup_epochs": 0}  # a schedule that does not know the length of the run
+    flat = {
+        "min_lr": 5e-4,
+        "warmup_epochs": 0,
+    }  # a schedule that does not know the length of the run
     whole, first, second = Watch(), Watch(tmp_path), Watch()
     fit(tmp_path, make_data(images), whole, max_epochs=-1, max_steps=10, module=flat)
     fit(tmp_path, make_data(images), first, max_epochs=-1, max_steps=step, module=flat)
-    fit(tmp_path, make_data(images), second, tmp_path / f"batch{step}.ckpt", max_epochs=-1, max_steps=10, module=flat)
+    fit(
+        tmp_path,
+        make_data(images),
+        second,
+        tmp_path / f"batch{step}.ckpt",
+        max_epochs=-1,
+        max_steps=10,
+        module=flat,
+    )
     assert list((first.losses | second.losses).values()) == list(whole.losses.values())
 
 
@@ -138,8 +165,15 @@ def test_a_foreign_module_gets_the_images_it_would_have_had(tmp_path, images):
         seed_everything(3, verbose=False)
         probe = Seen()
         probe.batches = {}
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-        Trainer(accelerator="cpu", max_epochs=2, **quiet).fit(probe, make_data(images), ckpt_path=ckpt_path)
+        quiet = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        Trainer(accelerator="cpu", max_epochs=2, **quiet).fit(
+            probe, make_data(images), ckpt_path=ckpt_path
+        )
         seen.append(probe.batches)
     assert len(seen[1]) == 2
     assert seen[1] == after(seen[0], 10)
@@ -176,11 +210,32 @@ def test_through_the_command_line(tmp_path, monkeypatch):
 
     def run(*arguments):
         watch = Watch()
-        shared = ["fit", "--config=quickstart", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
-        shared += ["--trainer.max_epochs=2", "--trainer.limit_val_batches=0", "--data.augment=true", "--data.batch_size=32"]
-        shared += ["--trainer.limit_train_batches=6", "--model.model_kwargs.depth=4", "--model.strategy.layers=[1,2]"]
-        shared += ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=4"]
-        shared += ["--trainer.callbacks.dirpath=kept", "--trainer.callbacks.save_top_k=-1", "--model.warmup_epochs=0"]
+        shared = [
+            "fit",
+            "--config=quickstart",
+            "--trainer.logger=false",
+            "--trainer.enable_progress_bar=false",
+        ]
+        shared += [
+            "--trainer.max_epochs=2",
+            "--trainer.limit_val_batches=0",
+            "--data.augment=true",
+            "--data.batch_size=32",
+        ]
+        shared += [
+            "--trainer.limit_train_batches=6",
+            "--model.model_kwargs.depth=4",
+            "--model.strategy.layers=[1,2]",
+        ]
+        shared += [
+            "--trainer.callbacks=ModelCheckpoint",
+            "--trainer.callbacks.every_n_train_steps=4",
+        ]
+        shared += [
+            "--trainer.callbacks.dirpath=kept",
+            "--trainer.callbacks.save_top_k=-1",
+            "--model.warmup_epochs=0",
+        ]
 
         class Watched(TokenReductionClassifier):
             def configure_callbacks(self):
@@ -203,11 +258,21 @@ def test_model_checkpoint_keeps_the_best_and_the_last(tmp_path, images):
             if not trainer.sanity_checking:
                 scores.append(trainer.callback_metrics["val/loss"].item())
 
-    keep = ModelCheckpoint(tmp_path, "best", monitor="val/loss", save_last=True, enable_version_counter=False)
+    keep = ModelCheckpoint(
+        tmp_path, "best", monitor="val/loss", save_last=True, enable_version_counter=False
+    )
     data = make_data(images)
     seed_everything(0, verbose=False)
-    module = TokenReductionClassifier("deit_tiny_patch16_224", None, 3, model_kwargs=VIT, warmup_epochs=0, lr=1e-2)
-    trainer = Trainer(accelerator="cpu", max_epochs=4, logger=False, enable_progress_bar=False, callbacks=[Scores(), keep])
+    module = TokenReductionClassifier(
+        "deit_tiny_patch16_224", None, 3, model_kwargs=VIT, warmup_epochs=0, lr=1e-2
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=4,
+        logger=False,
+        enable_progress_bar=False,
+        callbacks=[Scores(), keep],
+    )
     trainer.fit(module, data)
     best = TokenReductionClassifier.load_from_checkpoint(keep.best_model_path)
     assert trainer.validate(best, data, verbose=False)[0]["val/loss"] == pytest.approx(min(scores))

@@ -16,12 +16,21 @@ from timm.models.vision_transformer import VisionTransformer
 import tdm_lightning as tdm
 from tdm_lightning.cli import main
 
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 7}
+TINY = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 16,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 7,
+}
 load = tdm.TokenReducedViT.from_pretrained
 
 
 def reduced(strategy, name="deit_tiny_patch16_224", **kwargs):
-    """A model in which every weight, the strategy's own too, has a value that no initialisation gives."""
+    """A model in which every weight, the strategy's own too, has a value that no initialisation
+    gives.
+    """
     torch.manual_seed(5)
     model = tdm.attach(timm.create_model(name, **{**TINY, **kwargs}), strategy).eval()
     with torch.no_grad():
@@ -61,7 +70,7 @@ class Halving(tdm.Strategy):
         return tokens.replace(x=tokens.x * self.gain) if index == self.layer else tokens
 
 
-# The same model comes back ------------------------------------------------------------------------------------------
+# The same model comes back --------------------------------------------------------------------
 
 STRATEGIES = {
     "tdm": lambda: tdm.TDM(0.5, (1, 2), merger=tdm.TokenMerger(density="knn", matching="greedy")),
@@ -84,7 +93,9 @@ def test_reloading_gives_identical_outputs(name, images, tmp_path):
     assert torch.equal(again(images), model(images))
     assert again.strategy.config() == model.strategy.config()
     assert again.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items()
+    )
     assert not any(module.training for module in again.modules())
     assert (tmp_path / "strategy.safetensors").exists() == bool(model.strategy.state_dict())
 
@@ -162,12 +173,16 @@ def test_saving_leaves_the_model_as_it_was(tmp_path):
 def test_saving_again_replaces_all_but_the_card(images, shared):
     (shared / "README.md").write_text("mine")
     save(reduced(tdm.TDM(0.5, (1,))), shared)
-    assert sorted(file.name for file in shared.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(file.name for file in shared.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     assert (shared / "README.md").read_text() == "mine"
     assert type(load(shared).strategy) is tdm.TDM
 
 
-# The model card -----------------------------------------------------------------------------------------------------
+# The model card -------------------------------------------------------------------------------
 
 
 def test_the_card_says_what_it_is_and_how_to_load_it(tmp_path, images):
@@ -178,7 +193,12 @@ def test_the_card_says_what_it_is_and_how_to_load_it(tmp_path, images):
     assert card.data.pipeline_tag == "image-classification"
     assert card.data.license is None
     report = tdm.flops.mac_report(model)
-    for words in ("deit_tiny_patch16_224", "TDM(keep_rate=0.5, layers=[1]", f"{report.backbone / 1e9:.2f}", "7 classes"):
+    for words in (
+        "deit_tiny_patch16_224",
+        "TDM(keep_rate=0.5, layers=[1]",
+        f"{report.backbone / 1e9:.2f}",
+        "7 classes",
+    ):
         assert words in card.text
     assert "Not stated yet" in card.text
     (code,) = [part.split("```")[0] for part in card.text.split("```python\n")[1:]]
@@ -197,7 +217,7 @@ def test_the_licence_is_the_users(tmp_path):
     assert "depends on the image" in card.text
 
 
-# The hub ------------------------------------------------------------------------------------------------------------
+# The hub --------------------------------------------------------------------------------------
 
 
 class Hub:
@@ -255,12 +275,16 @@ def test_a_downloaded_repository_loads_without_a_network(shared, tmp_path, image
 def test_a_repository_out_of_reach(name, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match=f"'{name}' is neither a folder nor a repository(?s:.*)Check the name(?s:.*)hf auth login"
+        ValueError,
+        match=(
+            f"'{name}' is neither a folder nor a repository(?s:.*)Check the name(?s:.*)hf auth"
+            " login"
+        ),
     ):
         load(name, cache_dir=tmp_path)
 
 
-# Files that do not fit ----------------------------------------------------------------------------------------------
+# Files that do not fit ------------------------------------------------------------------------
 
 
 def changed(folder, change):
@@ -272,8 +296,14 @@ def changed(folder, change):
 
 
 def test_a_config_of_a_newer_version(shared):
-    changed(shared, lambda config: config["tdm_lightning"].update(format=2, version="9.1.0", new_thing=[1]))
-    with pytest.raises(ValueError, match=r"written by tdm-lightning 9\.1\.0 in format 2.*reads up to format 1: pip install -"):
+    changed(
+        shared,
+        lambda config: config["tdm_lightning"].update(format=2, version="9.1.0", new_thing=[1]),
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"written by tdm-lightning 9\.1\.0 in format 2.*reads up to format 1: pip install -",
+    ):
         load(shared)
 
 
@@ -289,7 +319,10 @@ def test_a_config_without_a_strategy(shared):
 
 
 def test_a_model_of_timms(shared):
-    with pytest.raises(ValueError, match="holds no reduced model: its config.json has no 'tdm_lightning'.*timm.create_model"):
+    with pytest.raises(
+        ValueError,
+        match="holds no reduced model: its config.json has no 'tdm_lightning'.*timm.create_model",
+    ):
         load(changed(shared, lambda config: config.pop("tdm_lightning")))
 
 
@@ -297,13 +330,21 @@ def test_a_strategy_that_is_not_imported(shared):
     def rename(config):
         config["tdm_lightning"]["strategy"]["class_path"] = "their.package.Pruner"
 
-    with pytest.raises(ValueError, match=r"'their\.package\.Pruner' is not a known Strategy.*import its module before"):
+    with pytest.raises(
+        ValueError,
+        match=r"'their\.package\.Pruner' is not a known Strategy.*import its module before",
+    ):
         load(changed(shared, rename))
 
 
 def test_a_strategy_with_an_argument_that_is_not_known(shared):
     with pytest.raises(ValueError, match="the strategy of .* cannot be built: .*shiny"):
-        load(changed(shared, lambda config: config["tdm_lightning"]["strategy"]["init_args"].update(shiny=1)))
+        load(
+            changed(
+                shared,
+                lambda config: config["tdm_lightning"]["strategy"]["init_args"].update(shiny=1),
+            )
+        )
 
 
 def test_an_architecture_that_timm_does_not_have(shared):
@@ -313,13 +354,18 @@ def test_an_architecture_that_timm_does_not_have(shared):
 
 @pytest.mark.parametrize(
     ("file", "key"),
-    [("model.safetensors", "blocks.1.mlp.fc1.weight"), ("strategy.safetensors", "score_predictor.0.in_conv.1.weight")],
+    [
+        ("model.safetensors", "blocks.1.mlp.fc1.weight"),
+        ("strategy.safetensors", "score_predictor.0.in_conv.1.weight"),
+    ],
 )
 def test_a_file_with_a_missing_key(shared, file, key):
     weights = load_file(shared / file)
     del weights[key]
     save_file(weights, shared / file)
-    with pytest.raises(ValueError, match=rf"{file} of .* does not fit(?s:.*)Missing key\(s\).*{key}"):
+    with pytest.raises(
+        ValueError, match=rf"{file} of .* does not fit(?s:.*)Missing key\(s\).*{key}"
+    ):
         load(shared)
 
 
@@ -333,7 +379,10 @@ def test_a_file_that_is_missing_or_cut_off(shared, file):
         load(shared)
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[]", "holds a list"), (None, "has no config.json")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is not JSON"), ("[]", "holds a list"), (None, "has no config.json")],
+)
 def test_a_config_that_is_none(shared, content, message):
     (shared / "config.json").unlink()
     if content is not None:
@@ -342,7 +391,7 @@ def test_a_config_that_is_none(shared, content, message):
         load(shared)
 
 
-# Models that could not be made again --------------------------------------------------------------------------------
+# Models that could not be made again ----------------------------------------------------------
 
 
 def test_a_model_that_timm_did_not_make(tmp_path):
@@ -355,7 +404,10 @@ def test_a_model_that_timm_did_not_make(tmp_path):
 def test_arguments_that_the_model_does_not_know_any_more(tmp_path, images):
     model = reduced(tdm.TDM(0.5, (1,)))
     model.vit._model_args = {}  # as older releases of timm leave it
-    with pytest.raises(ValueError, match=r"nothing was written: .*say what it was created with: config=\{'model_args'"):
+    with pytest.raises(
+        ValueError,
+        match=r"nothing was written: .*say what it was created with: config=\{'model_args'",
+    ):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
     model.save_pretrained(tmp_path / "new", config={"model_args": {**TINY}})
@@ -370,7 +422,7 @@ def test_a_change_that_no_shape_shows(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-# What ``tdm fit`` made ----------------------------------------------------------------------------------------------
+# What ``tdm fit`` made ------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -380,9 +432,15 @@ def test_a_checkpoint_is_shared_by_the_command(tmp_path, images, capsys):
     arguments = {key: value for key, value in TINY.items() if key != "num_classes"}
     names = [f"kind {index}" for index in range(7)]
     module = tdm.TokenReductionClassifier(
-        "deit_tiny_patch16_224", tdm.DyViT(0.5, (1, 2)), num_classes=7, label_names=names, model_kwargs=arguments
+        "deit_tiny_patch16_224",
+        tdm.DyViT(0.5, (1, 2)),
+        num_classes=7,
+        label_names=names,
+        model_kwargs=arguments,
     )
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     out = tmp_path / "shared"

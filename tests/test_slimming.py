@@ -16,7 +16,15 @@ from tdm_lightning.cli import main
 from tdm_lightning.slimming.error import relative_error
 from tdm_lightning.vit.find import tap_blocks
 
-SHAPE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 6, "num_heads": 2, "num_classes": 10}
+SHAPE = {
+    "img_size": 8,
+    "patch_size": 2,
+    "in_chans": 1,
+    "embed_dim": 32,
+    "depth": 6,
+    "num_heads": 2,
+    "num_classes": 10,
+}
 NAME = "deit_tiny_patch16_224"
 
 
@@ -24,7 +32,14 @@ NAME = "deit_tiny_patch16_224"
 def digits():
     """Batches of training images, B×1×8×8, and labels."""
     data = tdm.ImageNetDataModule(
-        "digits", model=NAME, model_kwargs=SHAPE, augment=False, crop_pct=1.0, batch_size=64, num_workers=0, pin_memory=False
+        "digits",
+        model=NAME,
+        model_kwargs=SHAPE,
+        augment=False,
+        crop_pct=1.0,
+        batch_size=64,
+        num_workers=0,
+        pin_memory=False,
     )
     data.setup("fit")
     torch.manual_seed(0)
@@ -45,7 +60,9 @@ def trained(digits):
             optimizer.step()
     vit.eval()
     with torch.no_grad():
-        right = torch.cat([vit(images).argmax(1) == labels for images, labels in digits]).float().mean()
+        right = (
+            torch.cat([vit(images).argmax(1) == labels for images, labels in digits]).float().mean()
+        )
     assert right > 0.6  # chance is 0.1
     return vit
 
@@ -59,7 +76,9 @@ def features(model, images):
 
 
 def independent_error(vit, masks, index, images, reference=None):
-    """What blocks up to ``index + 1`` give with the masks from ``index`` on, against none, in whole passes of the model."""
+    """What blocks up to ``index + 1`` give with the masks from ``index`` on, against none, in whole
+    passes of the model.
+    """
     patches, prefix = masks.shape[1], vit.num_prefix_tokens
     upto = masks.clone()
     upto[:index] = True
@@ -71,7 +90,12 @@ def independent_error(vit, masks, index, images, reference=None):
         found = features(model, batch)[index + 1]
         assert found.shape[1] == prefix + kept.sum()
         # The reduced model sorts its patches by how many blocks compute them.
-        place = upto.sum(0).mul(patches).sub(torch.arange(patches)).argsort(descending=True)[: int(kept.sum())]
+        place = (
+            upto.sum(0)
+            .mul(patches)
+            .sub(torch.arange(patches))
+            .argsort(descending=True)[: int(kept.sum())]
+        )
         assert torch.equal(place.sort().values, kept.nonzero().flatten())
         full = features(reference or vit, batch)[index + 1]
         wanted = torch.cat((full[:, :prefix], full[:, prefix:][:, place]), dim=1)
@@ -80,28 +104,39 @@ def independent_error(vit, masks, index, images, reference=None):
     return math.sqrt(off / size)
 
 
-# Impact ---------------------------------------------------------------------------------------------------------------
+# Impact ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_attention_maps_are_timms():
     torch.manual_seed(0)
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, qk_norm=True)
+    vit = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, qk_norm=True
+    )
     attn, x = vit.blocks[0].attn, torch.randn(2, 17, 32)
     maps, original = [], attn.attn_drop.forward
-    attn.fused_attn, attn.attn_drop.forward = False, lambda weights: maps.append(weights) or original(weights)
+    attn.fused_attn, attn.attn_drop.forward = (
+        False,
+        lambda weights: maps.append(weights) or original(weights),
+    )
     attn(x)
     from tdm_lightning.vit.attention import query_key
 
-    torch.testing.assert_close(slimming.attention_maps(x, query_key(attn)), maps[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        slimming.attention_maps(x, query_key(attn)), maps[0], atol=1e-6, rtol=1e-5
+    )
 
 
 def test_impact_against_matrices_spelled_out():
-    """``Ã = Π diag(m)·½(P̄+I)`` from the last block down, ``‖Ã[:,i]‖²·‖(P̄|Z|)[i,:]‖²``; four blocks, five tokens."""
+    """``Ã = Π diag(m)·½(P̄+I)`` from the last block down,
+    ``‖Ã[:,i]‖²·‖(P̄|Z|)[i,:]‖²``; four blocks, five tokens.
+    """
     torch.manual_seed(1)
     attention = [torch.rand(1, 3, 5, 5).softmax(-1) for _ in range(4)]
     z = torch.randn(1, 5, 7)
-    masks = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 1, 0], [1, 0, 0, 1, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
+    masks = torch.tensor(
+        [[1, 1, 1, 1, 0], [1, 1, 0, 1, 0], [1, 0, 0, 1, 0], [1, 0, 0, 0, 0]], dtype=torch.bool
+    )
     mean = [a[0].mean(0) for a in attention]
     product = torch.eye(5)
     for block in (3, 2):
@@ -121,7 +156,7 @@ def test_impact_against_matrices_spelled_out():
     torch.testing.assert_close(slimming.impact_scores(row, attention[1], z), found)
 
 
-# The search on a trained model ------------------------------------------------------------------------------------------
+# The search on a trained model ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bound", [0.05, 0.2])
@@ -141,7 +176,8 @@ def test_the_search_meets_its_bound(trained, digits, bound):
         error = independent_error(trained, masks, index, images)
         assert error == pytest.approx(found.blocks[index].error, rel=1e-3, abs=1e-6)
         assert error <= bound
-    # The last choice of each block was needed: with the patches of the block behind alone the bound is not met.
+    # The last choice of each block was needed: with the patches of the block behind alone the bound
+    # is not met.
     for index in range(5):
         if counts[index] > counts[index + 1]:
             fewer = masks.clone()
@@ -149,20 +185,28 @@ def test_the_search_meets_its_bound(trained, digits, bound):
             fewer[:index] = True
             assert independent_error(trained, fewer, index, images) > bound
     with torch.no_grad():
-        ends = [(found.model.forward_features(batch)[:, 0], trained.forward_features(batch)[:, 0]) for batch in images]
+        ends = [
+            (found.model.forward_features(batch)[:, 0], trained.forward_features(batch)[:, 0])
+            for batch in images
+        ]
     assert found.error == pytest.approx(relative_error(*zip(*ends, strict=True)), rel=1e-4)
     assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
 
 
 def test_a_wider_bound_keeps_fewer_patches(trained, digits):
-    patches = [int(slimming.search(trained, digits, bound, step=1, images=64).masks.sum()) for bound in (0.0, 0.02, 0.1, 10.0)]
+    patches = [
+        int(slimming.search(trained, digits, bound, step=1, images=64).masks.sum())
+        for bound in (0.0, 0.02, 0.1, 10.0)
+    ]
     assert patches == sorted(patches, reverse=True)
     assert patches[0] == 5 * 16  # nothing but the last block
     assert patches[-1] == 0
 
 
 def test_impact_chooses_better_than_its_opposite_and_than_spreading(trained, digits):
-    """At the same counts, the class token's final feature stays closest with the patches of greatest impact."""
+    """At the same counts, the class token's final feature stays closest with the patches of
+    greatest impact.
+    """
     counts = [8, 8, 8, 8, 8, 0]
     best = slimming.select(trained, digits, counts, images=256)
     assert best.masks.sum(1).tolist() == counts
@@ -173,7 +217,9 @@ def test_impact_chooses_better_than_its_opposite_and_than_spreading(trained, dig
         images = [batch for batch, _ in digits[:4]]
         with torch.no_grad():
             found = [model.forward_features(batch)[:, 0] for batch in images]
-            return relative_error(found, [trained.forward_features(batch)[:, 0] for batch in images])
+            return relative_error(
+                found, [trained.forward_features(batch)[:, 0] for batch in images]
+            )
 
     assert best.error == pytest.approx(class_error(tdm.PSViT(masks=best.masks)), rel=1e-3)
     assert best.error < class_error(tdm.PSViT(counts=counts)) < class_error(worst)
@@ -202,7 +248,9 @@ def test_fine_tuning_needs_fewer_patches(trained, digits):
     assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
     changed = [
         index
-        for index, (block, other) in enumerate(zip(tuned.model.vit.blocks, trained.blocks, strict=True))
+        for index, (block, other) in enumerate(
+            zip(tuned.model.vit.blocks, trained.blocks, strict=True)
+        )
         if not torch.equal(block.mlp.fc1.weight, other.mlp.fc1.weight)
     ]
     assert changed == [block.index for block in tuned.blocks if block.tuned]
@@ -210,7 +258,9 @@ def test_fine_tuning_needs_fewer_patches(trained, digits):
     index = max(changed)
     mixed = copy.deepcopy(trained)
     mixed.blocks[index].load_state_dict(tuned.model.vit.blocks[index].state_dict())
-    error = independent_error(mixed, tuned.masks, index, [batch for batch, _ in digits[:2]], reference=trained)
+    error = independent_error(
+        mixed, tuned.masks, index, [batch for batch, _ in digits[:2]], reference=trained
+    )
     assert error == pytest.approx(tuned.blocks[index].error, rel=1e-3)
 
 
@@ -224,7 +274,7 @@ def test_two_class_tokens_and_registers(digits):
         assert all(block.error <= 0.1 for block in found.blocks)
 
 
-# Bad input --------------------------------------------------------------------------------------------------------------
+# Bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -258,14 +308,23 @@ def test_models_that_cannot_be_slimmed():
         slimming.search(tdm.attach(VisionTransformer(**SHAPE), tdm.TDM(layers=(1,))), loader)
     with pytest.raises(TypeError, match="cannot reduce"):
         slimming.search(timm.create_model("test_resnet"), loader)
-    for counts, message in (([16] * 6, "end with 0"), ([16, 0], "one number per block"), ([1, 2, 0], "must not grow")):
+    for counts, message in (
+        ([16] * 6, "end with 0"),
+        ([16, 0], "one number per block"),
+        ([1, 2, 0], "must not grow"),
+    ):
         with pytest.raises(ValueError, match=message):
             slimming.select(VisionTransformer(**SHAPE), loader, counts)
 
 
-# The command ------------------------------------------------------------------------------------------------------------
+# The command ----------------------------------------------------------------------------------
 
-DATA = ["--data.dataset=digits", "--data.crop_pct=1.0", "--data.num_workers=0", "--data.batch_size=64"]
+DATA = [
+    "--data.dataset=digits",
+    "--data.crop_pct=1.0",
+    "--data.num_workers=0",
+    "--data.batch_size=64",
+]
 
 
 @pytest.fixture
@@ -274,7 +333,13 @@ def command(trained, tmp_path, monkeypatch):
     torch.save({"model": trained.state_dict()}, "vit.pth")
 
     def call(*extra):
-        model = [f"--model={NAME}", f"--model_kwargs={SHAPE}", "--checkpoint=vit.pth", "--device=cpu", "--images=64"]
+        model = [
+            f"--model={NAME}",
+            f"--model_kwargs={SHAPE}",
+            "--checkpoint=vit.pth",
+            "--device=cpu",
+            "--images=64",
+        ]
         return main(["slim", *model, *extra])
 
     return call
@@ -288,15 +353,25 @@ def test_command_writes_what_fit_and_test_take(command, trained, capsys, tmp_pat
         rows = list(csv.DictReader(file))
     assert [int(row["patches"]) for row in rows[:-1]] == [block.patches for block in found.blocks]
     assert all(float(row["error"]) <= 0.1 for row in rows[:-1])
-    assert float(rows[-1]["GMACs"]) == pytest.approx(tdm.flops.count_macs(found.model) / 1e9, rel=1e-3)
-    assert float(rows[-1]["plain GMACs"]) == pytest.approx(tdm.flops.count_macs(trained) / 1e9, rel=1e-3)
+    assert float(rows[-1]["GMACs"]) == pytest.approx(
+        tdm.flops.count_macs(found.model) / 1e9, rel=1e-3
+    )
+    assert float(rows[-1]["plain GMACs"]) == pytest.approx(
+        tdm.flops.count_macs(trained) / 1e9, rel=1e-3
+    )
 
     layer = tmp_path / "layer.yaml"
     kwargs = {key: value for key, value in SHAPE.items() if key != "num_classes"}
     layer.write_text(
-        f"model: {{model: {NAME}, model_kwargs: {kwargs}, checkpoint: made/here/slim.safetensors, warmup_epochs: 0}}"
+        f"model: {{model: {NAME}, model_kwargs: {kwargs}, checkpoint: made/here/slim.safetensors,"
+        " warmup_epochs: 0}"
     )
-    arguments = [*DATA, "--trainer.accelerator=cpu", "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false"]
+    arguments = [
+        *DATA,
+        "--trainer.accelerator=cpu",
+        "--trainer.fast_dev_run=1",
+        "--trainer.enable_progress_bar=false",
+    ]
     for name in ("test", "fit"):
         cli = main([name, "--config", "strategies/psvit", "--config", str(layer), *arguments])
         assert torch.equal(cli.model.model.strategy.kept, found.masks)
@@ -312,9 +387,21 @@ def test_command_with_a_checkpoint_of_fit(trained, tmp_path, monkeypatch):
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.strategy.connect(module)
     trainer.save_checkpoint("run.ckpt")
-    found = main(["slim", "--ckpt_path=run.ckpt", *DATA, "--counts=[8, 8, 6, 4, 4, 0]", "--device=cpu", "--images=64"])
+    found = main(
+        [
+            "slim",
+            "--ckpt_path=run.ckpt",
+            *DATA,
+            "--counts=[8, 8, 6, 4, 4, 0]",
+            "--device=cpu",
+            "--images=64",
+        ]
+    )
     assert [block.patches for block in found.blocks] == [8, 8, 6, 4, 4, 0]
-    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in found.model.vit.state_dict().items())
+    assert all(
+        torch.equal(value, trained.state_dict()[name])
+        for name, value in found.model.vit.state_dict().items()
+    )
     assert (tmp_path / "slim/slim.safetensors").exists()
 
 
@@ -333,7 +420,15 @@ def test_command_for_a_budget(command, trained):
         (["--checkpoint=vit.pth", *DATA, "--counts=[1, 0]", "--match_gmacs=1"], "give one of them"),
         (["--checkpoint=vit.pth", *DATA, "--counts=[1, 0]"], "one number per block"),
         (["--checkpoint=vit.pth", *DATA, "--device=tpu9"], "device"),
-        (["--checkpoint=vit.pth", *DATA, "--model_kwargs.global_pool=avg", "--model_kwargs.fc_norm=false"], "class token"),
+        (
+            [
+                "--checkpoint=vit.pth",
+                *DATA,
+                "--model_kwargs.global_pool=avg",
+                "--model_kwargs.fc_norm=false",
+            ],
+            "class token",
+        ),
     ],
 )
 def test_command_says_what_is_wrong(command, arguments, message):

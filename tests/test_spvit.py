@@ -17,7 +17,7 @@ def images():
     return torch.randn(4, 3, 32, 32)
 
 
-# Inference, image by image -------------------------------------------------------------------------------------------
+# Inference, image by image --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("package", ["sum", "mean"])
@@ -82,7 +82,9 @@ def model_sizes_add_up(model, images):
 @pytest.mark.parametrize("training", [False, True])
 def test_an_image_may_lose_all_of_its_patches(images, pool, package, training, monkeypatch):
     monkeypatch.setattr(F, "gumbel_softmax", lambda x, **_: without_noise(x) + x - x.detach())
-    model = decide(small({"global_pool": pool}, package=package), keep=False, stage=0).train(training)
+    model = decide(small({"global_pool": pool}, package=package), keep=False, stage=0).train(
+        training
+    )
     output = model.run(images, trace=True)
     assert output.logits.isfinite().all()
     for layer in output.trace.layers:
@@ -114,7 +116,10 @@ def test_one_image_packs_nothing_and_another_everything(images):
     def opposite(module, inputs, output):
         votes, probability = output
         sign = torch.tensor([1.0, -1.0])
-        return torch.stack((sign, -sign), dim=1)[: len(votes), None, :].expand_as(votes), probability
+        return (
+            torch.stack((sign, -sign), dim=1)[: len(votes), None, :].expand_as(votes),
+            probability,
+        )
 
     for selector in model.strategy.score_predictor:
         selector.register_forward_hook(opposite)
@@ -143,12 +148,15 @@ def test_noise_only_where_asked_for(images):
     assert torch.equal(model(images), model(images))
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(noisy(images), noisy(images))
-    for fixed in (small(fixed_count=True, std=0.3), small(fixed_count=True, std=0.3, stochastic=True)):
+    for fixed in (
+        small(fixed_count=True, std=0.3),
+        small(fixed_count=True, std=0.3, stochastic=True),
+    ):
         kept = [fixed.trace(images)[1].layers[0].role for _ in range(2)]
         assert torch.equal(*kept) != fixed.strategy.stochastic
 
 
-# Fixed counts --------------------------------------------------------------------------------------------------------
+# Fixed counts ---------------------------------------------------------------------------------
 
 
 def test_which_mode_is_adaptive():
@@ -177,13 +185,21 @@ def test_fixed_counts_that_an_image_would_choose_give_the_same(images):
     model, compared = small(targets=(0.99, 0.98)), 0
     for image in images:
         trace = model.trace(image[None])[1]
-        packages = torch.tensor([(layer.role == Role.CLUSTERED).any() for layer in trace.layers]).cumsum(0).tolist()
-        patches = [trace.token_counts[layer.index].item() - n for layer, n in zip(trace.layers, packages, strict=True)]
+        packages = (
+            torch.tensor([(layer.role == Role.CLUSTERED).any() for layer in trace.layers])
+            .cumsum(0)
+            .tolist()
+        )
+        patches = [
+            trace.token_counts[layer.index].item() - n
+            for layer, n in zip(trace.layers, packages, strict=True)
+        ]
         assert patches[-1] < 16
         if not all(patches):
             continue  # a fixed count is at least one
         fixed = tdm.attach(
-            model.vit, tdm.SPViT(layers=(1, 3), targets=[(n + 0.5) / 16 for n in patches], fixed_count=True)
+            model.vit,
+            tdm.SPViT(layers=(1, 3), targets=[(n + 0.5) / 16 for n in patches], fixed_count=True),
         ).eval()
         fixed.strategy.load_state_dict(model.strategy.state_dict())
         torch.testing.assert_close(fixed(image[None]), model(image[None]), atol=1e-5, rtol=1e-5)
@@ -213,7 +229,9 @@ def test_fixed_counts_compile_and_export(images, merger):
     torch.testing.assert_close(compiled(images), eager, atol=1e-4, rtol=1e-4)
     program = torch.export.export(model, (images,), dynamic_shapes=SHAPES)
     for size in (1, 3):
-        torch.testing.assert_close(program.module()(images[:size]), eager[:size], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            program.module()(images[:size]), eager[:size], atol=1e-4, rtol=1e-4
+        )
     assert torch.equal(model(images), eager)
 
 
@@ -222,14 +240,22 @@ def test_fixed_counts_export_to_onnx(images, tmp_path):
     import onnxruntime
 
     model = small(fixed_count=True)
-    torch.onnx.export(model, (images,), tmp_path / "m.onnx", dynamo=True, dynamic_shapes=SHAPES, verbose=False)
+    torch.onnx.export(
+        model, (images,), tmp_path / "m.onnx", dynamo=True, dynamic_shapes=SHAPES, verbose=False
+    )
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     for size in (1, 3):
         (found,) = session.run(None, {session.get_inputs()[0].name: images[:size].numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), model(images[:size]), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.from_numpy(found), model(images[:size]), atol=1e-4, rtol=1e-4
+        )
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"fixed_count": True}, {"fixed_count": True, "merger": tdm.TokenMerger()}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"fixed_count": True}, {"fixed_count": True, "merger": tdm.TokenMerger()}],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
 def test_half_precision_stays_finite(images, kwargs, dtype):
@@ -260,12 +286,21 @@ def test_dense_features_follow_every_patch(images):
     maps = model.forward_intermediates(images, output_fmt="NLC", intermediates_only=True, norm=True)
     last = output.trace.layers[-1].assignment
     for image in range(4):
-        torch.testing.assert_close(maps[-1][image], output.features[image, 1:][last[image]], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            maps[-1][image], output.features[image, 1:][last[image]], atol=1e-5, rtol=1e-4
+        )
 
 
 def test_positions_follow_the_tokens(images):
     """In a model with rotary positions a package stands where the best of its patches stood."""
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+    shape = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 4,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
     vit = timm.models.eva.Eva(**shape, use_rot_pos_emb=True, use_abs_pos_emb=False).eval()
     model = tdm.attach(vit, tdm.SPViT(layers=(1, 3)))
     with torch.no_grad():
@@ -285,14 +320,20 @@ def test_positions_follow_the_tokens(images):
     layer, position = trace.layers[0], placed[1].position
     for image in range(4):
         kept = layer.role[image] == Role.KEPT
-        assert position[image][layer.assignment[image][kept]].tolist() == kept.nonzero().flatten().tolist()
+        assert (
+            position[image][layer.assignment[image][kept]].tolist()
+            == kept.nonzero().flatten().tolist()
+        )
         if not kept.all():
             package = layer.assignment[image][~kept][0]
-            assert position[image][package] == layer.importance[image].masked_fill(kept, -torch.inf).argmax()
+            assert (
+                position[image][package]
+                == layer.importance[image].masked_fill(kept, -torch.inf).argmax()
+            )
     assert (layer.role == Role.CLUSTERED).any()
 
 
-# Bad input -----------------------------------------------------------------------------------------------------------
+# Bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -307,7 +348,11 @@ def test_positions_follow_the_tokens(images):
         ({"package": "max"}, ValueError, "'sum', 'mean'"),
         ({"merger": tdm.TokenMerger()}, ValueError, "fixed_count=True"),
         ({"merger": "yes", "fixed_count": True}, TypeError, "TokenMerger or None"),
-        ({"merger": tdm.TokenMerger(features="keys"), "fixed_count": True}, ValueError, "merges before a block"),
+        (
+            {"merger": tdm.TokenMerger(features="keys"), "fixed_count": True},
+            ValueError,
+            "merges before a block",
+        ),
         ({"ratio_weight": -1}, ValueError, "ratio_weight"),
         ({"token_weight": "0.5"}, TypeError, "token_weight"),
         ({"freeze_epochs": 1.5}, TypeError, "freeze_epochs"),
@@ -325,7 +370,11 @@ def test_bad_arguments(arguments, error, message):
         ({"layers": (1, 6)}, "do not exist"),
         ({"targets": (0.5, 0.05), "fixed_count": True}, "leaves none of 16 patches at layer 3"),
         (
-            {"targets": (0.4, 0.3), "fixed_count": True, "merger": tdm.TokenMerger(attentive_ratio=1.0)},
+            {
+                "targets": (0.4, 0.3),
+                "fixed_count": True,
+                "merger": tdm.TokenMerger(attentive_ratio=1.0),
+            },
             "no feasible split of 16 tokens into 6",
         ),
     ],
@@ -337,7 +386,13 @@ def test_settings_that_do_not_fit_the_model(kwargs, message):
 
 
 def test_comes_back_from_plain_values():
-    strategy = tdm.SPViT(layers=(2, 4), fixed_count=True, merger=tdm.TokenMerger(), package="mean", shared_heads=False)
+    strategy = tdm.SPViT(
+        layers=(2, 4),
+        fixed_count=True,
+        merger=tdm.TokenMerger(),
+        package="mean",
+        shared_heads=False,
+    )
     again = tdm.Strategy.from_config(strategy.config())
     assert type(again) is tdm.SPViT
     assert again.config() == strategy.config()

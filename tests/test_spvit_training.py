@@ -21,14 +21,16 @@ def images():
     return torch.randn(4, 3, 32, 32)
 
 
-# Training ------------------------------------------------------------------------------------------------------------
+# Training -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_training_computes_what_inference_does(images, monkeypatch):
     """Without noise and ε, pooling over patches included."""
     monkeypatch.setattr(F, "gumbel_softmax", without_noise)
-    monkeypatch.setattr("tdm_lightning.vit.attention.policy_softmax", functools.partial(policy_softmax, eps=0))
+    monkeypatch.setattr(
+        "tdm_lightning.vit.attention.policy_softmax", functools.partial(policy_softmax, eps=0)
+    )
     for vit in ({}, {"global_pool": "avg"}, {"global_pool": "avgmax", "class_token": False}):
         model = small(vit)
         expected, trace = model.trace(images)
@@ -81,11 +83,19 @@ def test_autocast_trains_with_finite_gradients(images):
 
 def test_losses_by_hand(images):
     model = small(std=0.2).train()
-    output, teacher = model.run(images), tdm.attach(copy.deepcopy(model.vit), tdm.Strategy()).eval().run(images)
+    output, teacher = (
+        model.run(images),
+        tdm.attach(copy.deepcopy(model.vit), tdm.Strategy()).eval().run(images),
+    )
     terms = model.strategy.loss(output, LABELS, F.cross_entropy, teacher)
     first, second = output.carry["decisions"]
     ratio = ((first.mean() - 0.6) ** 2 + (second.mean() - 0.3) ** 2) / 2
-    kl = F.kl_div(output.logits.log_softmax(1), teacher.logits.log_softmax(1), reduction="batchmean", log_target=True)
+    kl = F.kl_div(
+        output.logits.log_softmax(1),
+        teacher.logits.log_softmax(1),
+        reduction="batchmean",
+        log_target=True,
+    )
     left = second.bool()  # class token, dropped patches and packages have no part
     tokens = F.mse_loss(output.features[:, 1:17][left], teacher.features[:, 1:][left])
     expected = {
@@ -105,7 +115,9 @@ def test_losses_by_hand(images):
 def test_only_the_batch_is_held_to_the_targets():
     decision = torch.zeros(2, 10)
     decision[0] = 1  # one image keeps all, the other none
-    output = Output(torch.zeros(2, 5), torch.zeros(2, 11, 8), None, {"initial": 10, "decisions": (decision,)})
+    output = Output(
+        torch.zeros(2, 5), torch.zeros(2, 11, 8), None, {"initial": 10, "decisions": (decision,)}
+    )
     strategy = tdm.SPViT(layers=(1,), targets=(0.5,), distill_weight=0, token_weight=0)
     assert strategy.loss(output, LABELS[:2], F.cross_entropy)["ratio"] == 0
 
@@ -113,9 +125,13 @@ def test_only_the_batch_is_held_to_the_targets():
 def test_losses_ask_for_what_they_need(images):
     model = small().train()
     output = model.run(images)
-    with pytest.raises(ValueError, match="SPViT distils from the unreduced model: pass its output as teacher"):
+    with pytest.raises(
+        ValueError, match="SPViT distils from the unreduced model: pass its output as teacher"
+    ):
         model.strategy.loss(output, LABELS, F.cross_entropy)
-    with pytest.raises(ValueError, match=r"SPViT's predictors only learn in training mode: call model.train\(\)"):
+    with pytest.raises(
+        ValueError, match=r"SPViT's predictors only learn in training mode: call model.train\(\)"
+    ):
         model.strategy.loss(model.eval().run(images), LABELS, F.cross_entropy)
 
 
@@ -139,7 +155,10 @@ def test_the_ratio_loss_moves_the_kept_share_to_the_targets():
 def test_optimizer_groups():
     model = small()
     groups, found = grouped(model)
-    assert {name for name, _ in model.named_parameters()} - set(found) == {"vit.pos_embed", "vit.cls_token"}
+    assert {name for name, _ in model.named_parameters()} - set(found) == {
+        "vit.pos_embed",
+        "vit.cls_token",
+    }
     for name, group in found.items():
         own, decays = name.startswith("strategy."), model.get_parameter(name).ndim > 1
         assert group["lr"] == pytest.approx(1e-3 if own else 1e-5)
@@ -150,7 +169,7 @@ def test_optimizer_groups():
     assert from_scratch.strategy.param_groups(from_scratch, lr=1e-3, weight_decay=0.05) is None
 
 
-# The merger ----------------------------------------------------------------------------------------------------------
+# The merger -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -159,7 +178,9 @@ def test_the_merger_keeps_the_counts_and_the_attentive_patches(images):
     (logits, merged), (others, packed) = model.trace(images), packing.trace(images)
     assert merged.token_counts == [16, 9, 9, 4, 4, 4]
     assert torch.equal(merged.layers[0].importance, packed.layers[0].importance)
-    assert torch.equal(merged.layers[0].role == Role.CLUSTERED, packed.layers[0].role == Role.CLUSTERED)
+    assert torch.equal(
+        merged.layers[0].role == Role.CLUSTERED, packed.layers[0].role == Role.CLUSTERED
+    )
     assert (merged.layers[0].assignment >= 0).all()
     assert (logits - others).abs().amax(1).min() > 1e-4
 
@@ -175,4 +196,6 @@ def test_training_with_the_merger_merges_for_real(images):
     mean = held.transpose(1, 2) @ teacher.features[:, 1:] / held.sum(1).unsqueeze(-1)
     torch.testing.assert_close(terms["tokens"], 0.5 * F.mse_loss(output.features[:, 1:], mean))
     shares = torch.stack([decision.sum(1).mean() / 16 for decision in output.carry["decisions"]])
-    torch.testing.assert_close(terms["ratio"], 2 * ((shares - torch.tensor([0.6, 0.3])) ** 2).mean())
+    torch.testing.assert_close(
+        terms["ratio"], 2 * ((shares - torch.tensor([0.6, 0.3])) ** 2).mean()
+    )

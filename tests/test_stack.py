@@ -26,13 +26,19 @@ def stack(*members):
 @torch.no_grad()
 def test_a_stack_reduces_as_its_member_does():
     x = torch.randn(2, 3, 64, 64)
-    model, alone = stack(tdm.SViTE(), tdm.TDM(0.5, (1, 3))).eval(), tdm.attach(vit(), tdm.TDM(0.5, (1, 3))).eval()
+    model, alone = (
+        stack(tdm.SViTE(), tdm.TDM(0.5, (1, 3))).eval(),
+        tdm.attach(vit(), tdm.TDM(0.5, (1, 3))).eval(),
+    )
     assert type(model.strategy) is tdm.Stack
     torch.testing.assert_close(model(x), alone(x))
     (logits, trace), (_, expected) = model.trace(x), alone.trace(x)
     torch.testing.assert_close(logits, alone(x))
     assert trace.token_counts == expected.token_counts == [16, 8, 8, 4, 4, 4]
-    assert all(torch.equal(a.assignment, b.assignment) for a, b in zip(trace.layers, expected.layers, strict=True))
+    assert all(
+        torch.equal(a.assignment, b.assignment)
+        for a, b in zip(trace.layers, expected.layers, strict=True)
+    )
 
 
 @torch.no_grad()
@@ -105,7 +111,11 @@ def test_every_hook_reaches_every_member_in_order():
     model.reset_classifier(7)
     assert list(model.strategy.report(output, torch.tensor([0]))) == ["a", "b", "c"]
     hooks = ["bind", "begin"]
-    hooks += [f"{hook} {block}" for block in range(6) for hook in ("before", "correct", "attention", "after")]
+    hooks += [
+        f"{hook} {block}"
+        for block in range(6)
+        for hook in ("before", "correct", "attention", "after")
+    ]
     hooks += ["finish", "progress 1 2 3", "step 4 5", "classes 7"]
     assert Recording.calls == [f"{hook} {name}" for hook in hooks for name in "abc"]
 
@@ -121,9 +131,13 @@ def test_a_stack_is_what_its_members_are():
     assert dyvit.current_keep_rate == model.strategy.current_keep_rate == 0.9
     images, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
     assert set(model.strategy.loss(model.run(images), labels, F.cross_entropy)) == {"task", "ratio"}
-    assert set(stack(tdm.SViTE()).strategy.loss(model.run(images), labels, F.cross_entropy)) == {"task"}
+    assert set(stack(tdm.SViTE()).strategy.loss(model.run(images), labels, F.cross_entropy)) == {
+        "task"
+    }
     groups, expected = (each.strategy.param_groups(each, 1e-3, 0.05) for each in (model, alone))
-    assert [len(group["params"]) for group in groups] == [len(group["params"]) for group in expected]
+    assert [len(group["params"]) for group in groups] == [
+        len(group["params"]) for group in expected
+    ]
     assert tdm.Stack([tdm.SViTE(), tdm.DyViT()]).needs_teacher
     assert tdm.Stack([tdm.EvoViT()]).global_pool == tdm.EvoViT().global_pool
     assert tdm.Stack([tdm.SViTE(), tdm.ToMe(2)]).tracks_size()
@@ -138,7 +152,11 @@ def test_learned_layers_of_members_are_counted():
 @pytest.mark.parametrize(
     ("members", "error", "message"),
     [
-        ([tdm.TDM(), tdm.EViT()], ValueError, "at most one strategy can reduce the tokens, got TDM, EViT"),
+        (
+            [tdm.TDM(), tdm.EViT()],
+            ValueError,
+            "at most one strategy can reduce the tokens, got TDM, EViT",
+        ),
         ([tdm.TDM(), tdm.Stack([tdm.ToMe()])], ValueError, "got TDM, ToMe"),
         ([tdm.TDM(), "EViT"], TypeError, "each member must be a Strategy"),
         ("TDM", TypeError, "or a list of some, got 'TDM'"),
@@ -170,14 +188,19 @@ def test_members_that_want_different_optimizers_or_poolings():
 
 def test_as_plain_values():
     masks = sparsity.Structured(0.5, 0.6)
-    strategy = tdm.Stack([tdm.SViTE(masks, interval=7), tdm.TDM(0.5, (1, 3), tdm.TokenMerger(density="knn"))])
+    strategy = tdm.Stack(
+        [tdm.SViTE(masks, interval=7), tdm.TDM(0.5, (1, 3), tdm.TokenMerger(density="knn"))]
+    )
     config = strategy.config()
     assert json.loads(json.dumps(config)) == config
     again = tdm.Strategy.from_config(config)
     assert again.config() == config
     assert [type(member) for member in again.members] == [tdm.SViTE, tdm.TDM]
     assert isinstance(again.members[0].masks, sparsity.Structured)
-    short = {"class_path": "Stack", "init_args": {"members": [{"class_path": "SViTE"}, {"class_path": "tdm_lightning.TDM"}]}}
+    short = {
+        "class_path": "Stack",
+        "init_args": {"members": [{"class_path": "SViTE"}, {"class_path": "tdm_lightning.TDM"}]},
+    }
     assert len(tdm.Strategy.from_config(short).members) == 2
     assert repr(strategy.members[0]).startswith("SViTE(")
 
@@ -187,8 +210,12 @@ def test_state_dict_and_own_checkpoints():
     model, other = stack(*members(0)), stack(*members(1))
     sparsity.apply_masks(model)
     tdm.checkpoints.load_official(other, model.state_dict())
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
-    assert sparsity.extract_dense(other).blocks[0].attn.num_heads == int(0.7 * model.vit.blocks[0].attn.num_heads)
+    assert all(
+        torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items()
+    )
+    assert sparsity.extract_dense(other).blocks[0].attn.num_heads == int(
+        0.7 * model.vit.blocks[0].attn.num_heads
+    )
 
 
 @pytest.mark.parametrize("stacked", ["file", "model", "both"])
@@ -203,21 +230,34 @@ def test_a_members_weights_load_in_and_out_of_a_stack(stacked):
         model = stack(tdm.SViTE(seed=1), *other) if stacked != "file" else tdm.attach(vit(), *other)
         weights = source.state_dict()
         if stacked == "file":  # masks of SViTE have no place here
-            with pytest.raises(ValueError, match=r"Not in the model: strategy\.members\.0\.masks(?s:.*)attach that method"):
+            with pytest.raises(
+                ValueError,
+                match=r"Not in the model: strategy\.members\.0\.masks(?s:.*)attach that method",
+            ):
                 tdm.checkpoints.load_official(model, weights)
             weights = {name: value for name, value in weights.items() if ".masks." not in name}
         report = tdm.checkpoints.load_official(model, weights)
         assert bool(report.untouched) == (stacked == "model")
         assert all(name.startswith("strategy.members.0.masks.") for name in report.untouched)
-        member, wanted = (getattr(each.strategy, "members", [each.strategy])[-1] for each in (model, source))
-        assert all(torch.equal(value, member.state_dict()[name]) for name, value in wanted.state_dict().items())
+        member, wanted = (
+            getattr(each.strategy, "members", [each.strategy])[-1] for each in (model, source)
+        )
+        assert all(
+            torch.equal(value, member.state_dict()[name])
+            for name, value in wanted.state_dict().items()
+        )
         if isinstance(member, tdm.PSViT):
             assert member.token_counts == (16, 9, 5, 3, 2, 0)
 
 
 def test_masks_that_do_not_fit_a_member_are_refused():
-    masks = {**tdm.attach(vit(), tdm.PSViT()).state_dict(), "strategy.kept": torch.ones(6, 9, dtype=torch.bool)}
-    with pytest.raises(ValueError, match=r"Of another shape: strategy\.members\.1\.kept \(6×9 instead of 6×16\)"):
+    masks = {
+        **tdm.attach(vit(), tdm.PSViT()).state_dict(),
+        "strategy.kept": torch.ones(6, 9, dtype=torch.bool),
+    }
+    with pytest.raises(
+        ValueError, match=r"Of another shape: strategy\.members\.1\.kept \(6×9 instead of 6×16\)"
+    ):
         tdm.checkpoints.load_official(stack(tdm.SViTE(), tdm.PSViT()), masks)
 
 
@@ -230,13 +270,20 @@ def test_a_stack_trains_and_reduces(tmp_path):
         model_kwargs=settings,
         warmup_epochs=0,
     )
-    before = {name: value.clone() for name, value in module.model.strategy.members[0].masks.named_buffers()}
+    before = {
+        name: value.clone()
+        for name, value in module.model.strategy.members[0].masks.named_buffers()
+    }
     data = DataLoader(TensorDataset(torch.randn(12, 3, 32, 32), torch.arange(12) % 5), batch_size=4)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", max_epochs=2, default_root_dir=tmp_path, **quiet)
     trainer.fit(module, data, data)
     masks = module.model.strategy.members[0].masks
-    assert all(not torch.equal(value, before[name]) for name, value in masks.named_buffers() if name.startswith("units"))
+    assert all(
+        not torch.equal(value, before[name])
+        for name, value in masks.named_buffers()
+        if name.startswith("units")
+    )
     assert masks.enforced(module.model.vit)
     x = torch.randn(2, 3, 32, 32)
     assert module.model.trace(x)[1].token_counts == [16, 8, 4, 4]

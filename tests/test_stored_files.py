@@ -45,7 +45,9 @@ def check(model, expected):
 def test_checkpoints_load(stored, tmp_path):
     folder, expected = stored
     path = unpacked(folder, tmp_path)
-    module = tdm.TokenReductionClassifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    module = tdm.TokenReductionClassifier.load_from_checkpoint(
+        path, map_location="cpu", weights_only=True
+    )
     check(module.model, expected)
 
 
@@ -59,7 +61,14 @@ def test_saved_configurations_run(stored, tmp_path, monkeypatch):
     path = unpacked(folder, tmp_path)
     monkeypatch.chdir(tmp_path)
     cli = main(
-        ["test", "--config", str(folder / "config.yaml"), "--ckpt_path", str(path), "--trainer.logger=false"]
+        [
+            "test",
+            "--config",
+            str(folder / "config.yaml"),
+            "--ckpt_path",
+            str(path),
+            "--trainer.logger=false",
+        ]
         + ["--trainer.limit_test_batches=1", "--model.checkpoint=null", "--trainer.callbacks=null"]
     )
     check(cli.model.model, expected)

@@ -12,7 +12,10 @@ STRATEGIES = (tdm.TDM, tdm.EViT)
 @pytest.mark.parametrize(
     ("rate", "error"),
     [
-        *((rate, ValueError) for rate in (0, -0.1, 1.0001, 2, float("nan"), float("inf"), -float("inf"))),
+        *(
+            (rate, ValueError)
+            for rate in (0, -0.1, 1.0001, 2, float("nan"), float("inf"), -float("inf"))
+        ),
         *((rate, TypeError) for rate in ("0.7", True, None, [0.7], 0.5 + 0j)),
     ],
 )
@@ -42,7 +45,9 @@ def test_layers(strategy, layers, error, message):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_layers_that_the_model_lacks(strategy):
-    with pytest.raises(ValueError, match=r"layers \[6, 9\] do not exist: the model has 6 blocks.*0…5"):
+    with pytest.raises(
+        ValueError, match=r"layers \[6, 9\] do not exist: the model has 6 blocks.*0…5"
+    ):
         tdm.attach(timm.create_model("test_vit"), strategy(layers=(3, 6, 9)))
 
 
@@ -58,7 +63,9 @@ def test_merger_of_another_kind(strategy, merger):
 def test_a_split_that_is_not_feasible_is_refused_at_attach(strategy, rate, ratio):
     merger = tdm.TokenMerger(attentive_ratio=ratio, cluster_fraction=0.5)
     with pytest.raises(ValueError, match="no feasible split of 100 tokens.*attentive_ratio"):
-        tdm.attach(timm.create_model("test_vit"), strategy(keep_rate=rate, layers=(1,), merger=merger))
+        tdm.attach(
+            timm.create_model("test_vit"), strategy(keep_rate=rate, layers=(1,), merger=merger)
+        )
 
 
 def test_unknown_argument():

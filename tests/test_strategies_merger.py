@@ -18,7 +18,9 @@ from tdm_lightning.tokens import Role
 RATES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 OPTIONS = [
     TokenMerger(),
-    TokenMerger(density="knn", neighbours=3, assignment="denser", matching="greedy", match_weights="mean"),
+    TokenMerger(
+        density="knn", neighbours=3, assignment="denser", matching="greedy", match_weights="mean"
+    ),
     TokenMerger(density="cutoff", cutoff=0.2, matching="mutual", cluster_weights="mean"),
     TokenMerger(cluster_fraction=1.0, cluster_weights="sum"),
     TokenMerger(attentive_ratio=0.5),
@@ -27,7 +29,9 @@ OPTIONS = [
 
 def tokens(n, seed=0, batch=2, width=6):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, n, width, generator=generator), torch.rand(batch, n, generator=generator)
+    return torch.randn(batch, n, width, generator=generator), torch.rand(
+        batch, n, generator=generator
+    )
 
 
 def test_every_length_and_rate_has_a_split_that_adds_up():
@@ -42,7 +46,11 @@ def test_every_length_and_rate_has_a_split_that_adds_up():
         assert 1 <= split.clusters <= inattentive
         if keep > 1:  # the rule as the reference states it
             assert split.attentive == keep
-            assert split.clusters == split.pairs == max(1, min(math.ceil((n - keep) / 4), n - keep, keep // 2))
+            assert (
+                split.clusters
+                == split.pairs
+                == max(1, min(math.ceil((n - keep) / 4), n - keep, keep // 2))
+            )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +89,9 @@ def test_a_split_is_feasible_or_refused(n, data, fraction, ratio):
 
 
 @pytest.mark.parametrize("merger", OPTIONS, ids=str)
-@pytest.mark.parametrize(("n", "keep"), [(2, 1), (3, 2), (9, 1), (9, 5), (40, 28), (41, 21), (196, 138)])
+@pytest.mark.parametrize(
+    ("n", "keep"), [(2, 1), (3, 2), (9, 1), (9, 5), (40, 28), (41, 21), (196, 138)]
+)
 def test_exactly_the_budget_and_every_token_accounted_for(merger, n, keep):
     if merger.attentive_ratio is not None and not n / 2 <= keep * 2 <= n * 1.5:
         keep = math.ceil(0.6 * n)
@@ -129,12 +139,18 @@ def test_parts_are_the_functions_applied_to_the_two_kinds():
         pair, _ = match_pairs(x[image, attentive][None], split.pairs)
         label, _ = cluster_density_peaks(x[image, inattentive][None], split.clusters)
         assert reduction.assignment[image, attentive].tolist() == pair[0].tolist()
-        assert reduction.assignment[image, inattentive].tolist() == (label[0] + 28 - split.pairs).tolist()
+        assert (
+            reduction.assignment[image, inattentive].tolist()
+            == (label[0] + 28 - split.pairs).tolist()
+        )
 
 
 def test_unnormalised_clusters_are_attention_sums():
     x, importance = tokens(20)
-    plain, summed = TokenMerger()(x, importance, 10), TokenMerger(cluster_weights="sum")(x, importance, 10)
+    plain, summed = (
+        TokenMerger()(x, importance, 10),
+        TokenMerger(cluster_weights="sum")(x, importance, 10),
+    )
     assert torch.equal(plain.assignment, summed.assignment)
     for image in range(2):
         for group in set(summed.assignment[image][summed.role[image] == Role.CLUSTERED].tolist()):
@@ -184,10 +200,14 @@ def test_half_precision_is_finite_even_for_large_tokens(merger, dtype):
 
 
 def photograph(patch=14, grid=14):
-    """Patch features of a real photograph: the lowest spatial frequencies of every patch and colour."""
+    """Patch features of a real photograph: the lowest spatial frequencies of every patch and
+    colour.
+    """
     image = load_sample_image("china.jpg")
     side = patch * grid
-    image = torch.from_numpy(np.array(image[: 2 * side : 2, 100 : 100 + 2 * side : 2])).float() / 255
+    image = (
+        torch.from_numpy(np.array(image[: 2 * side : 2, 100 : 100 + 2 * side : 2])).float() / 255
+    )
     patches = image.unfold(0, patch, patch).unfold(1, patch, patch).flatten(0, 1)  # N×3×p×p
     phase = torch.arange(patch) + 0.5
     waves = torch.stack([torch.cos(math.pi * k * phase / patch) for k in range(4)]) / patch
@@ -202,7 +222,9 @@ def spread(x, group):
 
 @pytest.mark.parametrize("assignment", ["nearest", "denser"])
 @pytest.mark.parametrize("density", ["gaussian", "cutoff", "knn"])
-def test_on_a_photograph_clusters_are_tighter_than_random_ones_of_the_same_sizes(density, assignment):
+def test_on_a_photograph_clusters_are_tighter_than_random_ones_of_the_same_sizes(
+    density, assignment
+):
     x = photograph()[:, torch.randperm(196)[:58]]
     labels, _ = cluster_density_peaks(x, 15, density, assignment)
     random = [spread(x, labels[:, torch.randperm(58)]) for _ in range(100)]
@@ -238,7 +260,11 @@ def test_on_a_photograph_merged_groups_are_tighter_than_random_ones(rate):
         ({"neighbours": 0}, ValueError, "neighbours must be at least 1"),
         ({"neighbours": 2.5}, TypeError, "neighbours must be an integer"),
         ({"neighbours": True}, TypeError, "neighbours must be an integer"),
-        ({"density": "flat"}, ValueError, "density must be one of 'gaussian', 'cutoff', 'knn', got 'flat'"),
+        (
+            {"density": "flat"},
+            ValueError,
+            "density must be one of 'gaussian', 'cutoff', 'knn', got 'flat'",
+        ),
         ({"assignment": "farthest"}, ValueError, "assignment must be one of"),
         ({"cluster_weights": 3}, ValueError, "cluster_weights must be one of"),
         ({"matching": "random"}, ValueError, "matching must be one of"),

@@ -21,16 +21,44 @@ from tdm_lightning.study.ablate import VARIANTS, ablation_cells
 from tdm_lightning.study.evaluate import evaluate
 from tdm_lightning.study.finetune import Recipe
 from tdm_lightning.study.plain import Plain
-from tdm_lightning.study.plan import METHODS, RATES, REPEATED_METHODS, REPEATED_RATES, Cell, Method, grid_cells
+from tdm_lightning.study.plan import (
+    METHODS,
+    RATES,
+    REPEATED_METHODS,
+    REPEATED_RATES,
+    Cell,
+    Method,
+    grid_cells,
+)
 from tdm_lightning.study.run import run_cell, solved
 from tdm_lightning.study.store import Store, unpack_bits
 from tests.vits import lively
 
 NAME = "deit_tiny_patch16_224"
-SHAPE = {"img_size": 28, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "num_heads": 2, "depth": 10}
-DATA = {"dataset": "digits", "batch_size": 8, "eval_batch_size": 20, "num_workers": 0, "auto_augment": None, "re_prob": 0.0}
+SHAPE = {
+    "img_size": 28,
+    "patch_size": 2,
+    "in_chans": 1,
+    "embed_dim": 16,
+    "num_heads": 2,
+    "depth": 10,
+}
+DATA = {
+    "dataset": "digits",
+    "batch_size": 8,
+    "eval_batch_size": 20,
+    "num_workers": 0,
+    "auto_augment": None,
+    "re_prob": 0.0,
+}
 METHODS_BY_NAME = {method.name: method for method in METHODS}
-SMALL = ["--methods=[TDM,TopK]", "--rates=[0.7,0.3]", "--seeds=[1]", "--train-images=16", "--eval-images=40"]
+SMALL = [
+    "--methods=[TDM,TopK]",
+    "--rates=[0.7,0.3]",
+    "--seeds=[1]",
+    "--train-images=16",
+    "--eval-images=40",
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +77,16 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def study(checkpoint, tmp_path_factory):
     config = tmp_path_factory.mktemp("config") / "data.yaml"
-    config.write_text(yaml.safe_dump({"data": {"class_path": "tdm_lightning.ImageNetDataModule", "init_args": DATA}}))
+    config.write_text(
+        yaml.safe_dump(
+            {"data": {"class_path": "tdm_lightning.ImageNetDataModule", "init_args": DATA}}
+        )
+    )
 
     def call(out, *extra):
-        return main(["study", "--config", str(config), f"--plain={checkpoint}", f"--out={out}", *extra])
+        return main(
+            ["study", "--config", str(config), f"--plain={checkpoint}", f"--out={out}", *extra]
+        )
 
     return call
 
@@ -116,7 +150,9 @@ def test_clusters_only_and_matching_only_are_what_they_say():
 
 
 @pytest.mark.parametrize(
-    "method", [METHODS_BY_NAME[name] for name in ("Plain", "EViT", "ToMe", "Evo-ViT")], ids=lambda m: m.name
+    "method",
+    [METHODS_BY_NAME[name] for name in ("Plain", "EViT", "ToMe", "Evo-ViT")],
+    ids=lambda m: m.name,
 )
 def test_settings_meet_tdms_budget_with_the_methods_own_work(checkpoint, method):
     plain = Plain.read(checkpoint)
@@ -145,7 +181,9 @@ def test_cells_of_the_grid(finished):
         assert cell["tokens"][-1] < 196
         assert len(cell["diversity_after"]) == SHAPE["depth"]
         for when in ("before", "after"):
-            assert unpack_bits(cell[f"correct_{when}"], 40).mean() == pytest.approx(cell[f"accuracy_{when}"])
+            assert unpack_bits(cell[f"correct_{when}"], 40).mean() == pytest.approx(
+                cell[f"accuracy_{when}"]
+            )
     assert not list((finished / "grid").glob("*.lock"))
 
 
@@ -193,7 +231,11 @@ def test_all_methods_see_the_same_images(checkpoint, monkeypatch):
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(TokenReductionClassifier, "training_step", training_step)
-    plain, images, source = Plain.read(checkpoint), (torch.zeros(2, 1, 28, 28), torch.zeros(2).long()), data()
+    plain, images, source = (
+        Plain.read(checkpoint),
+        (torch.zeros(2, 1, 28, 28), torch.zeros(2).long()),
+        data(),
+    )
     for name in ("TDM", "DyViT+TDM", "Evo-ViT", "SPViT", "PS-ViT"):
         method = replace(METHODS_BY_NAME[name], solve=False)
         record = run_cell(Cell(method, 0.7, 2), plain, source, Recipe(16), images)
@@ -207,9 +249,14 @@ def test_psvits_masks_come_from_training_images():
     import timm
 
     vit = lively(timm.create_model(NAME, num_classes=10, **SHAPE))
-    given, images = tdm.PSViT(0.8), torch.randn(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    given, images = (
+        tdm.PSViT(0.8),
+        torch.randn(8, 1, 28, 28, generator=torch.Generator().manual_seed(0)),
+    )
     chosen = METHODS_BY_NAME["PS-ViT"].look(given, vit, [images])
-    masks, placeholder = (tdm.attach(vit, strategy).strategy for strategy in (chosen, tdm.PSViT(0.8)))
+    masks, placeholder = (
+        tdm.attach(vit, strategy).strategy for strategy in (chosen, tdm.PSViT(0.8))
+    )
     assert masks.token_counts == placeholder.token_counts
     assert not torch.equal(masks.kept, placeholder.kept)
     assert torch.equal(masks.kept, select(vit, [images], masks.token_counts).masks)
@@ -228,14 +275,18 @@ def test_evaluation_counts_and_scores():
     kept = []
     model.taps[-1].register_forward_hook(lambda module, inputs, output: kept.append(output[:, 1:]))
     model(images)
-    assert found.diversity[-1] == pytest.approx(tdm.metrics.diversity_score(kept[0]).mean().item(), rel=1e-4)
+    assert found.diversity[-1] == pytest.approx(
+        tdm.metrics.diversity_score(kept[0]).mean().item(), rel=1e-4
+    )
 
 
 def test_a_reduced_checkpoint_is_no_plain_model(tmp_path):
     from lightning.pytorch import Trainer
 
     trainer = Trainer(accelerator="cpu", barebones=True)
-    trainer.strategy.connect(TokenReductionClassifier(NAME, tdm.TDM(), num_classes=10, model_kwargs=SHAPE))
+    trainer.strategy.connect(
+        TokenReductionClassifier(NAME, tdm.TDM(), num_classes=10, model_kwargs=SHAPE)
+    )
     trainer.save_checkpoint(tmp_path / "tdm.ckpt")
     with pytest.raises(ValueError, match="trained under TDM"):
         Plain.read(str(tmp_path / "tdm.ckpt"))
@@ -248,7 +299,13 @@ def test_a_reduced_checkpoint_is_no_plain_model(tmp_path):
 
 
 def test_report_redraws_from_the_tables_alone(study, finished, tmp_path):
-    study(finished, "--part=ablation", "--methods=[default,match_weights=mean]", "--train-images=0", "--eval-images=20")
+    study(
+        finished,
+        "--part=ablation",
+        "--methods=[default,match_weights=mean]",
+        "--train-images=0",
+        "--eval-images=20",
+    )
     written = {path.name for path in main(["study", f"--out={finished}"])}
     pictures = {"accuracy.png", "keep_rates.png", "diversity.png"}
     texts = {"grid.md", "ablation.md"}
@@ -292,7 +349,10 @@ def test_placements_at_equal_cost(study, tmp_path):
         "placement_correct.csv",
         "placement.md",
     }
-    assert f"| blocks 1 3 5 7 9 | {100 * other['accuracy_before']:.2f} |" in (tmp_path / "placement.md").read_text()
+    assert (
+        f"| blocks 1 3 5 7 9 | {100 * other['accuracy_before']:.2f} |"
+        in (tmp_path / "placement.md").read_text()
+    )
 
 
 def test_nothing_to_report(tmp_path):

@@ -14,7 +14,14 @@ from tdm_lightning.study.fidelity import TRAINING_FREE, Watching, compare, obser
 from tdm_lightning.study.plan import METHODS
 from tdm_lightning.study.results import read_fidelity
 
-SHAPE = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 12, "num_classes": 0}
+SHAPE = {
+    "img_size": 48,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "num_heads": 2,
+    "depth": 12,
+    "num_classes": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +43,9 @@ def test_the_plain_model_is_true_to_itself(vit, images):
         assert scores == pytest.approx((1.0, 1.0, 1.0))
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method.name in TRAINING_FREE], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [method for method in METHODS if method.name in TRAINING_FREE], ids=lambda m: m.name
+)
 def test_watching_changes_nothing(vit, images, method):
     strategy = method.make(0.5)
     expected, trace = tdm.attach(vit, strategy).trace(images)
@@ -50,7 +59,9 @@ def test_watching_changes_nothing(vit, images, method):
 def test_the_attention_that_was_seen_is_the_class_tokens(vit, images):
     seen = tdm.attach(vit, Watching(tdm.Strategy(), (9,))).run(images, trace=True).carry["seen"][9]
     captured = {}
-    vit.blocks[9].attn.register_forward_pre_hook(lambda module, inputs: captured.update(x=inputs[0]))
+    vit.blocks[9].attn.register_forward_pre_hook(
+        lambda module, inputs: captured.update(x=inputs[0])
+    )
     vit(images)
     attn, x = vit.blocks[9].attn, captured["x"]
     qkv = attn.qkv(x).reshape(2, 37, 3, 2, 16).permute(2, 0, 3, 1, 4)
@@ -83,12 +94,24 @@ def test_command(tmp_path):
     weights = timm.create_model("deit_tiny_patch16_224", **SHAPE).state_dict()
     torch.save({"model": weights}, tmp_path / "vit.pth")
     shape = "{" + ", ".join(f"{key}: {value}" for key, value in SHAPE.items()) + "}"
-    arguments = ["--model=deit_tiny_patch16_224", f"--model_kwargs={shape}", "--methods=[TDM]", "--rates=[0.7,0.4]"]
+    arguments = [
+        "--model=deit_tiny_patch16_224",
+        f"--model_kwargs={shape}",
+        "--methods=[TDM]",
+        "--rates=[0.7,0.4]",
+    ]
     main(["fidelity", *arguments, f"--checkpoint={tmp_path / 'vit.pth'}", f"--out={tmp_path}"])
     found = read_fidelity(tmp_path)
     assert {(one.method, one.rate) for one in found} == {("TDM", 0.7), ("TDM", 0.4)}
     assert all(-1 <= one.features <= 1 for one in found)
-    assert {one.photograph for one in found} == {"china", "flower", "astronaut", "chelsea", "coffee", "rocket"}
+    assert {one.photograph for one in found} == {
+        "china",
+        "flower",
+        "astronaut",
+        "chelsea",
+        "coffee",
+        "rocket",
+    }
     panels = Image.open(tmp_path / "panels.png")
     assert panels.width > 4 * 448
     assert panels.height > 6 * 448

@@ -7,7 +7,13 @@ import pytest
 from tdm_lightning.study import figures
 from tdm_lightning.study.results import Result
 
-ACCURACY = {("Plain", 1.0): 0.9, ("TDM", 0.5): 0.88, ("EViT", 0.5): 0.8, ("DyViT", 0.5): 0.4, ("Evo-ViT", 0.5): 0.3}
+ACCURACY = {
+    ("Plain", 1.0): 0.9,
+    ("TDM", 0.5): 0.88,
+    ("EViT", 0.5): 0.8,
+    ("DyViT", 0.5): 0.4,
+    ("Evo-ViT", 0.5): 0.3,
+}
 
 
 @pytest.fixture

@@ -15,7 +15,10 @@ from tdm_lightning.study.tables import ablation_table, accuracy_table, differenc
 def drawn_one_by_one(ours, theirs, resamples, seed):
     random = np.random.default_rng(seed)
     difference = np.mean(ours, axis=0) - np.mean(theirs, axis=0)
-    means = [difference[random.integers(0, len(difference), len(difference))].mean() for _ in range(resamples)]
+    means = [
+        difference[random.integers(0, len(difference), len(difference))].mean()
+        for _ in range(resamples)
+    ]
     return np.quantile(means, (0.025, 0.975))
 
 
@@ -64,7 +67,14 @@ def test_runs_that_are_no_pairs(theirs):
 
 
 def result(method, rate, seed, correct):
-    return Result(method, rate, seed, gmacs=0.1, accuracy={"after": correct.mean()}, correct={"after": correct})
+    return Result(
+        method,
+        rate,
+        seed,
+        gmacs=0.1,
+        accuracy={"after": correct.mean()},
+        correct={"after": correct},
+    )
 
 
 def test_common_seeds_are_compared_and_every_keep_rate_counts_once():

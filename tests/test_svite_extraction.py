@@ -11,13 +11,20 @@ from tdm_lightning import sparsity
 from tdm_lightning.sparsity import Structured, Unstructured
 from tests.svites import KINDS, fresh, masks, perturbed, small, train
 
-# Extraction ----------------------------------------------------------------------------------------------------------
+# Extraction -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"qkv_bias": False}, {"proj_bias": False}, {"qk_norm": True}, {"init_values": 0.1}, {"global_pool": "avg"}],
+    [
+        {},
+        {"qkv_bias": False},
+        {"proj_bias": False},
+        {"qk_norm": True},
+        {"init_values": 0.1},
+        {"global_pool": "avg"},
+    ],
     ids=str,
 )
 def test_extraction_is_exact(changes):
@@ -54,7 +61,9 @@ def test_extraction_is_exact(changes):
     ids=lambda strategy: type(strategy).__name__,
 )
 def test_extraction_is_exact_under_token_reduction(other):
-    model = small([tdm.SViTE(Structured(0.7, 0.6)), other], global_pool=other.global_pool or "token").eval()
+    model = small(
+        [tdm.SViTE(Structured(0.7, 0.6)), other], global_pool=other.global_pool or "token"
+    ).eval()
     for parameter in model.vit.parameters():
         parameter.normal_(std=0.3)
     sparsity.apply_masks(model)
@@ -80,7 +89,12 @@ def test_what_cannot_be_extracted():
         sparsity.extract_dense(small(tdm.SViTE()))
     with pytest.raises(TypeError, match="these masks are of single weights"):
         sparsity.extract_dense(small(tdm.SViTE(Unstructured())))
-    for verb in (sparsity.extract_dense, sparsity.apply_masks, sparsity.adopt_masks, sparsity.active_parameters):
+    for verb in (
+        sparsity.extract_dense,
+        sparsity.apply_masks,
+        sparsity.adopt_masks,
+        sparsity.active_parameters,
+    ):
         for model in (small(tdm.TDM(0.7, (1,))), timm.create_model("test_vit")):
             with pytest.raises(TypeError, match="takes a model with masks"):
                 verb(model)
@@ -97,7 +111,7 @@ def test_multiply_accumulates_count_the_extracted_model():
     assert tdm.flops.count_macs(model, images=torch.randn(2, 3, 16, 16)) == dense
 
 
-# Weights from elsewhere ----------------------------------------------------------------------------------------------
+# Weights from elsewhere -----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -106,7 +120,13 @@ def test_official_files_and_their_masks(tmp_path, kind):
     """DeiT's names under ``model``, masks beside them; the zeros are in the weights."""
     author = perturbed(small(tdm.SViTE(fresh(kind), seed=5)))
     sparsity.apply_masks(author)
-    file = {"model": author.vit.state_dict(), "mask": {}, "atten_mask": {"x": torch.ones(2)}, "other_mask": {}, "mask_step": 7}
+    file = {
+        "model": author.vit.state_dict(),
+        "mask": {},
+        "atten_mask": {"x": torch.ones(2)},
+        "other_mask": {},
+        "mask_step": 7,
+    }
     torch.save(file, tmp_path / "svite.pth")
     model = small(tdm.SViTE(fresh(kind)))
     tdm.checkpoints.load_official(model, tmp_path / "svite.pth")

@@ -16,7 +16,7 @@ from tdm_lightning import sparsity
 from tdm_lightning.sparsity import Structured, Unstructured
 from tests.svites import DEPTH, KINDS, fresh, masks, perturbed, small, train
 
-# Training ------------------------------------------------------------------------------------------------------------
+# Training -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
@@ -37,24 +37,32 @@ def test_masks_move_at_every_interval_and_weights_stay_masked(kind):
             assert len(moved) > len(before) / 2
         else:
             assert not moved
-        assert {name: mask.sum() for name, mask in before.items()} == {name: mask.sum() for name, mask in after.items()}
+        assert {name: mask.sum() for name, mask in before.items()} == {
+            name: mask.sum() for name, mask in after.items()
+        }
     if isinstance(kind, Structured):  # what magnitude at initialisation would have kept
         for index, block in enumerate(first.blocks):
             size = block.mlp.fc1.weight.abs().sum(1) + block.mlp.fc2.weight.abs().sum(0)
             units = model.strategy.masks.active(index)[1]
-            assert set(size.topk(int(units.sum())).indices.tolist()) != set(units.nonzero().flatten().tolist())
+            assert set(size.topk(int(units.sum())).indices.tolist()) != set(
+                units.nonzero().flatten().tolist()
+            )
             assert not torch.equal(units, history[0][f"units_{index}"])
 
 
 def test_exchange_goes_by_heads_output_and_its_gradient():
-    """One exchange, recomputed with autograd on the heads' outputs and with the norms of weights and gradients."""
+    """One exchange, recomputed with autograd on the heads' outputs and with the norms of weights
+    and gradients.
+    """
     model = perturbed(small(tdm.SViTE(Structured(0.7, 0.6), interval=1)))
     strategy, before = model.strategy, masks(model)
     model.train()
     strategy.on_progress(0, 0, 10)
     seen = []
     handles = [
-        block.attn.proj.register_forward_pre_hook(lambda _, inputs: (inputs[0].retain_grad(), seen.append(inputs[0]))[1])
+        block.attn.proj.register_forward_pre_hook(
+            lambda _, inputs: (inputs[0].retain_grad(), seen.append(inputs[0]))[1]
+        )
         for block in model.vit.blocks
     ]
     F.cross_entropy(model(torch.randn(8, 3, 16, 16)), torch.arange(8) % 5).backward()
@@ -77,7 +85,11 @@ def test_exchange_goes_by_heads_output_and_its_gradient():
         grown = units & ~active
         assert grown.sum() == min(math.ceil(rate * int(active.sum())), int((~active).sum()))
         growth = fc1.grad.abs().sum(1) + fc2.grad.abs().sum(0)
-        assert growth[grown].min() >= growth[~active & ~units].max() if (~active & ~units).any() else True
+        assert (
+            growth[grown].min() >= growth[~active & ~units].max()
+            if (~active & ~units).any()
+            else True
+        )
         assert growth[~active].min() > 0  # every unit has a gradient to be judged by
         # What comes in can learn, and changes nothing yet.
         assert (fc1[grown] != 0).all()
@@ -115,9 +127,16 @@ def test_unstructured_exchange_by_hand():
     strategy.on_progress(0, 0, 10)
     F.cross_entropy(model(torch.randn(8, 3, 16, 16)), torch.arange(8) % 5).backward()
     weight = model.vit.blocks[1].mlp.fc1.weight
-    old, value, grad = strategy.masks.get_buffer("blocks-1-mlp-fc1-weight").clone(), weight.detach().clone(), weight.grad
+    old, value, grad = (
+        strategy.masks.get_buffer("blocks-1-mlp-fc1-weight").clone(),
+        weight.detach().clone(),
+        weight.grad,
+    )
     strategy.after_optimizer_step(model, 1, 10)
-    new, count = strategy.masks.get_buffer("blocks-1-mlp-fc1-weight"), math.ceil(sparsity.death_rate(1, 10) * int(old.sum()))
+    new, count = (
+        strategy.masks.get_buffer("blocks-1-mlp-fc1-weight"),
+        math.ceil(sparsity.death_rate(1, 10) * int(old.sum())),
+    )
     kept = old & (value.abs() > value.abs()[old].sort().values[count - 1])
     grown = (grad.abs() >= grad.abs()[~kept].sort(descending=True).values[count - 1]) & ~kept
     assert torch.equal(new, kept | grown)
@@ -129,7 +148,9 @@ def test_nothing_stays_on_the_model(kind):
     model = small(tdm.SViTE(fresh(kind), interval=2))
 
     def look(step):
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert not any(
+            module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+        )
         if step in (1, 2, 3):
             twin = copy.deepcopy(model).eval()
             assert twin.strategy._vit[0] is twin.vit
@@ -162,7 +183,7 @@ def test_gradients_must_be_there():
         model.strategy.after_optimizer_step(model, 1, 10)
 
 
-# Lightning -----------------------------------------------------------------------------------------------------------
+# Lightning ------------------------------------------------------------------------------------
 
 
 class Record(Callback):
@@ -177,15 +198,28 @@ def classifier(**changes):
     settings = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "num_heads": 3, "depth": DEPTH}
     recipe = {"warmup_epochs": 0, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0}
     strategy = tdm.SViTE(Structured(0.7, 0.6), interval=3)
-    return tdm.TokenReductionClassifier("deit_tiny_patch16_224", strategy, 5, model_kwargs=settings, **recipe, **changes)
+    return tdm.TokenReductionClassifier(
+        "deit_tiny_patch16_224", strategy, 5, model_kwargs=settings, **recipe, **changes
+    )
 
 
 def fit(module, *callbacks, resume=None, **changes):
     images = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    settings = {"max_epochs": 4, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    settings["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    settings = {
+        "max_epochs": 4,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    settings["enable_checkpointing"] = any(
+        isinstance(callback, ModelCheckpoint) for callback in callbacks
+    )
     run = Trainer(accelerator="cpu", callbacks=list(callbacks), **{**settings, **changes})
-    run.fit(module, DataLoader(TensorDataset(images, torch.arange(16) % 5), batch_size=4), ckpt_path=resume)
+    run.fit(
+        module,
+        DataLoader(TensorDataset(images, torch.arange(16) % 5), batch_size=4),
+        ckpt_path=resume,
+    )
 
 
 def test_fit_moves_the_masks():
@@ -193,14 +227,20 @@ def test_fit_moves_the_masks():
     fit(module, record)
     assert [step for step, _ in record.steps] == list(range(1, 17))
     pairs = itertools.pairwise(record.steps)
-    changed = [step for (_, old), (step, new) in pairs if any(not torch.equal(old[name], new[name]) for name in new)]
+    changed = [
+        step
+        for (_, old), (step, new) in pairs
+        if any(not torch.equal(old[name], new[name]) for name in new)
+    ]
     assert changed == [3, 6, 9, 12]  # and not after 15 of 16 steps
     assert module.model.strategy.masks.enforced(module.model.vit)
 
 
 def test_accumulated_gradients_count_as_one_step():
     module, calls = classifier(), []
-    module.model.strategy.after_optimizer_step = lambda model, step, total: calls.append((model is module.model, step, total))
+    module.model.strategy.after_optimizer_step = lambda model, step, total: calls.append(
+        (model is module.model, step, total)
+    )
     fit(module, accumulate_grad_batches=2)
     assert calls == [(True, step, 8) for step in range(1, 9)]
 
@@ -225,14 +265,20 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(tmp_path):
     fit(resumed, resume=tmp_path / "half.ckpt")
     expected = whole.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
-    loaded = tdm.TokenReductionClassifier.load_from_checkpoint(tmp_path / "half.ckpt", map_location="cpu")
+    loaded = tdm.TokenReductionClassifier.load_from_checkpoint(
+        tmp_path / "half.ckpt", map_location="cpu"
+    )
     assert loaded.model.strategy.config() == whole.model.strategy.config()
     sparsity.extract_dense(loaded.model)
 
 
 def work(rank, folder):
-    """One of two processes: its half of the batch, gradients averaged as DistributedDataParallel does."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    """One of two processes: its half of the batch, gradients averaged as DistributedDataParallel
+    does.
+    """
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
     model = one_exchange(part=rank, parts=2)
     torch.save(masks(model), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -242,7 +288,9 @@ def one_exchange(part, parts):
     model = perturbed(small(tdm.SViTE(interval=1))).train()
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     model.strategy.on_progress(0, 0, 10)
-    F.cross_entropy(model(images.chunk(parts)[part]), (torch.arange(8) % 5).chunk(parts)[part]).backward()
+    F.cross_entropy(
+        model(images.chunk(parts)[part]), (torch.arange(8) % 5).chunk(parts)[part]
+    ).backward()
     for parameter in model.parameters() if parts > 1 else ():
         torch.distributed.all_reduce(parameter.grad)
         parameter.grad /= parts
@@ -250,7 +298,10 @@ def one_exchange(part, parts):
     return model
 
 
-@pytest.mark.skipif("fork" not in torch.multiprocessing.get_all_start_methods(), reason="needs fork, to start quickly")
+@pytest.mark.skipif(
+    "fork" not in torch.multiprocessing.get_all_start_methods(),
+    reason="needs fork, to start quickly",
+)
 def test_processes_decide_alike_and_as_one_would(tmp_path):
     torch.multiprocessing.start_processes(work, args=(tmp_path,), nprocs=2, start_method="fork")
     expected = masks(one_exchange(part=0, parts=1))

@@ -1,4 +1,6 @@
-"""``tdm sweep``: what its checks see, how models are shrunk, and that it goes on where it stopped."""
+"""``tdm sweep``: what its checks see, how models are shrunk, and that it goes on where it
+stopped.
+"""
 
 import csv
 
@@ -11,12 +13,30 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
 import tdm_lightning as tdm
 from tdm_lightning.cli import main
-from tdm_lightning.sweep import MODULES, Sweep, chosen, examine, markdown, names, read_rows, run, sweep_names, try_name
+from tdm_lightning.sweep import (
+    MODULES,
+    Sweep,
+    chosen,
+    examine,
+    markdown,
+    names,
+    read_rows,
+    run,
+    sweep_names,
+    try_name,
+)
 from tdm_lightning.sweep.shrink import shrinking
 from tdm_lightning.sweep.table import Row, append_row, write_rows
 from tdm_lightning.vit.blocks import BlockAdapter
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10}
+SMALL = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 10,
+}
 TINY = [("vision_transformer", "test_vit"), ("vision_transformer", "test_vit2")]
 
 
@@ -49,7 +69,9 @@ def test_patterns_choose():
     assert chosen(["vision_transformer"], ["test_vit", "test_vit2"]) == TINY
 
 
-@pytest.mark.parametrize(("modules", "patterns"), [(["nothing"], None), (None, ["test_vit", "nothing*"])])
+@pytest.mark.parametrize(
+    ("modules", "patterns"), [(["nothing"], None), (None, ["test_vit", "nothing*"])]
+)
 def test_what_matches_nothing_is_an_error(modules, patterns):
     with pytest.raises(ValueError, match="nothing"):
         chosen(modules, patterns)
@@ -67,7 +89,9 @@ def test_a_reduced_model_passes(make):
 
 
 def test_every_parameter_has_a_say():
-    vit = VisionTransformer(**SMALL, init_values=1e-5, weight_init="jax_nlhb")  # zeros in the head, tiny LayerScales
+    vit = VisionTransformer(
+        **SMALL, init_values=1e-5, weight_init="jax_nlhb"
+    )  # zeros in the head, tiny LayerScales
     images = torch.randn(1, 3, 32, 32)
     examine.randomize(vit.eval(), torch.Generator().manual_seed(0))
     before = vit(images)
@@ -81,7 +105,9 @@ def test_every_parameter_has_a_say():
 
 
 def test_positions_that_stay_behind_are_seen(monkeypatch):
-    monkeypatch.setattr(BlockAdapter, "rope", lambda self, tokens: tokens.geometry.rope[0][: tokens.count])
+    monkeypatch.setattr(
+        BlockAdapter, "rope", lambda self, tokens: tokens.geometry.rope[0][: tokens.count]
+    )
     (problem,) = found(rotary()).problems
     assert problem.startswith("with its patches shuffled it is off by")
 
@@ -90,12 +116,17 @@ def test_positions_that_change_nothing_are_seen():
     vit = VisionTransformerRelPos(**SMALL, rel_pos_type="bias").eval()
     for block in vit.blocks:
         torch.nn.init.zeros_(block.attn.rel_pos.relative_position_bias_table)
-    assert any("proves nothing" in problem for problem in examine.examine(vit, torch.randn(1, 3, 32, 32)).problems)
+    assert any(
+        "proves nothing" in problem
+        for problem in examine.examine(vit, torch.randn(1, 3, 32, 32)).problems
+    )
 
 
 def test_another_output_at_keep_rate_one_is_seen(monkeypatch):
     vit = plain()
-    monkeypatch.setattr(vit, "forward", lambda images: VisionTransformer.forward(vit, images) + torch.arange(10.0))
+    monkeypatch.setattr(
+        vit, "forward", lambda images: VisionTransformer.forward(vit, images) + torch.arange(10.0)
+    )
     assert any("at keep rate 1" in problem for problem in found(vit).problems)
 
 
@@ -125,7 +156,12 @@ def test_an_infinite_output_is_seen():
 
 @pytest.mark.parametrize(
     "name",
-    ["vit_giant_patch14_dinov2", "vit_giant_patch16_sapiens2", "vit_large_r50_s32_224", "naflexvit_so400m_patch16_siglip"],
+    [
+        "vit_giant_patch14_dinov2",
+        "vit_giant_patch16_sapiens2",
+        "vit_large_r50_s32_224",
+        "naflexvit_so400m_patch16_siglip",
+    ],
 )
 def test_shrunk_models_are_small_enough_and_of_the_same_make(name):
     whole = names.facts_of(names.outlined(name))
@@ -135,7 +171,9 @@ def test_shrunk_models_are_small_enough_and_of_the_same_make(name):
     assert facts.depth == 6
     assert (facts.kind, facts.block, facts.attention) == (whole.kind, whole.block, whole.attention)
     assert facts.width / facts.heads == whole.width / whole.heads
-    assert {facts.heads // keys for keys in facts.key_heads} == {whole.heads // keys for keys in whole.key_heads}
+    assert {facts.heads // keys for keys in facts.key_heads} == {
+        whole.heads // keys for keys in whole.key_heads
+    }
 
 
 def test_a_width_that_a_convolutional_network_sets_stays():
@@ -172,7 +210,9 @@ def test_a_sweep_goes_on_where_it_stopped(table, tried):
 
 
 def test_names_that_failed_are_tried_again(table, tried):
-    write_rows(table, [Row("test_vit", "vision_transformer", outcome="failed", settings=Sweep().settings)])
+    write_rows(
+        table, [Row("test_vit", "vision_transformer", outcome="failed", settings=Sweep().settings)]
+    )
     sweep_names(TINY, Sweep(), table)
     assert tried == ["test_vit", "test_vit2"]
     assert [row.outcome for row in read_rows(table)] == ["reduced", "reduced"]
@@ -214,7 +254,10 @@ def test_another_table_is_not_overwritten(table):
 
 
 def test_rows_come_back_as_they_were(table):
-    rows = [Row("a", "m", depth=3, identity_gap=0.5, reason='says "no", twice'), Row("b", "m", outcome="reduced", patches=9)]
+    rows = [
+        Row("a", "m", depth=3, identity_gap=0.5, reason='says "no", twice'),
+        Row("b", "m", outcome="reduced", patches=9),
+    ]
     write_rows(table, rows[:1])
     append_row(table, rows[1])
     assert repr(read_rows(table)) == repr(rows)  # NaN is not equal to itself
@@ -245,7 +288,9 @@ def test_the_summary_counts():
     assert "| deit | 2 | 2 | 1 | 0 | 0 |" in text
     assert "| eva | 2 | 0 | 0 | 1 | 1 |" in text
     assert "| **all** | 4 | 2 | 1 | 1 | 1 |" in text
-    assert text.index("`c` (eva): no blocks") < text.index("## Failed") < text.index("`d` (eva): off")
+    assert (
+        text.index("`c` (eva): no blocks") < text.index("## Failed") < text.index("`d` (eva): off")
+    )
 
 
 # The command

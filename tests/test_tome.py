@@ -68,7 +68,9 @@ def test_matching_against_plain_loops(n, prefix):
 
 @torch.no_grad()
 def test_merged_tokens_are_means_of_their_patches():
-    """Without attention and MLP, merging block after block must give the mean over all patches that a token holds."""
+    """Without attention and MLP, merging block after block must give the mean over all patches that
+    a token holds.
+    """
     vit = timm.create_model("test_vit", img_size=64).eval()
     for block in vit.blocks:
         block.attn.proj.weight.zero_()

@@ -106,7 +106,10 @@ def test_bad_seed():
 def test_a_budget_is_met_by_the_largest_rate_that_fits(vit, make):
     budget = 0.6 * tdm.flops.count_macs(vit) / 1e9
     rate = tdm.solve_keep_rate(vit, make(layers=(1, 3)), budget)
-    costs = [tdm.flops.count_macs(tdm.attach(vit, make(value, layers=(1, 3)))) / 1e9 for value in (rate, rate + 1e-3)]
+    costs = [
+        tdm.flops.count_macs(tdm.attach(vit, make(value, layers=(1, 3)))) / 1e9
+        for value in (rate, rate + 1e-3)
+    ]
     assert costs[0] <= budget < costs[1]
     with pytest.raises(ValueError, match=f"{make.__name__} cannot meet 1e-06 GMACs"):
         tdm.solve_keep_rate(vit, make(layers=(1, 3)), 1e-6)

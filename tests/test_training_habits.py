@@ -1,4 +1,6 @@
-"""What users of LightningCLI do to any training: accumulate, distribute, average, search a rate, watch."""
+"""What users of LightningCLI do to any training: accumulate, distribute, average, search a rate,
+watch.
+"""
 
 import json
 import os
@@ -36,25 +38,63 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)
-        self.weights.append({name: value.clone() for name, value in module.model.state_dict().items()})
+        self.weights.append(
+            {name: value.clone() for name, value in module.model.state_dict().items()}
+        )
 
 
 def fit(images, *callbacks, batch_size=4, data=None, ckpt_path=None, trainer=None, **changes):
-    """A seeded run; augmentation is on, but nothing random is in the model, so that batches can be put together."""
+    """A seeded run; augmentation is on, but nothing random is in the model, so that batches can be
+    put together.
+    """
     seed_everything(7, verbose=False)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    settings = {"strategy": tdm.TDM(0.7, layers=(1, 2)), "num_classes": 3, "drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0}
-    settings |= {"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.0, "warmup_epochs": 1, "warmup_lr": 0.01}
-    module = TokenReductionClassifier("deit_tiny_patch16_224", model_kwargs=VIT, **{**settings, **changes})
-    module_data = {"model": "deit_tiny_patch16_224", "model_kwargs": VIT, "num_workers": 0, "batch_size": batch_size}
-    run = Trainer(accelerator="cpu", callbacks=list(callbacks), **{"max_epochs": 2, **quiet, **(trainer or {})})
-    run.fit(module, ImageNetDataModule(images, cache_dir=images, **module_data, **(data or {})), ckpt_path=ckpt_path)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    settings = {
+        "strategy": tdm.TDM(0.7, layers=(1, 2)),
+        "num_classes": 3,
+        "drop_path": 0.0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+    }
+    settings |= {
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "weight_decay": 0.0,
+        "warmup_epochs": 1,
+        "warmup_lr": 0.01,
+    }
+    module = TokenReductionClassifier(
+        "deit_tiny_patch16_224", model_kwargs=VIT, **{**settings, **changes}
+    )
+    module_data = {
+        "model": "deit_tiny_patch16_224",
+        "model_kwargs": VIT,
+        "num_workers": 0,
+        "batch_size": batch_size,
+    }
+    run = Trainer(
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        **{"max_epochs": 2, **quiet, **(trainer or {})},
+    )
+    run.fit(
+        module,
+        ImageNetDataModule(images, cache_dir=images, **module_data, **(data or {})),
+        ckpt_path=ckpt_path,
+    )
     return module
 
 
 def assert_same_weights(found, expected, **tolerance):
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+        torch.testing.assert_close(
+            found[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
 
 
 # Batches in parts
@@ -65,7 +105,9 @@ def test_accumulated_halves_make_the_step_of_the_joint_batch(images):
     whole = fit(images, joint, batch_size=8)
     parts = fit(images, halves, batch_size=4, trainer={"accumulate_grad_batches": 2})
     assert len(joint.losses) == 6
-    assert [sum(halves.losses[i : i + 2]) / 2 for i in range(0, 12, 2)] == pytest.approx(joint.losses, rel=1e-5)
+    assert [sum(halves.losses[i : i + 2]) / 2 for i in range(0, 12, 2)] == pytest.approx(
+        joint.losses, rel=1e-5
+    )
     assert halves.rates == joint.rates
     assert_same_weights(parts.state_dict(), whole.state_dict(), rtol=1e-4, atol=1e-6)
 
@@ -90,16 +132,27 @@ class Told(Callback):
         self.losses.append(outputs["loss"].item())
 
     def on_fit_end(self, trainer, module):
-        with open(os.path.join(self.folder, f"{trainer.global_rank}of{trainer.world_size}.json"), "w") as file:
+        with open(
+            os.path.join(self.folder, f"{trainer.global_rank}of{trainer.world_size}.json"), "w"
+        ) as file:
             json.dump(self.losses, file)
 
 
-@pytest.mark.skipif("fork" not in torch.multiprocessing.get_all_start_methods(), reason="needs fork, to start quickly")
+@pytest.mark.skipif(
+    "fork" not in torch.multiprocessing.get_all_start_methods(),
+    reason="needs fork, to start quickly",
+)
 @pytest.mark.parametrize("repeats", [0, 3])
 def test_two_processes_have_the_loss_of_one_with_the_joint_batch(tmp_path, images, repeats):
     data = {"repeated_augmentation": repeats}
     alone = fit(images, Told(tmp_path), batch_size=8, data=data)
-    both = fit(images, Told(tmp_path), batch_size=4, data=data, trainer={"strategy": "ddp_fork", "devices": 2})
+    both = fit(
+        images,
+        Told(tmp_path),
+        batch_size=4,
+        data=data,
+        trainer={"strategy": "ddp_fork", "devices": 2},
+    )
     joint = json.loads((tmp_path / "0of1.json").read_text())
     ranks = [json.loads((tmp_path / f"{rank}of2.json").read_text()) for rank in range(2)]
     assert len(joint) == 6
@@ -108,7 +161,10 @@ def test_two_processes_have_the_loss_of_one_with_the_joint_batch(tmp_path, image
     assert_same_weights(both.state_dict(), alone.state_dict(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif("fork" not in torch.multiprocessing.get_all_start_methods(), reason="needs fork, to start quickly")
+@pytest.mark.skipif(
+    "fork" not in torch.multiprocessing.get_all_start_methods(),
+    reason="needs fork, to start quickly",
+)
 def test_two_processes_go_on_within_an_epoch(tmp_path, images):
     class Save(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -152,9 +208,13 @@ def test_moving_average(tmp_path, images):
     loaded = TokenReductionClassifier.load_from_checkpoint(tmp_path / "end.ckpt")
     assert_same_weights(loaded.model.state_dict(), expected)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    data = ImageNetDataModule(images, cache_dir=images, model_kwargs=VIT, model="deit_tiny_patch16_224", num_workers=0)
+    data = ImageNetDataModule(
+        images, cache_dir=images, model_kwargs=VIT, model="deit_tiny_patch16_224", num_workers=0
+    )
     (score,) = trainer.validate(loaded, data, verbose=False)
-    assert score["val/loss"] == pytest.approx(scores["val/loss"].item(), rel=1e-4)  # validation used the average
+    assert score["val/loss"] == pytest.approx(
+        scores["val/loss"].item(), rel=1e-4
+    )  # validation used the average
     again = Watch()
     resumed = fit(images, averaging(), again, ckpt_path=tmp_path / "eight.ckpt")
     assert again.losses == watch.losses[8:]
@@ -167,7 +227,9 @@ def test_moving_average(tmp_path, images):
 @pytest.mark.parametrize("layer_decay", [None, 0.5])
 def test_training_uses_the_rate_that_was_found(tmp_path, images, layer_decay):
     found, given = Watch(), Watch()
-    finder = LearningRateFinder(min_lr=1e-4, max_lr=1.0, num_training_steps=11 + 4, early_stop_threshold=None)
+    finder = LearningRateFinder(
+        min_lr=1e-4, max_lr=1.0, num_training_steps=11 + 4, early_stop_threshold=None
+    )
     trainer = {"default_root_dir": tmp_path, "max_epochs": 3}
     module = fit(images, finder, found, trainer=trainer, layer_decay=layer_decay)
     rate = finder.optimal_lr.suggestion()
@@ -186,7 +248,9 @@ def test_training_uses_the_rate_that_was_found(tmp_path, images, layer_decay):
 @pytest.mark.parametrize("training", [False, True])
 def test_operations_of_a_step(training):
     def reduced(strategy):
-        return TokenReductionClassifier("deit_tiny_patch16_224", strategy, 3, model_kwargs=VIT).model.train(training)
+        return TokenReductionClassifier(
+            "deit_tiny_patch16_224", strategy, 3, model_kwargs=VIT
+        ).model.train(training)
 
     passes = 3 if training else 1
     model = reduced(tdm.TDM(0.7, layers=(1, 2)))
@@ -199,7 +263,9 @@ def test_operations_of_a_step(training):
         step_flops(reduced(tdm.AViT()), (1, 3, 16, 16))
 
 
-@pytest.mark.parametrize("strategy", [tdm.TDM(0.7, layers=(1, 2)), tdm.AViT()], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize(
+    "strategy", [tdm.TDM(0.7, layers=(1, 2)), tdm.AViT()], ids=["fixed", "adaptive"]
+)
 def test_throughput(tmp_path, images, strategy):
     logged = {}
 
@@ -229,22 +295,47 @@ def test_addons_go_on_top_of_a_run(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     layer = {
-        "trainer": {"max_epochs": 1, "limit_train_batches": 14, "limit_val_batches": 2, "check_val_every_n_epoch": 1},
-        "model": {"model_kwargs": {**VIT, "in_chans": 1}, "strategy": {"init_args": {"layers": [1, 2]}}, "warmup_epochs": 0},
+        "trainer": {
+            "max_epochs": 1,
+            "limit_train_batches": 14,
+            "limit_val_batches": 2,
+            "check_val_every_n_epoch": 1,
+        },
+        "model": {
+            "model_kwargs": {**VIT, "in_chans": 1},
+            "strategy": {"init_args": {"layers": [1, 2]}},
+            "warmup_epochs": 0,
+        },
         "data": {"batch_size": 4},
     }
     layer["trainer"] |= {"enable_progress_bar": False, "log_every_n_steps": 1}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(layer))
-    configs = ["quickstart", "addons/tensorboard", "addons/ema", "addons/throughput", "addons/lr_finder", "small.yaml"]
-    settings = ["--trainer.callbacks.num_training_steps=13", "--trainer.callbacks.early_stop_threshold=null"]
+    configs = [
+        "quickstart",
+        "addons/tensorboard",
+        "addons/ema",
+        "addons/throughput",
+        "addons/lr_finder",
+        "small.yaml",
+    ]
+    settings = [
+        "--trainer.callbacks.num_training_steps=13",
+        "--trainer.callbacks.early_stop_threshold=null",
+    ]
     cli = main(["fit", *(f"--config={name}" for name in configs), *settings])
     kinds = {type(callback).__name__ for callback in cli.trainer.callbacks}
-    assert {"EMAWeightAveraging", "LearningRateFinder", "ThroughputMonitor", "TokenVisualizer", "ModelCheckpoint"} <= kinds
+    assert {
+        "EMAWeightAveraging",
+        "LearningRateFinder",
+        "ThroughputMonitor",
+        "TokenVisualizer",
+        "ModelCheckpoint",
+    } <= kinds
     assert cli.model.hparams.lr != 2e-3
     events = EventAccumulator(str(tmp_path / "runs/tensorboard/version_0"))
     events.Reload()
     assert {"train/loss", "val/top1"} <= set(events.Tags()["scalars"])
-    (picture, *_) = events.Tags()["images"]
+    picture, *_ = events.Tags()["images"]
     assert picture == "tokens/val_0"
     *_, event = events.Images(picture)
     assert event.encoded_image_string.startswith(b"\x89PNG")

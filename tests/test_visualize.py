@@ -11,7 +11,15 @@ import tdm_lightning as tdm
 from tdm_lightning.ops import cluster_density_peaks
 from tdm_lightning.tokens import LayerTrace, Role, Trace
 from tdm_lightning.visualize import arrange, panels, save_panels, strip, visualize_images
-from tdm_lightning.visualize.draw import BLANK, WHITE, fill_groups, mask_patches, outline, spread, tint_groups
+from tdm_lightning.visualize.draw import (
+    BLANK,
+    WHITE,
+    fill_groups,
+    mask_patches,
+    outline,
+    spread,
+    tint_groups,
+)
 from tdm_lightning.visualize.images import data_config, prepare, to_picture
 from tdm_lightning.visualize.panels import inattentive
 
@@ -23,14 +31,18 @@ def noise(height, width):
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(1)
-    vit = VisionTransformer(img_size=(32, 48), patch_size=8, embed_dim=32, depth=6, num_heads=2, num_classes=3)
+    vit = VisionTransformer(
+        img_size=(32, 48), patch_size=8, embed_dim=32, depth=6, num_heads=2, num_classes=3
+    )
     return tdm.attach(vit, tdm.TDM(0.5, layers=(1, 3, 4)))
 
 
 @pytest.mark.parametrize("size", [(40, 60), (41, 64), (5, 4)])
 def test_spread_gives_every_pixel_its_patch(size):
     values = np.arange(20).reshape(5, 4)
-    expected = [[values[y * 5 // size[0], x * 4 // size[1]] for x in range(size[1])] for y in range(size[0])]
+    expected = [
+        [values[y * 5 // size[0], x * 4 // size[1]] for x in range(size[1])] for y in range(size[0])
+    ]
     assert spread(values, size).tolist() == expected
 
 
@@ -58,11 +70,21 @@ def test_groups_take_their_mean_colour_and_singles_show_the_picture():
 
 
 def test_borders_only_where_a_bordered_patch_meets_another_group():
-    group, bordered = np.array([[0, 0, 1, 2], [3, 4, 1, 5]]), np.array([[True, True, True, False], [False, False, True, False]])
+    group, bordered = (
+        np.array([[0, 0, 1, 2], [3, 4, 1, 5]]),
+        np.array([[True, True, True, False], [False, False, True, False]]),
+    )
     out = outline(np.zeros((20, 40, 3), dtype=np.uint8), group, bordered)
     white = (out == 255).all(-1)
     vertical = {(i, j): white[10 * i + 4, 10 * j] for i in range(2) for j in (1, 2, 3)}
-    assert vertical == {(0, 1): False, (0, 2): True, (0, 3): True, (1, 1): False, (1, 2): True, (1, 3): True}
+    assert vertical == {
+        (0, 1): False,
+        (0, 2): True,
+        (0, 3): True,
+        (1, 1): False,
+        (1, 2): True,
+        (1, 3): True,
+    }
     assert white[10, [4, 14]].all()
     assert not white[10, [25, 35]].any()
 
@@ -100,7 +122,15 @@ def test_inattentive_patches_stay_so_and_parked_ones_come_back():
 def test_panels_of_an_oblong_image_agree_with_the_trace(model):
     image = torch.randn(3, 32, 48)
     drawn = panels(model, image)
-    assert list(drawn) == ["original", "importance", "diversity", "reduced", "block 2", "block 4", "block 5"]
+    assert list(drawn) == [
+        "original",
+        "importance",
+        "diversity",
+        "reduced",
+        "block 2",
+        "block 4",
+        "block 5",
+    ]
     assert {panel.size for panel in drawn.values()} == {(672, 448)}
     pixels = {name: np.asarray(panel) for name, panel in drawn.items()}
     np.testing.assert_array_equal(pixels["reduced"], pixels["block 5"])
@@ -111,9 +141,13 @@ def test_panels_of_an_oblong_image_agree_with_the_trace(model):
     for i in range(4):
         for j in range(6):
             cell = (slice(112 * i + 10, 112 * i + 102), slice(112 * j + 10, 112 * j + 102))
-            assert (pixels["reduced"][cell] == pixels["original"][cell]).all() == (members[group[i, j]] == 1).item()
+            assert (pixels["reduced"][cell] == pixels["original"][cell]).all() == (
+                members[group[i, j]] == 1
+            ).item()
     masked = (pixels["importance"][56::112, 56::112] == BLANK).all(-1)
-    clustered = [layer.role == Role.CLUSTERED for layer in model.trace(image.unsqueeze(0))[1].layers]
+    clustered = [
+        layer.role == Role.CLUSTERED for layer in model.trace(image.unsqueeze(0))[1].layers
+    ]
     assert masked.tolist() == torch.stack(clustered).any(0).reshape(4, 6).tolist()
 
 
@@ -133,15 +167,29 @@ def test_diversity_shows_as_many_clusters_as_tokens_are_left(model):
 @pytest.mark.parametrize(
     ("strategy", "names"),
     [
-        (tdm.EViT(0.5, (1, 3), fuse=False), ["original", "importance", "diversity", "reduced", "block 2", "block 4"]),
+        (
+            tdm.EViT(0.5, (1, 3), fuse=False),
+            ["original", "importance", "diversity", "reduced", "block 2", "block 4"],
+        ),
         (tdm.ToMe(3), ["original", "diversity", "reduced", *(f"block {k}" for k in range(1, 7))]),
-        (tdm.EvoViT(0.5, layers=(2,)), ["original", "importance", "diversity", "reduced", "block 3"]),
+        (
+            tdm.EvoViT(0.5, layers=(2,)),
+            ["original", "importance", "diversity", "reduced", "block 3"],
+        ),
         (tdm.TDM(1.0, layers=(1,)), ["original"]),
     ],
     ids=["dropping", "without importance", "parking", "reducing nothing"],
 )
 def test_panels_of_other_methods(strategy, names):
-    vit = VisionTransformer(img_size=32, patch_size=4, embed_dim=32, depth=6, num_heads=2, num_classes=3, global_pool="avg")
+    vit = VisionTransformer(
+        img_size=32,
+        patch_size=4,
+        embed_dim=32,
+        depth=6,
+        num_heads=2,
+        num_classes=3,
+        global_pool="avg",
+    )
     assert list(panels(tdm.attach(vit, strategy), torch.randn(3, 32, 32))) == names
 
 
@@ -176,7 +224,9 @@ def test_pictures_undo_the_normalisation():
 
 
 def test_grey_models_get_grey_images():
-    vit = VisionTransformer(img_size=8, patch_size=2, in_chans=1, embed_dim=32, depth=3, num_heads=2, num_classes=3)
+    vit = VisionTransformer(
+        img_size=8, patch_size=2, in_chans=1, embed_dim=32, depth=3, num_heads=2, num_classes=3
+    )
     vit.pretrained_cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.5, 0.5)}
     config = data_config(vit)
     assert config["mean"] == pytest.approx((0.2,))
@@ -230,11 +280,16 @@ def test_images_together_are_rows_of_one_file(tmp_path, model):
 
 def test_fewer_colours_make_smaller_files(tmp_path):
     row = {"noise": Image.fromarray(noise(64, 64))}
-    full, few = (save_panels(tmp_path / f"{n}.png", [row], side=64, colours=n).stat().st_size for n in (None, 16))
+    full, few = (
+        save_panels(tmp_path / f"{n}.png", [row], side=64, colours=n).stat().st_size
+        for n in (None, 16)
+    )
     assert few < full / 2
 
 
-@pytest.mark.parametrize("content", [None, b"this is text", b"\x89PNG\r\n\x1a\n"], ids=["missing", "text", "cut off"])
+@pytest.mark.parametrize(
+    "content", [None, b"this is text", b"\x89PNG\r\n\x1a\n"], ids=["missing", "text", "cut off"]
+)
 def test_unreadable_images_are_refused_before_anything_is_written(tmp_path, model, content):
     Image.fromarray(noise(50, 80)).save(tmp_path / "good.png")
     if content is not None:

@@ -15,7 +15,9 @@ digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
 loader = DataLoader(TensorDataset(images, torch.tensor(digits.target)), batch_size=16, shuffle=True)
 shape = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "num_heads": 4, "depth": 4}
-model = tdm.attach(timm.create_model("vit_tiny_patch16_224", num_classes=10, **shape), tdm.TDM(0.7, layers=(1, 2)))
+model = tdm.attach(
+    timm.create_model("vit_tiny_patch16_224", num_classes=10, **shape), tdm.TDM(0.7, layers=(1, 2))
+)
 
 recorder = DiversityRecorder(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

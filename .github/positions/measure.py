@@ -1,12 +1,15 @@
-"""Where should a merged token stand? Accuracy with two rules, for models whose blocks ask for positions.
+"""Where should a merged token stand? Accuracy with two rules, for models whose blocks ask for
+positions.
 
 for MODEL in vit_base_patch16_rope_224 vit_relpos_small_patch16_224; do
-    tdm fit --config study/plain --config study/coarse --model.model $MODEL --trainer.callbacks.dirpath runs/positions/$MODEL \
+    tdm fit --config study/plain --config study/coarse --model.model $MODEL
+    --trainer.callbacks.dirpath runs/positions/$MODEL \
         --trainer.max_epochs 2 --model.warmup_epochs 0.2 --data.dataset FOLDER
-done
-python .github/positions/measure.py runs/positions/*/last.ckpt --dataset FOLDER > .github/positions/results.csv
+done python .github/positions/measure.py runs/positions/*/last.ckpt --dataset FOLDER >
+.github/positions/results.csv
 
-results.csv: both models on the 6,000 held-out images, without fine-tuning (7×7 patches; torch 2.14.1, timm 1.0.31).
+results.csv: both models on the 6,000 held-out images, without fine-tuning (7×7 patches; torch
+2.14.1, timm 1.0.31).
 """
 
 import argparse
@@ -81,4 +84,7 @@ for path in arguments.checkpoints:
             found[rule] = right(model, images, labels)
         for rule, other in zip(RULES, reversed(RULES), strict=True):
             only = int((found[rule] & ~found[other]).sum())
-            print(f"{start.model},{name},{rule},{found[rule].double().mean():.4f},{only},{len(labels)}", flush=True)
+            print(
+                f"{start.model},{name},{rule},{found[rule].double().mean():.4f},{only},{len(labels)}",
+                flush=True,
+            )

@@ -30,8 +30,8 @@ _SAFE: list[Any] = [
 def read_file(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """What a ``.safetensors`` or ``torch.save`` file holds, on the CPU.
 
-    Beside tensors and plain values only what official files are known to pickle is allowed: ``argparse.Namespace``, paths and
-    NumPy scalars.
+    Beside tensors and plain values only what official files are known to pickle is allowed:
+    ``argparse.Namespace``, paths and NumPy scalars.
 
     Raises:
         ValueError: if the file wants anything else, or is no checkpoint.
@@ -46,11 +46,15 @@ def read_file(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         wanted = f" (it asks for {found.group(1)})" if found else ""
         raise ValueError(
-            f"{path} was not loaded: it holds more than tensors and plain values{wanted}, and unpickling that could run code; "
-            f"ask its authors for a .safetensors file"
+            f"{path} was not loaded: it holds more than tensors and plain values{wanted}, and"
+            " unpickling that could run code; ask its authors for a .safetensors file"
         ) from error
     except (SafetensorError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint; is the download complete? ({error})") from error
+        raise ValueError(
+            f"{path} is not a readable checkpoint; is the download complete? ({error})"
+        ) from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a dictionary of weights")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}; expected a dictionary of weights"
+        )
     return content

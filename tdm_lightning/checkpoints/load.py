@@ -28,8 +28,8 @@ class LoadReport:
     Attributes:
         layout: the name of the file's layout.
         interpolated: the position grids of file and model, each height and width, if they differ.
-        untouched: names of the model's weights that stayed as they were: a skipped classifier, or the own layers of a strategy
-            for which the file has none.
+        untouched: names of the model's weights that stayed as they were: a skipped classifier, or
+            the own layers of a strategy for which the file has none.
     """
 
     layout: str
@@ -45,33 +45,40 @@ def load_official(
 ) -> LoadReport:
     """Load an official checkpoint into a timm ViT, plain or reduced. All of it or nothing.
 
-    Files are read without running anything they contain. A position grid of another size is interpolated; apart from that,
-    every name and shape must fit.
+    Files are read without running anything they contain. A position grid of another size is
+    interpolated; apart from that, every name and shape must fit.
 
     Args:
         model: a timm ViT or what :func:`~tdm_lightning.attach` made of one; changed in place.
-        path_or_state_dict: a ``.safetensors`` or ``torch.save`` file, or what such a file holds: weights by name, or a
-            dictionary with the weights under ``which``, as DeiT's training script writes it. A checkpoint of
-            :class:`~tdm_lightning.TokenReductionClassifier` is read too.
-        which: the trained weights or their moving average, where a file has both. Published accuracies are of ``"model"``.
+        path_or_state_dict: a ``.safetensors`` or ``torch.save`` file, or what such a file holds:
+            weights by name, or a dictionary with the weights under ``which``, as DeiT's training
+            script writes it. A checkpoint of :class:`~tdm_lightning.TokenReductionClassifier` is
+            read too.
+        which: the trained weights or their moving average, where a file has both. Published
+            accuracies are of ``"model"``.
         skip_head: leave the model's classifier as it is, to fine-tune on other classes.
 
     Returns:
         What was recognised, interpolated and left alone.
 
     Raises:
-        ValueError: if the file cannot be read safely, or holds another model; every name that does not fit is in the message.
+        ValueError: if the file cannot be read safely, or holds another model; every name that does
+            not fit is in the message.
         TypeError: if an argument is of the wrong kind.
         FileNotFoundError: if there is no such file.
 
     >>> import timm
-    >>> vit, other = timm.create_model("test_vit", img_size=96), timm.create_model("test_vit", img_size=160)
+    >>> vit = timm.create_model("test_vit", img_size=96)
+    >>> other = timm.create_model("test_vit", img_size=160)
     >>> load_official(vit, {"model": other.state_dict()})
     LoadReport(layout='deit', interpolated=((10, 10), (6, 6)), untouched=())
     """
     vit: Any = model.vit if isinstance(model, TokenReducedViT) else model
     if not isinstance(vit, nn.Module) or not hasattr(vit, "patch_embed"):
-        raise TypeError(f"load_official() takes a timm Vision Transformer, plain or reduced, got a {type(model).__name__}")
+        raise TypeError(
+            "load_official() takes a timm Vision Transformer, plain or reduced, got a"
+            f" {type(model).__name__}"
+        )
     check_choice(which, ("model", "model_ema"), "which")
     if isinstance(path_or_state_dict, Mapping):
         origin, content = "the state dict", path_or_state_dict
@@ -82,24 +89,42 @@ def load_official(
     layout, weights = _translated(_weights(content, which, origin), origin)
     grids = _fit_position_grid(weights, vit)
 
-    # The timm model's weights go by timm's names, a strategy's own by "strategy.…", whether the model is reduced or not.
+    # The timm model's weights go by timm's names, a strategy's own by "strategy.…", whether the
+    # model is reduced or not.
     state = {name.removeprefix("vit."): value for name, value in model.state_dict().items()}
     weights = _restacked(weights, state)
-    weights = {name: w for name, w in weights.items() if name in state or not name.startswith(layout.auxiliary)}
-    head = {name for name in {*weights, *state} if name.startswith(("head.", "head_dist.", "strategy.head_cls."))}
+    weights = {
+        name: w
+        for name, w in weights.items()
+        if name in state or not name.startswith(layout.auxiliary)
+    }
+    head = {
+        name
+        for name in {*weights, *state}
+        if name.startswith(("head.", "head_dist.", "strategy.head_cls."))
+    }
     untouched = set(head & state.keys()) if skip_head else set()
     if skip_head:
         weights = {name: value for name, value in weights.items() if name not in head}
     given = {_owner(name) for name in weights}
     untouched |= {name for name in state if _is_strategys(name) and _owner(name) not in given}
-    copies = {copy: name for copy, name in layout.copies(weights).items() if copy not in state and name in state}
+    copies = {
+        copy: name
+        for copy, name in layout.copies(weights).items()
+        if copy not in state and name in state
+    }
     wanted = {name: value for name, value in state.items() if name not in untouched}
-    _check_fit(weights, wanted | {copy: state[name] for copy, name in copies.items()}, origin, head, copies)
+    _check_fit(
+        weights, wanted | {copy: state[name] for copy, name in copies.items()}, origin, head, copies
+    )
     weights = {name: value for name, value in weights.items() if name not in copies}
 
     prefix = "" if model is vit else "vit."
     # Not strict, because some weights may stay untouched; everything else was compared above.
-    model.load_state_dict({name if _is_strategys(name) else prefix + name: w for name, w in weights.items()}, strict=False)
+    model.load_state_dict(
+        {name if _is_strategys(name) else prefix + name: w for name, w in weights.items()},
+        strict=False,
+    )
     return LoadReport(layout.name, grids, tuple(sorted(untouched)))
 
 
@@ -112,34 +137,51 @@ _STRATEGY = re.compile(r"strategy\.(?:members\.\d+\.)?")
 
 
 def _owner(name: str) -> str:
-    """The strategy, or the member of a stack, that a weight belongs to; empty for the timm model's."""
+    """The strategy, or the member of a stack, that a weight belongs to; empty for the timm
+    model's.
+    """
     found = _STRATEGY.match(name)
     return found[0] if found else ""
 
 
 def _restacked(weights: Weights, state: Mapping[str, Tensor]) -> Weights:
-    """The weights under this model's names, where a strategy stands alone in one of the two and in a stack in the other."""
+    """The weights under this model's names, where a strategy stands alone in one of the two and in
+    a stack in the other.
+    """
     places: dict[str, list[str]] = {}
     for name in filter(_is_strategys, state):
         places.setdefault(_STRATEGY.sub("", name, count=1), []).append(name)
     renamed = {}
     for name, value in weights.items():
-        here = places.get(_STRATEGY.sub("", name, count=1), []) if _is_strategys(name) and name not in state else []
+        here = (
+            places.get(_STRATEGY.sub("", name, count=1), [])
+            if _is_strategys(name) and name not in state
+            else []
+        )
         free = len(here) == 1 and here[0] not in weights and here[0] not in renamed
         renamed[here[0] if free else name] = value
     return renamed
 
 
 def _weights(content: Mapping[str, Any], which: str, origin: str) -> Weights:
-    """The weights by name, from under ``which`` or the mapping itself, without DistributedDataParallel's prefix."""
+    """The weights by name, from under ``which`` or the mapping itself, without
+    DistributedDataParallel's prefix.
+    """
     found = content
     if "pytorch-lightning_version" in content:
         inside = content.get("state_dict", {})
-        found = {name.removeprefix("model."): value for name, value in inside.items() if name.startswith("model.")}
+        found = {
+            name.removeprefix("model."): value
+            for name, value in inside.items()
+            if name.startswith("model.")
+        }
     elif not any(isinstance(value, Tensor) for value in content.values()):
         found = content.get(which, {})
         if not isinstance(found, Mapping) or not found:
-            raise ValueError(f"{origin} has no weights under {which!r}; its keys are {_listed(content) or 'none'}")
+            raise ValueError(
+                f"{origin} has no weights under {which!r}; its keys are"
+                f" {_listed(content) or 'none'}"
+            )
     strange = [name for name, value in found.items() if not isinstance(value, Tensor)]
     if strange:
         raise ValueError(f"{origin} holds entries that are no tensors: {_listed(strange)}")
@@ -152,11 +194,15 @@ def _translated(weights: Weights, origin: str) -> tuple[Layout, Weights]:
         if layout.recognises(weights):
             return layout, layout.translate(weights)
     known = ", ".join(layout.name for layout in LAYOUTS)
-    raise ValueError(f"{origin} is not of a known layout ({known}); its weights are {_listed(weights, most=5)}")
+    raise ValueError(
+        f"{origin} is not of a known layout ({known}); its weights are {_listed(weights, most=5)}"
+    )
 
 
 def _fit_position_grid(weights: Weights, vit: Any) -> tuple[Grid, Grid] | None:
-    """Resize the position embedding in ``weights`` to the model's grid where only its length differs."""
+    """Resize the position embedding in ``weights`` to the model's grid where only its length
+    differs.
+    """
     wanted, found = getattr(vit, "pos_embed", None), weights.get("pos_embed")
     if wanted is None or found is None or found.ndim != 3 or found.shape[1] == wanted.shape[1]:
         return None
@@ -165,14 +211,26 @@ def _fit_position_grid(weights: Weights, vit: Any) -> tuple[Grid, Grid] | None:
     side = math.isqrt(max(0, found.shape[1] - prefix))
     if found.shape[2] != wanted.shape[2] or side == 0 or side * side + prefix != found.shape[1]:
         return None  # another width or other prefix tokens: the comparison that follows will say so
-    weights["pos_embed"] = resample_abs_pos_embed(found, [height, width], [side, side], num_prefix_tokens=prefix)
+    weights["pos_embed"] = resample_abs_pos_embed(
+        found, [height, width], [side, side], num_prefix_tokens=prefix
+    )
     return (side, side), (height, width)
 
 
-def _check_fit(weights: Weights, state: Mapping[str, Tensor], origin: str, head: set[str], copies: Mapping[str, str]) -> None:
-    """Raise one ``ValueError`` that names everything that does not fit; ``copies`` of weights must all be there and equal."""
+def _check_fit(
+    weights: Weights,
+    state: Mapping[str, Tensor],
+    origin: str,
+    head: set[str],
+    copies: Mapping[str, str],
+) -> None:
+    """Raise one ``ValueError`` that names everything that does not fit; ``copies`` of weights must
+    all be there and equal.
+    """
     missing, extra = state.keys() - weights.keys(), weights.keys() - state.keys()
-    other = {name for name in weights.keys() & state.keys() if weights[name].shape != state[name].shape}
+    other = {
+        name for name in weights.keys() & state.keys() if weights[name].shape != state[name].shape
+    }
     given = {copy: name for copy, name in copies.items() if {copy, name} <= weights.keys() - other}
     unlike = {copy for copy, name in given.items() if not torch.equal(weights[copy], weights[name])}
     if not missing and not extra and not other and not unlike:
@@ -181,7 +239,9 @@ def _check_fit(weights: Weights, state: Mapping[str, Tensor], origin: str, head:
     held, here = _kind(weights), _kind(state)
     if held != here:
         lines.append(f"It holds another model: {held}; this one has {here}.")
-    shapes = {f"{name} ({_shape(weights[name])} instead of {_shape(state[name])})" for name in other}
+    shapes = {
+        f"{name} ({_shape(weights[name])} instead of {_shape(state[name])})" for name in other
+    }
     for title, names in (
         ("Of another shape", shapes),
         ("Missing from the file", missing),
@@ -191,9 +251,14 @@ def _check_fit(weights: Weights, state: Mapping[str, Tensor], origin: str, head:
         if names:
             lines.append(f"{title}: {_listed(sorted(names))}.")
     if head & (missing | extra | other):
-        lines.append("Make the model with the file's number of classes, or pass skip_head=True to keep its own classifier.")
+        lines.append(
+            "Make the model with the file's number of classes, or pass skip_head=True to keep its"
+            " own classifier."
+        )
     if any(_is_strategys(name) for name in extra):
-        lines.append("The file holds layers of a token-reduction method: attach that method before loading.")
+        lines.append(
+            "The file holds layers of a token-reduction method: attach that method before loading."
+        )
     raise ValueError("\n".join(lines))
 
 

@@ -29,34 +29,40 @@ def compare(
     seed: int = 0,
     out: str = "compare",
 ) -> None:
-    """Parameters, GMACs, throughput, latency, peak memory and, with weights and data, top-1 of a timm ViT under each strategy.
+    """Parameters, GMACs, throughput, latency, peak memory and, with weights and data, top-1 of a
+    timm ViT under each strategy.
 
-    The table is printed and saved as ``compare.md``, ``compare.csv`` and ``compare.png``. Ctrl-C ends the measurement, saves
-    what there is, and exits with code 130.
+    The table is printed and saved as ``compare.md``, ``compare.csv`` and ``compare.png``. Ctrl-C
+    ends the measurement, saves what there is, and exits with code 130.
 
     Args:
         model: name of a timm ViT.
         model_kwargs: passed to ``timm.create_model``, such as ``img_size``.
-        strategies: the methods; ``None``: all of the poster's, and the diversity-only ones; with ``match_gmacs`` those that
-            have a setting to solve for, with another ``runtime`` those that it takes.
+        strategies: the methods; ``None``: all of the poster's, and the diversity-only ones; with
+            ``match_gmacs`` those that have a setting to solve for, with another ``runtime`` those
+            that it takes.
         batch_size: images in a batch, for throughput and memory.
         rounds: times that each method is timed, in turn with all others.
         warmup: rounds before them that are not counted.
         device: ``auto`` (the accelerator if there is one), ``cpu``, ``cuda``, ``cuda:1``, …
         dtype: ``float32``, ``bfloat16`` or ``float16``, of weights and images.
-        match_gmacs: solve every method's keep rate, or ToMe's r, for this many 10⁹ multiply-accumulates per image.
-        ckpt: weights for all methods, an official checkpoint or one of ``tdm fit``; ``None``: random ones, which do for speed.
-        data: images for top-1, and to time on in place of random numbers, which matters for methods that decide image by image;
-            the model they are prepared for is filled in.
-        training: also time a training step (forward and backward), which takes about three passes more per round.
-        runtime: ``eager``; ``compile``, with ``torch.compile``; or ``onnx``, exported and run in ONNX Runtime. The last two
-            take no methods that decide image by image, and only tell times.
+        match_gmacs: solve every method's keep rate, or ToMe's r, for this many 10⁹
+            multiply-accumulates per image.
+        ckpt: weights for all methods, an official checkpoint or one of ``tdm fit``; ``None``:
+            random ones, which do for speed.
+        data: images for top-1, and to time on in place of random numbers, which matters for methods
+            that decide image by image; the model they are prepared for is filled in.
+        training: also time a training step (forward and backward), which takes about three passes
+            more per round.
+        runtime: ``eager``; ``compile``, with ``torch.compile``; or ``onnx``, exported and run in
+            ONNX Runtime. The last two take no methods that decide image by image, and only tell
+            times.
         seed: of random weights, the same for all methods, and of random images.
         out: folder for the files.
 
     Raises:
-        TypeError, ValueError: if a setting is wrong or does not fit the model, or the folder cannot be written; nothing is
-            measured then.
+        TypeError, ValueError: if a setting is wrong or does not fit the model, or the folder cannot
+            be written; nothing is measured then.
         SystemExit: after an interrupt.
     """
     from tdm_lightning.compare import Plan, measure, posters_strategies, prepare
@@ -66,14 +72,27 @@ def compare(
 
     plan = Plan(batch_size, rounds, warmup, device, dtype, seed, training, runtime)
     if data is not None and ckpt is None:
-        raise ValueError("an untrained model's accuracy means nothing: give --ckpt FILE with the data")
+        raise ValueError(
+            "an untrained model's accuracy means nothing: give --ckpt FILE with the data"
+        )
     if data is not None and data.hparams.model is None:
         data = type(data)(**{**data.hparams, "model": model, "model_kwargs": model_kwargs})
     if strategies is None:
-        strategies = posters_strategies(adjustable=match_gmacs is not None, static=runtime != "eager")
+        strategies = posters_strategies(
+            adjustable=match_gmacs is not None, static=runtime != "eager"
+        )
     classes = {} if data is None else {"num_classes": data.num_classes}
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        comparison = prepare(model, strategies, plan, {**classes, **(model_kwargs or {})}, ckpt, match_gmacs, progress, data)
+        comparison = prepare(
+            model,
+            strategies,
+            plan,
+            {**classes, **(model_kwargs or {})},
+            ckpt,
+            match_gmacs,
+            progress,
+            data,
+        )
         folder = make_folder(out)
         measure(comparison, data, progress)
     written = write(comparison, folder)

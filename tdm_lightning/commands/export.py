@@ -28,48 +28,61 @@ def export(
     images: list[str] | None = None,
     out: str | None = None,
 ) -> Path:
-    """Write a model with its strategy as an ONNX file, a program of ``torch.export``, or a folder for the Hugging Face hub.
+    """Write a model with its strategy as an ONNX file, a program of ``torch.export``, or a folder
+    for the Hugging Face hub.
 
-    A file takes batches of any size. It is run at several and must give the model's logits to 1e-4, or it is not kept. Images
-    in which rounding decides between tokens are left out of that and counted.
+    A file takes batches of any size. It is run at several and must give the model's logits to 1e-4,
+    or it is not kept. Images in which rounding decides between tokens are left out of that and
+    counted.
 
     Args:
         ckpt_path: a checkpoint of ``tdm fit``; it brings model and strategy along.
-        from_pretrained: a folder or hub repository that ``save_pretrained`` or ``tdm export --format hub`` wrote; likewise.
+        from_pretrained: a folder or hub repository that ``save_pretrained`` or ``tdm export
+            --format hub`` wrote; likewise.
         model: otherwise, the name of a timm ViT.
         model_kwargs: passed to ``timm.create_model``.
         strategy: the token-reduction method; ``None``: what was brought along, or TDM at 0.7.
         pretrained: take timm's pretrained weights.
         checkpoint: take the weights in this file, an official checkpoint or one of ``tdm fit``.
         random_weights: export an untrained model all the same, to measure its speed.
-        format: ``onnx``; ``pt2`` for torch alone; ``hub`` for other users of this library and of timm.
+        format: ``onnx``; ``pt2`` for torch alone; ``hub`` for other users of this library and of
+            timm.
         images: image files to compare on too.
-        out: the file, or the folder of ``hub``; ``None``: ``model.onnx``, ``model.pt2`` or ``model``.
+        out: the file, or the folder of ``hub``; ``None``: ``model.onnx``, ``model.pt2`` or
+            ``model``.
 
     Returns:
         What was written.
 
     Raises:
-        TypeError, ValueError: without trained weights, for an adaptive strategy, if a setting is wrong or the check fails.
+        TypeError, ValueError: without trained weights, for an adaptive strategy, if a setting is
+            wrong or the check fails.
     """
     from tdm_lightning.export import export_onnx, export_program
 
     if not (ckpt_path or from_pretrained or pretrained or checkpoint or random_weights):
         raise ValueError(
-            "an untrained model is of no use to others: give --ckpt_path FILE, --from_pretrained FOLDER, --pretrained true or "
-            "--checkpoint FILE, or insist with --random_weights true"
+            "an untrained model is of no use to others: give --ckpt_path FILE, --from_pretrained"
+            " FOLDER, --pretrained true or --checkpoint FILE, or insist with --random_weights true"
         )
-    chosen = choose_model(ckpt_path, from_pretrained, model, model_kwargs, strategy, pretrained, checkpoint)
+    chosen = choose_model(
+        ckpt_path, from_pretrained, model, model_kwargs, strategy, pretrained, checkpoint
+    )
     path = Path(out or f"model{_ENDINGS[format]}")
     if format == "hub":
         return _share(chosen, path)
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # a line for each step that it cannot simplify
+    logging.getLogger("onnxscript").setLevel(
+        logging.ERROR
+    )  # a line for each step that it cannot simplify
     write = {"onnx": export_onnx, "pt2": export_program}[format]
     written = write(chosen.model, path, _opened(chosen.model, images))
     runtime = {"onnx": "ONNX Runtime", "pt2": "torch"}[format]
     difference, count, ties = written.agreement
     size = written.size / 1e6
-    print(f"{path}: {size:.1f} MB; in {runtime} logits differ by at most {difference:.1e} on {count} images")
+    print(
+        f"{path}: {size:.1f} MB; in {runtime} logits differ by at most {difference:.1e} on {count}"
+        " images"
+    )
     if ties:
         print(f"{ties} images left out of that: rounding decides between their tokens")
     for kind, shapes in (("input", written.inputs), ("output", written.outputs)):
@@ -80,7 +93,10 @@ def export(
 
 def _share(chosen: Chosen, folder: Path) -> Path:
     chosen.model.save_pretrained(folder, config=chosen.config)
-    print(f"{folder}: load it with TokenReducedViT.from_pretrained(), upload it with `hf upload USER/NAME {folder}`")
+    print(
+        f"{folder}: load it with TokenReducedViT.from_pretrained(), upload it with `hf upload"
+        f" USER/NAME {folder}`"
+    )
     return folder
 
 

@@ -15,11 +15,13 @@ def fidelity(
     rates: list[float] | None = None,
     out: str = "study",
 ) -> list[Path]:
-    """Compare patch features and attention of a reduced ViT with its own unreduced, on photographs, without labels.
+    """Compare patch features and attention of a reduced ViT with its own unreduced, on photographs,
+    without labels.
 
-    The methods are those that need no training, each at the GMACs of TDM's keep rates. The photographs come with scikit-learn
-    and scikit-image. Writes ``fidelity.csv`` and ``fidelity.png``, which ``tdm study`` redraws, and ``panels.png`` with what
-    the patches of each photograph become under TDM at 0.7.
+    The methods are those that need no training, each at the GMACs of TDM's keep rates. The
+    photographs come with scikit-learn and scikit-image. Writes ``fidelity.csv`` and
+    ``fidelity.png``, which ``tdm study`` redraws, and ``panels.png`` with what the patches of each
+    photograph become under TDM at 0.7.
 
     Args:
         model: name of a timm ViT.
@@ -51,7 +53,10 @@ def fidelity(
     from tdm_lightning.vit import attach
 
     if not pretrained and checkpoint is None:
-        raise ValueError("an untrained model's features mean nothing: give --checkpoint FILE or --pretrained true")
+        raise ValueError(
+            "an untrained model's features mean nothing: give --checkpoint FILE or --pretrained"
+            " true"
+        )
     arguments = model_kwargs or {}
     vit = timm.create_model(model, pretrained=pretrained, **arguments).eval()
     if checkpoint is not None:
@@ -66,9 +71,14 @@ def fidelity(
         rates,
     )
     folder = make_folder(out)
-    written = [write_fidelity(folder, found), figures.save(figures.fidelity(found), folder / "fidelity.png")]
+    written = [
+        write_fidelity(folder, found),
+        figures.save(figures.fidelity(found), folder / "fidelity.png"),
+    ]
     with torch.inference_mode():
-        written.append(save_schools(folder / "panels.png", list(photos.values()), attach(vit, TDM(0.7)).eval()))
+        written.append(
+            save_schools(folder / "panels.png", list(photos.values()), attach(vit, TDM(0.7)).eval())
+        )
     for path in written:
         print(path)
     return written

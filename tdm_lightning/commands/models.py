@@ -15,7 +15,8 @@ class Chosen:
 
     Attributes:
         model: the model.
-        config: what is known of it beyond itself, for :meth:`~tdm_lightning.TokenReducedViT.save_pretrained`.
+        config: what is known of it beyond itself, for
+            :meth:`~tdm_lightning.TokenReducedViT.save_pretrained`.
     """
 
     model: TokenReducedViT
@@ -35,7 +36,8 @@ def choose_model(
 
     Args:
         ckpt_path: a checkpoint of ``tdm fit``; it brings model and strategy along.
-        folder: what ``save_pretrained`` wrote, or a repository of the hub; it brings them along too.
+        folder: what ``save_pretrained`` wrote, or a repository of the hub; it brings them along
+            too.
         model: the name of a timm ViT.
         model_kwargs: passed to ``timm.create_model``.
         strategy: the token-reduction method; ``None``: what was brought along, or TDM at 0.7.
@@ -60,15 +62,23 @@ def choose_model(
 def _from_run(path: str) -> Chosen:
     from tdm_lightning.module import TokenReductionClassifier
 
-    module = TokenReductionClassifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    module = TokenReductionClassifier.load_from_checkpoint(
+        path, map_location="cpu", weights_only=True
+    )
     hp: Any = module.hparams
     arguments = {"global_pool": hp.global_pool, **(hp.model_kwargs or {})}
     config = {"model_args": {name: value for name, value in arguments.items() if value is not None}}
-    return Chosen(module.model, config | ({"label_names": module.label_names} if module.label_names else {}))
+    return Chosen(
+        module.model, config | ({"label_names": module.label_names} if module.label_names else {})
+    )
 
 
 def _from_timm(
-    name: str, arguments: dict[str, Any], strategy: Strategy | list[Strategy], pretrained: bool, checkpoint: str | None
+    name: str,
+    arguments: dict[str, Any],
+    strategy: Strategy | list[Strategy],
+    pretrained: bool,
+    checkpoint: str | None,
 ) -> Chosen:
     import timm
 

@@ -35,13 +35,16 @@ def slim(
     seed: int = 0,
     out: str = "slim",
 ) -> Slimmed:
-    """Patch Slimming's search on training images (PS-ViT, Tang et al., CVPR 2022): masks for every block within an error bound.
+    """Patch Slimming's search on training images (PS-ViT, Tang et al., CVPR 2022): masks for every
+    block within an error bound.
 
-    The table is printed and saved as ``slim.csv``; weights and masks go to ``slim.safetensors``, which ``tdm test`` and
-    ``tdm fit`` take with ``--config strategies/psvit --model.checkpoint …/slim.safetensors``. Labels are not used.
+    The table is printed and saved as ``slim.csv``; weights and masks go to ``slim.safetensors``,
+    which ``tdm test`` and ``tdm fit`` take with ``--config strategies/psvit --model.checkpoint
+    …/slim.safetensors``. Labels are not used.
 
     Args:
-        ckpt_path: a checkpoint of ``tdm fit``; it brings the model along. Its strategy, if any, is left out.
+        ckpt_path: a checkpoint of ``tdm fit``; it brings the model along. Its strategy, if any, is
+            left out.
         model: otherwise, the name of a timm ViT.
         model_kwargs: passed to ``timm.create_model``.
         pretrained: take timm's pretrained weights.
@@ -50,10 +53,11 @@ def slim(
         bound: largest relative error of each block.
         step: patches that are switched on at a time.
         counts: no search: patches that each block computes, chosen by their impact.
-        match_gmacs: no search: PSViT's own schedule at so many 10⁹ multiply-accumulates per image, chosen by their impact.
+        match_gmacs: no search: PSViT's own schedule at so many 10⁹ multiply-accumulates per
+            image, chosen by their impact.
         images: number of images to look at.
-        epochs: how often to go through them to fine-tune a block that exceeds the bound, before more of its patches are
-            switched on; 0: never.
+        epochs: how often to go through them to fine-tune a block that exceeds the bound, before
+            more of its patches are switched on; 0: never.
         lr: learning rate of that.
         device: ``auto`` (the accelerator if there is one), ``cpu``, ``cuda``, ``cuda:1``, …
         seed: of the choice of images.
@@ -63,8 +67,8 @@ def slim(
         The slimmed model and what was found.
 
     Raises:
-        TypeError, ValueError: without trained weights or data, if a setting is wrong or does not fit the model, or the folder
-            cannot be written.
+        TypeError, ValueError: without trained weights or data, if a setting is wrong or does not
+            fit the model, or the folder cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -74,12 +78,17 @@ def slim(
     from tdm_lightning.visualize.sheet import make_folder
 
     if counts is not None and match_gmacs is not None:
-        raise ValueError("counts and match_gmacs both say how many patches each block computes; give one of them")
+        raise ValueError(
+            "counts and match_gmacs both say how many patches each block computes; give one of them"
+        )
     if data is None:
-        raise ValueError("a search needs images: give --data ImageNetDataModule --data.dataset NAME_OR_FOLDER")
+        raise ValueError(
+            "a search needs images: give --data ImageNetDataModule --data.dataset NAME_OR_FOLDER"
+        )
     if not (ckpt_path or pretrained or checkpoint):
         raise ValueError(
-            "an untrained model's attention means nothing: give --ckpt_path FILE, --pretrained true or --checkpoint FILE"
+            "an untrained model's attention means nothing: give --ckpt_path FILE, --pretrained true"
+            " or --checkpoint FILE"
         )
     where = choose_device(device)
     folder = make_folder(out)
@@ -89,7 +98,9 @@ def slim(
         data = _prepared(data, model, model_kwargs)
     else:
         data = _prepared(data, model, model_kwargs)
-        vit = _from_timm(model, {"num_classes": data.num_classes, **(model_kwargs or {})}, pretrained, checkpoint)
+        vit = _from_timm(
+            model, {"num_classes": data.num_classes, **(model_kwargs or {})}, pretrained, checkpoint
+        )
     if match_gmacs is not None:
         counts = _affordable(vit, match_gmacs)
     data.setup("fit")
@@ -98,7 +109,9 @@ def slim(
         task = progress.add_task("blocks", total=len(vit.blocks) - 1)  # type: ignore[arg-type]
 
         def done(block: Any) -> None:
-            progress.update(task, advance=1, description=f"block {block.index}: {block.patches} patches")
+            progress.update(
+                task, advance=1, description=f"block {block.index}: {block.patches} patches"
+            )
 
         if counts is None:
             slimmed = search(vit, data.train_dataloader(), bound, step, images, epochs, lr, done)
@@ -113,9 +126,13 @@ def slim(
     return slimmed
 
 
-def _prepared(data: ImageNetDataModule, model: str, model_kwargs: dict[str, Any] | None) -> ImageNetDataModule:
+def _prepared(
+    data: ImageNetDataModule, model: str, model_kwargs: dict[str, Any] | None
+) -> ImageNetDataModule:
     """The same data for the model, its training images without augmentation."""
-    return type(data)(**{**data.hparams, "model": model, "model_kwargs": model_kwargs, "augment": False})
+    return type(data)(
+        **{**data.hparams, "model": model, "model_kwargs": model_kwargs, "augment": False}
+    )
 
 
 def _from_run(path: str) -> tuple[nn.Module, str, dict[str, Any] | None]:
@@ -126,7 +143,9 @@ def _from_run(path: str) -> tuple[nn.Module, str, dict[str, Any] | None]:
     return module.model.vit, module.hparams["model"], module.hparams["model_kwargs"]
 
 
-def _from_timm(name: str, arguments: dict[str, Any], pretrained: bool, checkpoint: str | None) -> nn.Module:
+def _from_timm(
+    name: str, arguments: dict[str, Any], pretrained: bool, checkpoint: str | None
+) -> nn.Module:
     import timm
 
     from tdm_lightning.checkpoints import load_official

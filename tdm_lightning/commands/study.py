@@ -8,8 +8,13 @@ from typing import Literal
 
 from tdm_lightning.data import ImageNetDataModule
 
-#: What each part that runs models evaluates on: whatever is chosen is chosen on the validation split.
-_SPLITS: dict[str, Literal["validation", "test"]] = {"grid": "test", "ablation": "validation", "placement": "validation"}
+#: What each part that runs models evaluates on: whatever is chosen is chosen on the validation
+#: split.
+_SPLITS: dict[str, Literal["validation", "test"]] = {
+    "grid": "test",
+    "ablation": "validation",
+    "placement": "validation",
+}
 
 
 def study(
@@ -28,12 +33,14 @@ def study(
 ) -> list[Path]:
     """Run a part of the study, or draw what it found.
 
-    It goes on where it stopped: every finished cell is a file in ``OUT/PART``. Several processes may share a folder.
+    It goes on where it stopped: every finished cell is a file in ``OUT/PART``. Several processes
+    may share a folder.
 
     Args:
-        part: ``grid``: methods at TDM's budgets, on the test split. ``ablation``: TDM with one of its merger's arguments
-            changed at a time, on the validation split. ``placement``: TDM in other blocks, on that split too. ``report``:
-            tables and figures of what is there, in seconds.
+        part: ``grid``: methods at TDM's budgets, on the test split. ``ablation``: TDM with one of
+            its merger's arguments changed at a time, on the validation split. ``placement``: TDM in
+            other blocks, on that split too. ``report``: tables and figures of what is there, in
+            seconds.
         plain: checkpoint that ``tdm fit`` wrote of the unreduced model.
         data: its images; the model they are prepared for is filled in.
         out: folder for results.
@@ -68,7 +75,9 @@ def study(
         return written
     if plain is None or data is None:
         raise ValueError("give --plain FILE, a checkpoint of `tdm fit`, and --data with its images")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it introduces itself once per cell
+    logging.getLogger("lightning.pytorch").setLevel(
+        logging.WARNING
+    )  # it introduces itself once per cell
     start = Plain.read(plain)
     data = type(data)(**{**data.hparams, "model": start.model, "model_kwargs": start.model_kwargs})
     made = {"grid": grid_cells, "ablation": ablation_cells, "placement": placement_cells}

@@ -24,7 +24,8 @@ def visualize(
     layer: int = -1,
     together: bool = False,
 ) -> list[Path]:
-    """Draw the panels of image files: original, importance-based, diversity-based, reduced, and the reducing blocks one by one.
+    """Draw the panels of image files: original, importance-based, diversity-based, reduced, and the
+    reducing blocks one by one.
 
     Args:
         images: image files.
@@ -43,16 +44,19 @@ def visualize(
         The files written.
 
     Raises:
-        ValueError: without trained weights, for an image that cannot be read or a folder that cannot be written.
+        ValueError: without trained weights, for an image that cannot be read or a folder that
+            cannot be written.
     """
     from tdm_lightning.visualize import visualize_images
 
     if not (ckpt_path or pretrained or checkpoint or random_weights):
         raise ValueError(
-            "an untrained model's attention means nothing: give --ckpt_path FILE, --pretrained true or --checkpoint FILE, or "
-            "insist with --random_weights true"
+            "an untrained model's attention means nothing: give --ckpt_path FILE, --pretrained true"
+            " or --checkpoint FILE, or insist with --random_weights true"
         )
-    reduced = choose_model(ckpt_path, None, model, model_kwargs, strategy, pretrained, checkpoint).model
+    reduced = choose_model(
+        ckpt_path, None, model, model_kwargs, strategy, pretrained, checkpoint
+    ).model
     with torch.inference_mode():
         written = visualize_images(images, reduced, out, layer, together=together)
     for path in written:

@@ -29,12 +29,19 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or the like, got {name!r}") from None
+        raise ValueError(
+            f"device must be 'auto', 'cpu', 'cuda' or the like, got {name!r}"
+        ) from None
     if device.type not in {known.type for known in here}:
-        raise ValueError(f"there is no {device.type} device here (torch {torch.__version__}); use device=auto or device=cpu")
+        raise ValueError(
+            f"there is no {device.type} device here (torch {torch.__version__}); use device=auto or"
+            " device=cpu"
+        )
     count = 1 if device.type == "cpu" else torch.accelerator.device_count()
     if device.index is not None and device.index >= count:
-        raise ValueError(f"device {name!r} does not exist: there are {count} of its kind, counted from 0")
+        raise ValueError(
+            f"device {name!r} does not exist: there are {count} of its kind, counted from 0"
+        )
     return device
 
 

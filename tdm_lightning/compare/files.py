@@ -12,13 +12,21 @@ from tdm_lightning.compare.table import csv_text, markdown
 
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write ``compare.md``, ``compare.csv`` and ``compare.png``; all are complete before the first appears in the folder."""
+    """Write ``compare.md``, ``compare.csv`` and ``compare.png``; all are complete before the first
+    appears in the folder.
+    """
     rows, facts = comparison.rows(), comparison.facts
     with tempfile.TemporaryDirectory(dir=folder) as name:
         draft = Path(name)
-        (draft / "compare.md").write_text(markdown(rows, facts, comparison.remarks()), encoding="utf-8")
+        (draft / "compare.md").write_text(
+            markdown(rows, facts, comparison.remarks()), encoding="utf-8"
+        )
         (draft / "compare.csv").write_text(csv_text(rows, facts), encoding="utf-8")
-        draw(draft / "compare.png", rows, f"{facts['model']}\n{facts['device']}, batch {comparison.plan.batch_size}")
+        draw(
+            draft / "compare.png",
+            rows,
+            f"{facts['model']}\n{facts['device']}, batch {comparison.plan.batch_size}",
+        )
         written = [folder / path.name for path in sorted(draft.iterdir())]
         for path in written:
             os.replace(draft / path.name, path)

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 class LiveTensors(TorchDispatchMode):
     """Counts the bytes of the tensors that were made inside the context and are still alive.
 
-    Storages are followed, not tensors, so views cost nothing, be they of what existed before or of what is counted already.
-    What a kernel allocates and frees within itself is not seen.
+    Storages are followed, not tensors, so views cost nothing, be they of what existed before or of
+    what is counted already. What a kernel allocates and frees within itself is not seen.
 
     Attributes:
         now: bytes alive.
@@ -35,7 +35,11 @@ class LiveTensors(TorchDispatchMode):
         self._known: dict[int, int] = {}  # address → bytes
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run an operation and note what it allocated."""
         given = {storage.data_ptr() for storage in _storages((args, kwargs))}
@@ -64,14 +68,18 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def saved_bytes(model: nn.Module, images: Tensor) -> int:
-    """Bytes of the tensors that a training pass saves for its backward pass, weights left out; each storage counts once."""
+    """Bytes of the tensors that a training pass saves for its backward pass, weights left out; each
+    storage counts once.
+    """
     weights = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
     alive: set[int] = set()  # addresses of what was counted; they are used again once it is gone
     total = 0
 
     nothing = torch.empty(0)
 
-    def pack(tensor: Tensor) -> Tensor:  # nothing is kept: there will be no backward pass, and a large batch would not fit
+    def pack(
+        tensor: Tensor,
+    ) -> Tensor:  # nothing is kept: there will be no backward pass, and a large batch would not fit
         nonlocal total
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
@@ -90,8 +98,8 @@ def saved_bytes(model: nn.Module, images: Tensor) -> int:
 def peak_bytes(model: nn.Module, images: Tensor) -> int:
     """The model's weights, and on top of them the most that a forward pass holds at once.
 
-    On CUDA the second part is what the allocator counts, elsewhere what :class:`LiveTensors` does. The images are not included,
-    and other models on the device do not matter.
+    On CUDA the second part is what the allocator counts, elsewhere what :class:`LiveTensors` does.
+    The images are not included, and other models on the device do not matter.
     """
     device = images.device
     if device.type != "cuda":

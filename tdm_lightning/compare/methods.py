@@ -46,9 +46,11 @@ class Method:
         name: what the method is called.
         settings: its arguments.
         model: the model in evaluation mode.
-        trained: whether all of its weights came from the checkpoint, so that its accuracy means something.
+        trained: whether all of its weights came from the checkpoint, so that its accuracy means
+            something.
         remark: why not, if there was a checkpoint.
-        extracted: whether masked heads and MLP units were taken out of the model, as one would run it after training.
+        extracted: whether masked heads and MLP units were taken out of the model, as one would run
+            it after training.
     """
 
     name: str
@@ -60,7 +62,8 @@ class Method:
 
 
 def posters_strategies(adjustable: bool = False, static: bool = False) -> list[Strategy]:
-    """The methods of the paper's poster, and the diversity-only ones beside them, as published; SPViT with fixed counts.
+    """The methods of the paper's poster, and the diversity-only ones beside them, as published;
+    SPViT with fixed counts.
 
     Args:
         adjustable: only those with a setting to solve for a budget.
@@ -127,7 +130,8 @@ def make_method(
         strategy: a method that is not attached yet.
         name: of a timm model.
         arguments: for ``timm.create_model``.
-        ckpt: file with weights. If it does not hold all of the method's, the model keeps its random ones and says so.
+        ckpt: file with weights. If it does not hold all of the method's, the model keeps its random
+            ones and says so.
         match_gmacs: budget to solve the method's setting for.
 
     Raises:
@@ -143,7 +147,11 @@ def make_method(
             strategy = at_budget(vit, strategy, match_gmacs)
             title, settings = describe(strategy)
         model = attach(vit, strategy).eval()
-    except (ValueError, TypeError, AssertionError) as error:  # timm asserts on poolings that a model cannot have
+    except (
+        ValueError,
+        TypeError,
+        AssertionError,
+    ) as error:  # timm asserts on poolings that a model cannot have
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{title}({settings}) does not fit {name}: {error}") from error
     trained, remark = (False, "") if ckpt is None else _load(model, ckpt)
@@ -163,7 +171,8 @@ def _load(model: nn.Module, ckpt: str) -> tuple[bool, str]:
 
 
 def describe(strategy: Strategy) -> tuple[str, str]:
-    """A strategy's name in a table, with the merger that it stacks, and the settings that tell it from others.
+    """A strategy's name in a table, with the merger that it stacks, and the settings that tell it
+    from others.
 
     >>> describe(EViT(0.5, merger=TokenMerger()))
     ('EViT+TokenMerger', 'keep_rate=0.5')
@@ -171,16 +180,26 @@ def describe(strategy: Strategy) -> tuple[str, str]:
     ('SViTE+TDM', 'masks=Structured(heads=0.7, units=0.7), keep_rate=0.7')
     """
     if isinstance(strategy, Stack):
-        names, settings = zip(*map(describe, strategy.members), strict=True) if len(strategy.members) else ((), ())
+        names, settings = (
+            zip(*map(describe, strategy.members), strict=True)
+            if len(strategy.members)
+            else ((), ())
+        )
         return "+".join(names) or "plain", ", ".join(filter(None, settings))
     config, usual = strategy.config()["init_args"], _defaults(type(strategy))
-    shown = {name: value for name, value in config.items() if name in _KNOBS or name not in usual or value != usual[name]}
+    shown = {
+        name: value
+        for name, value in config.items()
+        if name in _KNOBS or name not in usual or value != usual[name]
+    }
     title = type(strategy).__name__
     if shown.get("merger") is not None and usual.get("merger") is None:
         title += "+" + shown["merger"]["class_path"].rsplit(".", 1)[-1]
         if shown["merger"] == TokenMerger().config():
             del shown["merger"]
-    return title, arguments_line({"init_args": {name: _short(value) for name, value in shown.items()}})
+    return title, arguments_line(
+        {"init_args": {name: _short(value) for name, value in shown.items()}}
+    )
 
 
 def _defaults(kind: type[Strategy]) -> dict[str, Any]:
@@ -211,4 +230,6 @@ def _short(value: Any) -> Any:
             runs[-1][1] += 1
         else:
             runs.append([item, 1])
-    return _Brief(f"[{', '.join(f'{item}×{times}' if times > 1 else str(item) for item, times in runs)}]")
+    return _Brief(
+        f"[{', '.join(f'{item}×{times}' if times > 1 else str(item) for item, times in runs)}]"
+    )

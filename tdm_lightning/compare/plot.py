@@ -11,7 +11,8 @@ _MARKERS = "osD^vP*X<>ph"
 
 
 def draw(path: str | Path, rows: Sequence[Row], title: str) -> None:
-    """Speed-up over the plain model against GMACs, with quartiles, beside the curve of speed proportional to work.
+    """Speed-up over the plain model against GMACs, with quartiles, beside the curve of speed
+    proportional to work.
 
     Args:
         path: of the PNG file.
@@ -28,7 +29,15 @@ def draw(path: str | Path, rows: Sequence[Row], title: str) -> None:
     least = min(row.macs for row in rows) / 1e9
     low, high = least - 0.1 * (plain - least), plain * 1.03
     steps = [low + (high - low) * step / 200 for step in range(201)]
-    axes.plot(steps, [plain / x for x in steps], color="0.6", linestyle="--", linewidth=1, label="as MACs predict", zorder=1)
+    axes.plot(
+        steps,
+        [plain / x for x in steps],
+        color="0.6",
+        linestyle="--",
+        linewidth=1,
+        label="as MACs predict",
+        zorder=1,
+    )
     for index, row in enumerate(rows):
         speed = row.speedup
         axes.errorbar(

@@ -38,10 +38,12 @@ class Plan:
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, of weights and images.
         seed: of random weights and images.
         training: time training steps too.
-        runtime: ``"eager"``, ``"compile"`` or ``"onnx"``; only the first tells memory, own time and training steps.
+        runtime: ``"eager"``, ``"compile"`` or ``"onnx"``; only the first tells memory, own time and
+            training steps.
 
     Raises:
-        TypeError, ValueError: if a number is none or too small, device, dtype or runtime do not exist, or do not go together.
+        TypeError, ValueError: if a number is none or too small, device, dtype or runtime do not
+            exist, or do not go together.
     """
 
     batch_size: int = 16
@@ -60,7 +62,10 @@ class Plan:
         check_count(self.seed, "seed", least=0)
         check_runtime(self.runtime, choose_device(self.device), choose_dtype(self.dtype))
         if self.training and self.runtime != "eager":
-            raise ValueError(f"training steps are timed with runtime=eager, not {self.runtime}; leave one of the two out")
+            raise ValueError(
+                f"training steps are timed with runtime=eager, not {self.runtime}; leave one of the"
+                " two out"
+            )
 
 
 @dataclass
@@ -70,13 +75,16 @@ class Comparison:
     Attributes:
         plan: how they are measured.
         methods: the plain model first.
-        images: the batch that they are timed on, B×C×H×W: random numbers, or real images where there are data.
-        macs: multiply-accumulates per image, one for each method; of an adaptive one in this batch, padding included.
+        images: the batch that they are timed on, B×C×H×W: random numbers, or real images where
+            there are data.
+        macs: multiply-accumulates per image, one for each method; of an adaptive one in this batch,
+            padding included.
         alone: what each image of the batch costs by itself, by the place of each adaptive method.
         facts: what the numbers depend on, by name.
         memory: peak bytes, one for each method that got its turn.
         saved: bytes saved for a backward pass, likewise.
-        own: share of a pass spent in the strategy's hooks, likewise; of the batch's, and of the first image's alone.
+        own: share of a pass spent in the strategy's hooks, likewise; of the batch's, and of the
+            first image's alone.
         rounds: complete rounds.
         accuracy: top-1 in [0, 1] by the method's place.
         interrupted: whether the user broke it off.
@@ -101,20 +109,29 @@ class Comparison:
 
     def remarks(self) -> list[str]:
         """What a reader of the table should know."""
-        remarks = [f"no top-1 of {method.name}: {method.remark}" for method in self.methods if method.remark]
+        remarks = [
+            f"no top-1 of {method.name}: {method.remark}"
+            for method in self.methods
+            if method.remark
+        ]
         remarks += [
-            f"{method.name}: the model without its masked heads and units; while it trains they are there, and a training step "
-            f"costs what the plain model's does"
+            f"{method.name}: the model without its masked heads and units; while it trains they are"
+            " there, and a training step costs what the plain model's does"
             for method in self.methods
             if method.extracted
         ]
         for index, costs in self.alone.items():
             method, gmacs, tokens = self.methods[index], costs.macs / 1e9, costs.tokens.mean(dim=1)
-            untrained = "" if method.trained else "; without trained weights, its times go with these costs and not with others"
+            untrained = (
+                ""
+                if method.trained
+                else "; without trained weights, its times go with these costs and not with others"
+            )
             remarks.append(
-                f"{method.name}, image by image: {gmacs.mean():.3f} ± {gmacs.std(correction=0):.3f} GMACs (standard deviation) "
-                f"and {tokens.mean():.1f} ± {tokens.std(correction=0):.1f} tokens, the mean over the blocks; the first image "
-                f"alone {gmacs[0]:.3f} GMACs{untrained}"
+                f"{method.name}, image by image: {gmacs.mean():.3f} ± {gmacs.std(correction=0):.3f}"
+                f" GMACs (standard deviation) and {tokens.mean():.1f} ±"
+                f" {tokens.std(correction=0):.1f} tokens, the mean over the blocks; the first image"
+                f" alone {gmacs[0]:.3f} GMACs{untrained}"
             )
         if self.interrupted:
             remarks.append(f"interrupted after {len(self.rounds)} of {self.plan.rounds} rounds")
@@ -135,7 +152,10 @@ class Comparison:
             extra["own_time"], extra["latency_own_time"] = self.own[index]
         if index in self.alone:
             macs = self.alone[index].macs
-            extra |= {"macs_alone": macs.mean().item(), "macs_alone_std": macs.std(correction=0).item()}
+            extra |= {
+                "macs_alone": macs.mean().item(),
+                "macs_alone_std": macs.std(correction=0).item(),
+            }
         if index in self.accuracy:
             extra["top1"] = self.accuracy[index]
         return Row(
@@ -144,7 +164,9 @@ class Comparison:
             parameters=sum(parameter.numel() for parameter in method.model.parameters()),
             macs=self.macs[index],
             plain_macs=self.macs[0],
-            single_macs=round(self.alone[index].macs[0].item()) if index in self.alone else self.macs[index],
+            single_macs=(
+                round(self.alone[index].macs[0].item()) if index in self.alone else self.macs[index]
+            ),
             throughput=Spread.of([size / mine.batch for mine, _ in samples]),
             speedup=Spread.of([plain.batch / mine.batch for mine, plain in samples]),
             latency=Spread.of([1e3 * mine.single for mine, _ in samples]),
@@ -171,18 +193,23 @@ def prepare(
         plan: how to measure.
         model_kwargs: for ``timm.create_model``.
         ckpt: file with weights for all of them.
-        match_gmacs: budget to solve every method's setting for, in 10⁹ multiply-accumulates per image.
+        match_gmacs: budget to solve every method's setting for, in 10⁹ multiply-accumulates per
+            image.
         progress: where to show a bar.
-        data: where to take the batch from; ``None``: random numbers, which do for methods of a fixed budget.
+        data: where to take the batch from; ``None``: random numbers, which do for methods of a
+            fixed budget.
 
     Raises:
-        TypeError, ValueError: if the model cannot be reduced or a strategy does not fit it, see :func:`make_method`.
+        TypeError, ValueError: if the model cannot be reduced or a strategy does not fit it, see
+            :func:`make_method`.
     """
     device, dtype = choose_device(plan.device), choose_dtype(plan.dtype)
     torch.manual_seed(plan.seed)
     methods = [make_plain(model, model_kwargs or {}, ckpt)]
     size = default_input_size(methods[0].model)
-    images = (torch.randn(plan.batch_size, *size) if data is None else _batch(data, plan.batch_size)).to(device, dtype)
+    images = (
+        torch.randn(plan.batch_size, *size) if data is None else _batch(data, plan.batch_size)
+    ).to(device, dtype)
     progress = progress or Progress(disable=True)
     chosen = progress.track(strategies, description="models")
     for strategy in chosen:
@@ -191,21 +218,38 @@ def prepare(
     for method in methods:
         check_runs(method.model.to(device, dtype), plan.runtime)
     facts = {
-        "model": f"{model}, {'×'.join(map(str, size))}, {f'weights of {ckpt}' if ckpt else 'random weights'}",
+        "model": (
+            f"{model}, {'×'.join(map(str, size))},"
+            f" {f'weights of {ckpt}' if ckpt else 'random weights'}"
+        ),
         "measured": (
-            f"batch {plan.batch_size}, {plan.dtype}, {plan.rounds} interleaved rounds after {plan.warmup} to warm up, medians "
-            f"and quartiles; peak memory of a pass with its weights"
+            f"batch {plan.batch_size}, {plan.dtype}, {plan.rounds} interleaved rounds after"
+            f" {plan.warmup} to warm up, medians and quartiles; peak memory of a pass with its"
+            " weights"
         ),
         "runtime": runtime_name(plan.runtime),
-        **({"budget": f"settings solved for {match_gmacs} GMACs"} if match_gmacs is not None else {}),
+        **(
+            {"budget": f"settings solved for {match_gmacs} GMACs"}
+            if match_gmacs is not None
+            else {}
+        ),
         **surroundings(device),
     }
-    alone = {index: image_costs(method.model, images) for index, method in enumerate(methods) if _adaptive(method)}  # type: ignore[arg-type]
-    return Comparison(plan, methods, images, [_macs(method, images) for method in methods], facts, alone)
+    alone = {
+        index: image_costs(method.model, images)
+        for index, method in enumerate(methods)
+        if _adaptive(method)
+    }  # type: ignore[arg-type]
+    return Comparison(
+        plan, methods, images, [_macs(method, images) for method in methods], facts, alone
+    )
 
 
-def measure(comparison: Comparison, data: ImageNetDataModule | None = None, progress: Progress | None = None) -> None:
-    """Fill in memory, times and, with data, accuracy. An interrupt (Ctrl-C) ends it and keeps what there is.
+def measure(
+    comparison: Comparison, data: ImageNetDataModule | None = None, progress: Progress | None = None
+) -> None:
+    """Fill in memory, times and, with data, accuracy. An interrupt (Ctrl-C) ends it and keeps what
+    there is.
 
     Args:
         comparison: from :func:`prepare`; changed in place.
@@ -220,7 +264,11 @@ def measure(comparison: Comparison, data: ImageNetDataModule | None = None, prog
 
 
 def _measure(comparison: Comparison, data: ImageNetDataModule | None, progress: Progress) -> None:
-    plan, images, models = comparison.plan, comparison.images, [method.model for method in comparison.methods]
+    plan, images, models = (
+        comparison.plan,
+        comparison.images,
+        [method.model for method in comparison.methods],
+    )
     eager = plan.runtime == "eager"
     for model in progress.track(models if eager else (), description="memory"):
         comparison.memory.append(peak_bytes(model, images))
@@ -232,11 +280,15 @@ def _measure(comparison: Comparison, data: ImageNetDataModule | None, progress: 
             seconds(runs[-1], images)
             seconds(runs[-1], images[:1])
     task = progress.add_task("timing", total=len(models) * (plan.warmup + plan.rounds))
-    timed = interleaved_rounds(runs, images, plan.rounds, plan.warmup, lambda: progress.advance(task), plan.training)
+    timed = interleaved_rounds(
+        runs, images, plan.rounds, plan.warmup, lambda: progress.advance(task), plan.training
+    )
     for samples in timed:
         comparison.rounds.append(samples)
     for model in progress.track(models if eager else (), description="own time"):
-        comparison.own.append((own_share(model, images, plan.rounds), own_share(model, images[:1], plan.rounds)))
+        comparison.own.append(
+            (own_share(model, images, plan.rounds), own_share(model, images[:1], plan.rounds))
+        )
     if data is None:
         return
     data.setup("test")
@@ -250,7 +302,9 @@ def _runner(method: Method, runtime: str) -> Run:
     try:
         return runner(method.model, runtime)
     except ValueError as error:
-        raise ValueError(f"{method.name} cannot be timed with runtime={runtime}: {error}") from error
+        raise ValueError(
+            f"{method.name} cannot be timed with runtime={runtime}: {error}"
+        ) from error
 
 
 def _macs(method: Method, images: Tensor) -> int:

@@ -25,9 +25,12 @@ def check_runtime(runtime: str, device: torch.device, dtype: torch.dtype) -> str
     Raises:
         ValueError: if there is none of that name, or it cannot.
     """
-    if check_choice(runtime, RUNTIMES, "runtime") == "onnx" and (device.type != "cpu" or dtype != torch.float32):
+    if check_choice(runtime, RUNTIMES, "runtime") == "onnx" and (
+        device.type != "cpu" or dtype != torch.float32
+    ):
         raise ValueError(
-            f"runtime=onnx runs on the CPU in float32, not on {device} in {dtype}; use device=cpu and dtype=float32"
+            f"runtime=onnx runs on the CPU in float32, not on {device} in {dtype}; use device=cpu"
+            " and dtype=float32"
         )
     return runtime
 
@@ -70,7 +73,8 @@ def _compiled(model: nn.Module) -> Run:
     def run(images: Tensor) -> Tensor:
         return model(images)
 
-    # Graphs are kept by code object, a few for each: with one of its own no method uses up another's, or searches them.
+    # Graphs are kept by code object, a few for each: with one of its own no method uses up
+    # another's, or searches them.
     run.__code__ = run.__code__.replace()
     return torch.compile(run, fullgraph=True, dynamic=False)
 

@@ -29,7 +29,9 @@ class Spread(NamedTuple):
         """
         if not values:
             return cls()
-        found = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+        found = torch.tensor(values, dtype=torch.float64).quantile(
+            torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+        )
         return cls(*found.tolist())
 
 
@@ -52,7 +54,8 @@ class Row:
         throughput: images per second.
         speedup: throughput as a multiple of the plain model's in the same round.
         latency: milliseconds for one image.
-        latency_speedup: how many times faster than the plain model with one image, in the same round.
+        latency_speedup: how many times faster than the plain model with one image, in the same
+            round.
         step: milliseconds for a forward and backward pass of the batch in training mode.
         step_speedup: how many times faster than the plain model's, in the same round.
         memory: peak bytes of a pass of the batch, weights included.
@@ -122,7 +125,9 @@ _HEADER = (
     "saved for backward MiB (× plain)",
 )
 _LEFT = 2  # columns of text
-_STEP = _HEADER.index("own time (batch 1)")  # before this one stands the training step, where it was timed
+_STEP = _HEADER.index(
+    "own time (batch 1)"
+)  # before this one stands the training step, where it was timed
 
 
 def markdown(rows: Sequence[Row], facts: Mapping[str, str], remarks: Sequence[str] = ()) -> str:
@@ -147,13 +152,16 @@ def rich_table(rows: Sequence[Row]) -> Table:
 
 
 def csv_text(rows: Sequence[Row], facts: Mapping[str, str]) -> str:
-    """All numbers in full, empty where not measured; the last columns say what they depend on, the same in every line."""
+    """All numbers in full, empty where not measured; the last columns say what they depend on, the
+    same in every line.
+    """
     file = io.StringIO()
     writer = csv.DictWriter(file, [*_numbers(rows[0]), *facts], lineterminator="\n")
     writer.writeheader()
     for row in rows:
         numbers = {
-            name: "" if isinstance(value, float) and math.isnan(value) else value for name, value in _numbers(row).items()
+            name: "" if isinstance(value, float) and math.isnan(value) else value
+            for name, value in _numbers(row).items()
         }
         writer.writerow({**numbers, **facts})
     return file.getvalue()
@@ -236,7 +244,11 @@ def _spread(spread: Spread, digits: int) -> str:
 
 
 def _saved(row: Row) -> str:
-    return "–" if math.isnan(row.saved) else f"{row.saved / 2**20:.1f} ({row.saved / row.plain_saved:.2f})"
+    return (
+        "–"
+        if math.isnan(row.saved)
+        else f"{row.saved / 2**20:.1f} ({row.saved / row.plain_saved:.2f})"
+    )
 
 
 def _latency(time: Spread, speedup: Spread, digits: int) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tdm_lightning.compare.runtime import Run
 from tdm_lightning.vit import TokenReducedViT
 
-#: A pass that is shorter than this is repeated until this many seconds are filled, and counts as their mean.
+#: A pass that is shorter than this is repeated until this many seconds are filled, and counts as
+#: their mean.
 LEAST_SECONDS = 0.05
 
 
@@ -26,7 +27,8 @@ class Sample:
     Attributes:
         batch: seconds for a pass of the whole batch.
         single: seconds for a pass of its first image alone.
-        step: seconds for a forward and backward pass of the batch in training mode; NaN where that is not asked for.
+        step: seconds for a forward and backward pass of the batch in training mode; NaN where that
+            is not asked for.
     """
 
     batch: float
@@ -56,7 +58,9 @@ def seconds(model: Run, images: Tensor, passes: int = 1) -> float:
 
 
 def step_seconds(model: nn.Module, images: Tensor) -> float:
-    """Time of one forward and backward pass in training mode, without optimizer, teacher or the strategy's own losses."""
+    """Time of one forward and backward pass in training mode, without optimizer, teacher or the
+    strategy's own losses.
+    """
     model.train()
     wait_for(images.device)
     start = perf_counter()
@@ -74,7 +78,9 @@ _OWN = ("begin", "before_block", "after_attention", "after_block", "finish")
 
 @torch.inference_mode()
 def own_share(model: nn.Module, images: Tensor, passes: int) -> float:
-    """Median share of a forward pass that is spent in the strategy's hooks and observing attention; NaN for a plain model."""
+    """Median share of a forward pass that is spent in the strategy's hooks and observing attention;
+    NaN for a plain model.
+    """
     if not isinstance(model, TokenReducedViT):
         return math.nan
     shares = []
@@ -103,15 +109,18 @@ def interleaved_rounds(
     advance: Callable[[], None] = lambda: None,
     training: bool = False,
 ) -> Iterator[Round]:
-    """Time all models in each round, so that whatever slows the machine for a while slows them alike.
+    """Time all models in each round, so that whatever slows the machine for a while slows them
+    alike.
 
     Every other round runs in the opposite order: no model always follows the same one.
 
     Args:
-        models: forward passes, of models ready for evaluation on the images' device; with ``training`` the models themselves.
+        models: forward passes, of models ready for evaluation on the images' device; with
+            ``training`` the models themselves.
         images: the batch, B×C×H×W.
         rounds: how many to time.
-        warmup: rounds before them, which are not counted but tell how often short passes must be repeated.
+        warmup: rounds before them, which are not counted but tell how often short passes must be
+            repeated.
         advance: called after each model.
         training: time a training step too, whose gradients are thrown away.
 
@@ -124,11 +133,17 @@ def interleaved_rounds(
         order = range(len(models)) if number % 2 == 0 else range(len(models) - 1, -1, -1)
         found: dict[int, Sample] = {}
         for index in order:
-            batch, single = (seconds(models[index], x, n) for x, n in zip(inputs, passes[index], strict=True))
+            batch, single = (
+                seconds(models[index], x, n) for x, n in zip(inputs, passes[index], strict=True)
+            )
             step = step_seconds(models[index], images) if training else math.nan  # type: ignore[arg-type]
             found[index] = Sample(batch, single, step)
-            if number < warmup:  # the last warm-up round decides: the first one also loads and tunes kernels
-                passes[index] = [max(1, math.ceil(LEAST_SECONDS / time)) for time in (batch, single)]
+            if (
+                number < warmup
+            ):  # the last warm-up round decides: the first one also loads and tunes kernels
+                passes[index] = [
+                    max(1, math.ceil(LEAST_SECONDS / time)) for time in (batch, single)
+                ]
             advance()
         if number >= warmup:
             yield [found[index] for index in range(len(models))]

@@ -1,4 +1,6 @@
-"""Image classification sets from Hugging Face ``datasets``, prepared the way a timm model wants them."""
+"""Image classification sets from Hugging Face ``datasets``, prepared the way a timm model wants
+them.
+"""
 
 from tdm_lightning.data.module import ImageNetDataModule
 

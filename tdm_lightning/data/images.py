@@ -27,7 +27,8 @@ _NO_LABEL = -1
 
 
 def decode(value: Any, mode: str) -> Image.Image:
-    """A PIL image from encoded bytes, a path, or a dict with ``bytes`` or ``path``, turned upright as its EXIF data says.
+    """A PIL image from encoded bytes, a path, or a dict with ``bytes`` or ``path``, turned upright
+    as its EXIF data says.
 
     Args:
         value: what the image column holds.
@@ -78,14 +79,16 @@ class RowReader:
         label = row[self.label_column]
         if label is None or label < 0 or (self.classes is not None and label >= self.classes):
             raise ValueError(
-                f"column {self.label_column!r} holds the label {label}, but labels must lie in 0…{(self.classes or 1) - 1}; "
-                f"splits without labels can only be predicted; num_classes sets the number of classes"
+                f"column {self.label_column!r} holds the label {label}, but labels must lie in"
+                f" 0…{(self.classes or 1) - 1}; splits without labels can only be predicted;"
+                " num_classes sets the number of classes"
             )
         return int(label)
 
 
 class CorruptImages:
-    """Reports images that cannot be decoded, and ends the run when there are too many; counts over all workers of a process.
+    """Reports images that cannot be decoded, and ends the run when there are too many; counts over
+    all workers of a process.
 
     Args:
         limit: how many are tolerated.
@@ -112,7 +115,7 @@ class CorruptImages:
         if total > self.limit:
             raise ValueError(
                 f"{message}; corrupt images so far: {total}, max_corrupt_images: {self.limit}; "
-                f"repair the data, or raise max_corrupt_images to skip more"
+                "repair the data, or raise max_corrupt_images to skip more"
             ) from error
         warnings.warn(f"{message}: skipped; {total} of at most {self.limit} so far", stacklevel=3)
 
@@ -134,19 +137,28 @@ class Pass:
 
 
 class ImageDataset(Pass, Dataset[Sample | None]):
-    """The images of a split that can be indexed. An index beyond the last is another copy: ``i`` is image ``i % length``.
+    """The images of a split that can be indexed. An index beyond the last is another copy: ``i`` is
+    image ``i % length``.
 
     Args:
         rows: the split.
         reader: makes tensors of its rows.
-        corrupt: hears of images that cannot be decoded; with one counter per row, so that each counts once in all epochs.
-        replace: give the next image in the place of one that cannot be decoded, so that batches keep their size (training);
-            otherwise give ``None``, so that every image counts once (evaluation).
-        seed: of the transform, with the pass and the index; ``None``: it draws from the random numbers of the process.
+        corrupt: hears of images that cannot be decoded; with one counter per row, so that each
+            counts once in all epochs.
+        replace: give the next image in the place of one that cannot be decoded, so that batches
+            keep their size (training); otherwise give ``None``, so that every image counts once
+            (evaluation).
+        seed: of the transform, with the pass and the index; ``None``: it draws from the random
+            numbers of the process.
     """
 
     def __init__(
-        self, rows: datasets.Dataset, reader: RowReader, corrupt: CorruptImages, replace: bool, seed: int | None = None
+        self,
+        rows: datasets.Dataset,
+        reader: RowReader,
+        corrupt: CorruptImages,
+        replace: bool,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.rows = rows
@@ -176,7 +188,9 @@ class ImageDataset(Pass, Dataset[Sample | None]):
                     return None
             else:
                 return self.reader.transform(image), self.reader.label(row)
-        raise ValueError(f"none of the {len(self)} images of split {self.corrupt.split!r} can be decoded")
+        raise ValueError(
+            f"none of the {len(self)} images of split {self.corrupt.split!r} can be decoded"
+        )
 
 
 class ImageStream(Pass, IterableDataset[Sample]):
@@ -187,10 +201,11 @@ class ImageStream(Pass, IterableDataset[Sample]):
         reader: makes tensors of its rows.
         corrupt: hears of images that cannot be decoded; with one counter per worker, for one pass.
         batch_size: images per batch.
-        batches: batches that this process needs in a pass: shorter streams start over; ``None``: as many as there are.
+        batches: batches that this process needs in a pass: shorter streams start over; ``None``: as
+            many as there are.
         cycle: without ``batches``, start over without end.
-        seed: of the transform, with the pass, the worker and the place in its stream; ``None``: it draws from the random
-            numbers of the process.
+        seed: of the transform, with the pass, the worker and the place in its stream; ``None``: it
+            draws from the random numbers of the process.
     """
 
     def __init__(
@@ -229,7 +244,9 @@ class ImageStream(Pass, IterableDataset[Sample]):
         if self.batches is None:
             rows = self._cycled(worker) if self.cycle else self._once(worker)
         else:
-            rows = islice(self._cycled(worker), worker_share(self.batches, worker, workers) * self.batch_size)
+            rows = islice(
+                self._cycled(worker), worker_share(self.batches, worker, workers) * self.batch_size
+            )
         for place, (image, label) in enumerate(rows):
             yield self._transformed(image, worker, place), label
 
@@ -269,7 +286,8 @@ def _named(value: Any) -> str:
 
 
 def collate(samples: Sequence[Sample | None]) -> tuple[Tensor, Tensor] | None:
-    """A batch of images B×C×H×W, float32, and labels B, int64, of those that could be read; ``None`` where there are none.
+    """A batch of images B×C×H×W, float32, and labels B, int64, of those that could be read;
+    ``None`` where there are none.
 
     >>> images, labels = collate([(torch.zeros(3, 8, 8), 4), None])
     >>> images.shape, labels

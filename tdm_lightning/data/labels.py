@@ -30,20 +30,26 @@ def check_columns(features: Features, image_column: str, label_column: str | Non
             )
     image = features[image_column]
     raw = isinstance(image, dict) and {"bytes", "path"} & set(image)
-    if not (isinstance(image, Image) or raw or (isinstance(image, Value) and image.dtype in _RAW_IMAGES)):
-        raise TypeError(f"column {image_column!r} must hold images, encoded bytes or paths, but holds {_described(image)}")
+    if not (
+        isinstance(image, Image) or raw or (isinstance(image, Value) and image.dtype in _RAW_IMAGES)
+    ):
+        raise TypeError(
+            f"column {image_column!r} must hold images, encoded bytes or paths, but holds"
+            f" {_described(image)}"
+        )
     if label_column is None or isinstance(features[label_column], ClassLabel):
         return
     label = features[label_column]
     if not isinstance(label, Value) or "int" not in label.dtype:
         raise TypeError(
-            f"column {label_column!r} must hold classes as integers or ClassLabel, but holds {_described(label)}; "
-            f"datasets' class_encode_column turns names into classes"
+            f"column {label_column!r} must hold classes as integers or ClassLabel, but holds"
+            f" {_described(label)}; datasets' class_encode_column turns names into classes"
         )
 
 
 def class_names(features: Features, label_column: str) -> list[str] | None:
-    """Names of the classes where the column knows them; ImageNet's WordNet identifiers are put into words.
+    """Names of the classes where the column knows them; ImageNet's WordNet identifiers are put into
+    words.
 
     >>> class_names(Features({"label": ClassLabel(names=["n01440764", "n01443537"])}), "label")
     ['tench, Tinca tinca', 'goldfish, Carassius auratus']
@@ -57,8 +63,11 @@ def class_names(features: Features, label_column: str) -> list[str] | None:
     return list(label.names)
 
 
-def check_classes(train: Iterable[int], other: Iterable[int], split: str | None, names: list[str] | None) -> None:
-    """Refuse to train where there is nothing to tell apart, or where evaluation asks for classes that were never seen.
+def check_classes(
+    train: Iterable[int], other: Iterable[int], split: str | None, names: list[str] | None
+) -> None:
+    """Refuse to train where there is nothing to tell apart, or where evaluation asks for classes
+    that were never seen.
 
     Args:
         train: the labels of the training images.
@@ -71,19 +80,23 @@ def check_classes(train: Iterable[int], other: Iterable[int], split: str | None,
     """
 
     def named(labels: Iterable[int]) -> str:
-        listed = [repr(names[label]) if names and 0 <= label < len(names) else str(label) for label in sorted(labels)]
+        listed = [
+            repr(names[label]) if names and 0 <= label < len(names) else str(label)
+            for label in sorted(labels)
+        ]
         return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
 
     seen = set(train)
     unseen = set(other) - seen
     if unseen:
         raise ValueError(
-            f"the splits have different classes: {split!r} has {named(unseen)}, "
-            f"which the training split (with {named(seen)}) lacks; every class needs training images"
+            f"the splits have different classes: {split!r} has {named(unseen)}, which the training"
+            f" split (with {named(seen)}) lacks; every class needs training images"
         )
     if len(seen) < 2:
         raise ValueError(
-            f"all training images have one class, {named(seen)}; expected at least two (in a folder: one subfolder per class)"
+            f"all training images have one class, {named(seen)}; expected at least two (in a"
+            " folder: one subfolder per class)"
         )
 
 

@@ -14,15 +14,18 @@ from tdm_lightning.data.sampling import TrainingOrder
 
 
 class ImageLoader(DataLoader):
-    """A ``DataLoader`` that leaves out batches without an image, gives tuples, numbers its passes and can go on within one.
+    """A ``DataLoader`` that leaves out batches without an image, gives tuples, numbers its passes
+    and can go on within one.
 
-    Each pass has an order and an augmentation of its own, which follow from the pass's number alone. :meth:`state_dict` tells
-    the pass and how many of its batches were given out, whatever workers have prepared beyond them; after
-    :meth:`load_state_dict` the next pass goes on from there. In a Trainer, :meth:`follow` makes the Trainer's own count decide,
-    which it restores with any of its checkpoints.
+    Each pass has an order and an augmentation of its own, which follow from the pass's number
+    alone. :meth:`state_dict` tells the pass and how many of its batches were given out, whatever
+    workers have prepared beyond them; after :meth:`load_state_dict` the next pass goes on from
+    there. In a Trainer, :meth:`follow` makes the Trainer's own count decide, which it restores with
+    any of its checkpoints.
 
-    Images that are indexed are picked up where they were left at once. A stream is read again up to there: with as many workers
-    and processes as before it then gives the same images, at the price of loading those already seen.
+    Images that are indexed are picked up where they were left at once. A stream is read again up to
+    there: with as many workers and processes as before it then gives the same images, at the price
+    of loading those already seen.
     """
 
     # Set here, since Lightning makes loaders anew from the arguments of their constructor.
@@ -54,7 +57,9 @@ class ImageLoader(DataLoader):
         self._epoch, self._given, self._begun = self._epoch + 1, 0, False
 
     def _find_place(self) -> None:
-        """Set the pass and how many of its batches are behind us; a pass that was left early is over."""
+        """Set the pass and how many of its batches are behind us; a pass that was left early is
+        over.
+        """
         trainer = self._trainer
         if trainer is not None and trainer.training and trainer.train_dataloader is self:
             self._epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]

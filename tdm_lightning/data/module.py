@@ -1,4 +1,6 @@
-"""The LightningDataModule: any image classification set that ``datasets`` reads, prepared for a timm model."""
+"""The LightningDataModule: any image classification set that ``datasets`` reads, prepared for a
+timm model.
+"""
 
 from __future__ import annotations
 
@@ -14,68 +16,97 @@ from tdm_lightning.data.images import CorruptImages, ImageDataset, ImageStream, 
 from tdm_lightning.data.labels import check_classes, check_columns, class_names
 from tdm_lightning.data.loader import ImageLoader
 from tdm_lightning.data.rows import Rows, choose_split, encoded, features_of, hold_out
-from tdm_lightning.data.sampling import RepeatedAugmentation, TrainingOrder, batches_per_process, stream_part, stream_size
+from tdm_lightning.data.sampling import (
+    RepeatedAugmentation,
+    TrainingOrder,
+    batches_per_process,
+    stream_part,
+    stream_size,
+)
 from tdm_lightning.data.sources import Location, Splits, hub_features, load_splits
-from tdm_lightning.data.transforms import Transform, eval_transform, image_mode, resolve_config, train_transform
+from tdm_lightning.data.transforms import (
+    Transform,
+    eval_transform,
+    image_mode,
+    resolve_config,
+    train_transform,
+)
 from tdm_lightning.randomness import run_seed
 
 
 class ImageNetDataModule(LightningDataModule):
-    """Image classification data by Hugging Face ``datasets``. Batches are ``(images B×C×H×W float32, labels B int64)``.
+    """Image classification data by Hugging Face ``datasets``. Batches are ``(images B×C×H×W
+    float32, labels B int64)``.
 
-    The images are prepared as the timm model's own data config says; training uses DeiT's augmentation. To change either,
-    override :meth:`train_transform` or :meth:`eval_transform`.
+    The images are prepared as the timm model's own data config says; training uses DeiT's
+    augmentation. To change either, override :meth:`train_transform` or :meth:`eval_transform`.
 
-    An image that cannot be decoded is reported with its index and skipped: training takes the next one in its place, evaluation
-    leaves it out. Under DDP every process gets equally many training batches: map-style sets are padded;
-    streams give each process ``size // (batch_size × processes)`` batches, starting over where a process's shards are shorter,
-    if the set's description tells its size, and otherwise need an integer ``trainer.limit_train_batches``. In evaluation a
-    stream gives every image once, map-style sets are padded likewise.
+    An image that cannot be decoded is reported with its index and skipped: training takes the next
+    one in its place, evaluation leaves it out. Under DDP every process gets equally many training
+    batches: map-style sets are padded; streams give each process ``size // (batch_size ×
+    processes)`` batches, starting over where a process's shards are shorter, if the set's
+    description tells its size, and otherwise need an integer ``trainer.limit_train_batches``. In
+    evaluation a stream gives every image once, map-style sets are padded likewise.
 
-    Order and augmentation of training images follow from the run's seed (``seed_everything``), ``seed``, epoch and index, on
-    any number of workers and processes: a run that goes on within an epoch sees what it would have seen. Streams that tell
-    their size do so on as many of them as before, see :class:`~tdm_lightning.data.loader.ImageLoader`.
+    Order and augmentation of training images follow from the run's seed (``seed_everything``),
+    ``seed``, epoch and index, on any number of workers and processes: a run that goes on within an
+    epoch sees what it would have seen. Streams that tell their size do so on as many of them as
+    before, see :class:`~tdm_lightning.data.loader.ImageLoader`.
 
     Args:
-        dataset: name on the Hugging Face hub; a folder (of images as ``SPLIT/CLASS/IMAGE``, or of parquet, arrow or webdataset
-            files); a file, a glob pattern or a list of them (all in the split ``train``); those by split, as in
-            ``{train: "a/*.parquet", validation: "b/*.parquet"}``; or ``"digits"``, scikit-learn's 8×8 digits.
-        format: ``hub``, ``imagefolder``, ``parquet``, ``arrow``, ``webdataset``, ``idx`` (MNIST's files) or ``digits``;
-            ``None``: by what is there.
+        dataset: name on the Hugging Face hub; a folder (of images as ``SPLIT/CLASS/IMAGE``, or of
+            parquet, arrow or webdataset files); a file, a glob pattern or a list of them (all in
+            the split ``train``); those by split, as in ``{train: "a/*.parquet", validation:
+            "b/*.parquet"}``; or ``"digits"``, scikit-learn's 8×8 digits.
+        format: ``hub``, ``imagefolder``, ``parquet``, ``arrow``, ``webdataset``, ``idx`` (MNIST's
+            files) or ``digits``; ``None``: by what is there.
         name: configuration of a set on the hub that has several.
-        image_column: name of the column with images, encoded bytes or paths; in webdatasets a file extension like ``jpg``.
-        label_column: name of the column with classes, ``ClassLabel`` or integers from 0; in webdatasets for instance ``cls``.
+        image_column: name of the column with images, encoded bytes or paths; in webdatasets a file
+            extension like ``jpg``.
+        label_column: name of the column with classes, ``ClassLabel`` or integers from 0; in
+            webdatasets for instance ``cls``.
         train_split: name of the split to train on.
         val_split: name of the split to validate on; ``None``: no validation.
-        test_split: name of the split to test and predict on; ``None``: the validation split, as is usual for ImageNet,
-            whose test images have no labels.
-        val_holdout: share of the training images, stratified, to validate on in place of ``val_split``; 0: none.
-        streaming: read while training, without preparing a copy first; shuffles in a buffer, uses at most a worker per shard.
+        test_split: name of the split to test and predict on; ``None``: the validation split, as is
+            usual for ImageNet, whose test images have no labels.
+        val_holdout: share of the training images, stratified, to validate on in place of
+            ``val_split``; 0: none.
+        streaming: read while training, without preparing a copy first; shuffles in a buffer, uses
+            at most a worker per shard.
         shuffle_buffer: encoded images among which a stream is shuffled, per worker.
-        num_classes: number of classes; ``None``: what the labels say. Needed for streams of plain integers.
-        model: timm's name of the model that the images are for; ``None``: 224² with ImageNet's mean and deviation.
-        model_kwargs: what the model is created with: ``img_size`` and ``in_chans`` count here; 1 channel: grey images.
-        crop_pct: share of the resized image that evaluation's centre crop keeps; ``None``: the model's own. Papers use 0.875.
+        num_classes: number of classes; ``None``: what the labels say. Needed for streams of plain
+            integers.
+        model: timm's name of the model that the images are for; ``None``: 224² with ImageNet's
+            mean and deviation.
+        model_kwargs: what the model is created with: ``img_size`` and ``in_chans`` count here; 1
+            channel: grey images.
+        crop_pct: share of the resized image that evaluation's centre crop keeps; ``None``: the
+            model's own. Papers use 0.875.
         augment: ``False`` prepares training images like those of evaluation.
         auto_augment: timm's name of an augmentation policy; ``None``: none.
         color_jitter: strength of colour jitter, where ``auto_augment`` is ``None``.
         hflip: probability of a horizontal flip.
         scale: smallest and largest share of an image's area that a random crop takes.
         ratio: smallest and largest aspect ratio of a random crop.
-        interpolation: of random crops, such as ``bicubic`` or ``random``; ``None``: the model's own.
+        interpolation: of random crops, such as ``bicubic`` or ``random``; ``None``: the model's
+            own.
         re_prob: probability of random erasing.
-        repeated_augmentation: copies of an image per epoch (DeiT: 3), the epoch keeping its length; 0: off.
-        max_corrupt_images: images that may be skipped, per split and process, before it is an error.
+        repeated_augmentation: copies of an image per epoch (DeiT: 3), the epoch keeping its length;
+            0: off.
+        max_corrupt_images: images that may be skipped, per split and process, before it is an
+            error.
         batch_size: images per training batch, per process.
         eval_batch_size: images per batch otherwise; ``None``: the same.
         num_workers: worker processes that load images; 0: none.
         pin_memory: pin batches in memory where there is an accelerator.
         persistent_workers: keep the workers from epoch to epoch.
         cache_dir: where prepared copies are kept; ``None``: datasets' own place.
-        seed: of the hold-out; and, added to the run's own, of the order and augmentation of training images.
+        seed: of the hold-out; and, added to the run's own, of the order and augmentation of
+            training images.
 
     Raises:
-        ValueError: for a setting out of range, or from :meth:`setup` for data that is missing or does not fit.
+        ValueError: for a setting out of range, or from :meth:`setup` for data that is missing or
+            does not fit.
         TypeError: for columns that do not hold images and classes.
     """
 
@@ -119,7 +150,10 @@ class ImageNetDataModule(LightningDataModule):
         super().__init__()
         check_count(batch_size, "batch_size")
         check_count(shuffle_buffer, "shuffle_buffer")
-        for count, what in ((num_workers, "num_workers"), (max_corrupt_images, "max_corrupt_images")):
+        for count, what in (
+            (num_workers, "num_workers"),
+            (max_corrupt_images, "max_corrupt_images"),
+        ):
             check_count(count, what, least=0)
         check_count(repeated_augmentation, "repeated_augmentation", least=0)
         if eval_batch_size is not None:
@@ -127,13 +161,19 @@ class ImageNetDataModule(LightningDataModule):
         if num_classes is not None:
             check_count(num_classes, "num_classes")
         if not 0 <= val_holdout < 1:
-            raise ValueError(f"val_holdout must lie in [0, 1), a share of the training images, got {val_holdout}")
+            raise ValueError(
+                f"val_holdout must lie in [0, 1), a share of the training images, got {val_holdout}"
+            )
         if crop_pct is not None and not 0 < crop_pct <= 1:
             raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
         if streaming and (val_holdout or repeated_augmentation):
             what = "val_holdout" if val_holdout else "repeated_augmentation"
-            raise ValueError(f"{what} picks images by index, which a stream does not have: set {what}=0 or streaming=false")
-        # Not logged: `model` and `num_classes` are also hyperparameters of the LightningModule, with other values.
+            raise ValueError(
+                f"{what} picks images by index, which a stream does not have: set {what}=0 or"
+                " streaming=false"
+            )
+        # Not logged: `model` and `num_classes` are also hyperparameters of the LightningModule,
+        # with other values.
         self.save_hyperparameters(logger=False)
         self.data_config = resolve_config(model, model_kwargs, crop_pct)
         self._rows: dict[str, Rows] = {}
@@ -146,7 +186,9 @@ class ImageNetDataModule(LightningDataModule):
         if not hp.augment:
             return self.eval_transform()
         names = ("auto_augment", "color_jitter", "hflip", "scale", "ratio", "re_prob")
-        return train_transform(self.data_config, hp.interpolation, **{name: hp[name] for name in names})
+        return train_transform(
+            self.data_config, hp.interpolation, **{name: hp[name] for name in names}
+        )
 
     def eval_transform(self) -> Transform:
         """Makes a tensor of an image of the other splits."""
@@ -169,12 +211,17 @@ class ImageNetDataModule(LightningDataModule):
         rows = choose_split(self._splits, hp.train_split)
         check_columns(features_of(rows), hp.image_column, hp.label_column)
         if not isinstance(rows, datasets.Dataset):
-            raise ValueError(f"a stream does not tell how many classes column {hp.label_column!r} has: set num_classes")
+            raise ValueError(
+                f"a stream does not tell how many classes column {hp.label_column!r} has: set"
+                " num_classes"
+            )
         return max(rows.unique(hp.label_column)) + 1
 
     @property
     def label_names(self) -> list[str] | None:
-        """Names of the classes; ``None`` where the data has none or another number of them than ``num_classes``."""
+        """Names of the classes; ``None`` where the data has none or another number of them than
+        ``num_classes``.
+        """
         names = self._class_names
         return names if names is not None and len(names) == self.num_classes else None
 
@@ -220,7 +267,9 @@ class ImageNetDataModule(LightningDataModule):
         return bool(self.hparams.val_holdout) or self.hparams.val_split is not None
 
     def _open(self, part: str) -> Rows:
-        """The rows of ``train``, ``val``, ``test`` or ``predict``, opened once; those to predict need no labels."""
+        """The rows of ``train``, ``val``, ``test`` or ``predict``, opened once; those to predict
+        need no labels.
+        """
         if part not in self._rows:
             hp = self.hparams
             held_out = self._held_out(part)
@@ -235,7 +284,9 @@ class ImageNetDataModule(LightningDataModule):
 
     def _held_out(self, part: str) -> bool:
         """Whether it is one of the two parts of the training split."""
-        return bool(self.hparams.val_holdout) and (part in ("train", "val") or self.hparams.test_split is None)
+        return bool(self.hparams.val_holdout) and (
+            part in ("train", "val") or self.hparams.test_split is None
+        )
 
     def _split_name(self, part: str) -> str:
         hp = self.hparams
@@ -252,7 +303,8 @@ class ImageNetDataModule(LightningDataModule):
         """Shuffled, augmented training images; in a Trainer, from where its training stands.
 
         Raises:
-            ValueError: as :meth:`setup`; for a stream of unknown size in several processes without a number of batches.
+            ValueError: as :meth:`setup`; for a stream of unknown size in several processes without
+                a number of batches.
         """
         loader = self._loader("train", self.train_transform())
         if self.trainer is not None:
@@ -287,30 +339,38 @@ class ImageNetDataModule(LightningDataModule):
     def _map_loader(self, part: str, rows: datasets.Dataset, reader: RowReader) -> ImageLoader:
         hp, training = self.hparams, part == "train"
         corrupt = CorruptImages(hp.max_corrupt_images, len(rows), self._described(part))
-        images = ImageDataset(rows, reader, corrupt, replace=training, seed=self._seed if training else None)
+        images = ImageDataset(
+            rows, reader, corrupt, replace=training, seed=self._seed if training else None
+        )
         rank, processes = self._place()
         sampler: TrainingOrder | None = None
         if training and hp.repeated_augmentation:
-            sampler = RepeatedAugmentation(images, hp.repeated_augmentation, rank, processes, self._seed)
+            sampler = RepeatedAugmentation(
+                images, hp.repeated_augmentation, rank, processes, self._seed
+            )
         elif training:
             sampler = TrainingOrder(images, rank, processes, self._seed)
         return ImageLoader(
             images,
             sampler=sampler,
-            # A last batch of few images would weigh as much as a full one; but a small set has no other.
+            # A last batch of few images would weigh as much as a full one; but a small set has no
+            # other.
             drop_last=training and len(rows) >= hp.batch_size * processes,
             **self._shared(training, hp.num_workers),
         )
 
-    def _stream_loader(self, part: str, rows: datasets.IterableDataset, reader: RowReader) -> ImageLoader:
+    def _stream_loader(
+        self, part: str, rows: datasets.IterableDataset, reader: RowReader
+    ) -> ImageLoader:
         hp, training = self.hparams, part == "train"
         rank, processes = self._place()
         size = stream_size(rows, hp.train_split) if training else None
         limited = self.trainer is not None and isinstance(self.trainer.limit_train_batches, int)
         if training and size is None and processes > 1 and not limited:
             raise ValueError(
-                "the description of this stream does not tell how many images it has, so the processes could not stop "
-                "together: set trainer.limit_train_batches to the number of batches per epoch, or streaming=false"
+                "the description of this stream does not tell how many images it has, so the"
+                " processes could not stop together: set trainer.limit_train_batches to the number"
+                " of batches per epoch, or streaming=false"
             )
         rows = stream_part(rows, rank, processes)
         if training:
@@ -329,7 +389,9 @@ class ImageNetDataModule(LightningDataModule):
 
     def _described(self, part: str) -> str:
         """What messages call the images of a part."""
-        return self._split_name(part) + (f" ({'kept' if part == 'train' else 'held-out'} part)" if self._held_out(part) else "")
+        return self._split_name(part) + (
+            f" ({'kept' if part == 'train' else 'held-out'} part)" if self._held_out(part) else ""
+        )
 
     @property
     def _seed(self) -> int:
@@ -338,13 +400,17 @@ class ImageNetDataModule(LightningDataModule):
 
     def _place(self) -> tuple[int, int]:
         """This process's number and the number of processes."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return (
+            (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        )
 
     def _shared(self, training: bool, workers: int) -> dict[str, Any]:
         """What all loaders have in common."""
         hp = self.hparams
         return {
-            "batch_size": hp.batch_size if training or hp.eval_batch_size is None else hp.eval_batch_size,
+            "batch_size": (
+                hp.batch_size if training or hp.eval_batch_size is None else hp.eval_batch_size
+            ),
             "num_workers": workers,
             "pin_memory": hp.pin_memory and torch.accelerator.is_available(),
             "persistent_workers": hp.persistent_workers and workers > 0,

@@ -26,14 +26,16 @@ def choose_split(splits: Splits, split: str) -> Rows:
     """
     if split not in splits:
         raise ValueError(
-            f"the data set has no split {split!r}; its splits are {', '.join(map(repr, splits))}: set train_split, val_split "
-            f"and test_split, or val_holdout to validate on a part of the training images"
+            f"the data set has no split {split!r}; its splits are {', '.join(map(repr, splits))}:"
+            " set train_split, val_split and test_split, or val_holdout to validate on a part of"
+            " the training images"
         )
     return splits[split]
 
 
 def encoded(rows: Rows, split: str, image_column: str, label_column: str | None) -> Rows:
-    """The two columns that count; images are left encoded, so that one which cannot be decoded is known by its index.
+    """The two columns that count; images are left encoded, so that one which cannot be decoded is
+    known by its index.
 
     Args:
         rows: the split.
@@ -49,23 +51,31 @@ def encoded(rows: Rows, split: str, image_column: str, label_column: str | None)
     check_columns(features, image_column, label_column)
     if isinstance(rows, datasets.Dataset) and len(rows) == 0:
         raise ValueError(f"split {split!r} of the data set is empty")
-    rows = rows.select_columns([image_column] if label_column is None else [image_column, label_column])
+    rows = rows.select_columns(
+        [image_column] if label_column is None else [image_column, label_column]
+    )
     if isinstance(features[image_column], datasets.Image):
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
     return rows
 
 
-def hold_out(rows: datasets.Dataset, share: float, label_column: str, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Split off a share of the rows, the same of every class of a ``ClassLabel`` column; gives the rest and the share.
+def hold_out(
+    rows: datasets.Dataset, share: float, label_column: str, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Split off a share of the rows, the same of every class of a ``ClassLabel`` column; gives the
+    rest and the share.
 
     Raises:
         ValueError: if the share cannot hold every class.
     """
-    by_class = label_column if isinstance(rows.features[label_column], datasets.ClassLabel) else None
+    by_class = (
+        label_column if isinstance(rows.features[label_column], datasets.ClassLabel) else None
+    )
     try:
         halves = rows.train_test_split(share, stratify_by_column=by_class, seed=seed)
     except ValueError as error:
         raise ValueError(
-            f"val_holdout={share} of {len(rows)} images cannot hold the same share of every class: {error}"
+            f"val_holdout={share} of {len(rows)} images cannot hold the same share of every class:"
+            f" {error}"
         ) from error
     return halves["train"], halves["test"]

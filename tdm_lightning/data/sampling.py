@@ -12,9 +12,11 @@ from torch.utils.data import Dataset, DistributedSampler
 
 
 class TrainingOrder(DistributedSampler):
-    """A shuffled split, spread over the processes; each epoch has its own order, and can begin anywhere in it.
+    """A shuffled split, spread over the processes; each epoch has its own order, and can begin
+    anywhere in it.
 
-    A ``DistributedSampler`` by type in one process too, so Lightning tells it the epoch and leaves it in place.
+    A ``DistributedSampler`` by type in one process too, so Lightning tells it the epoch and leaves
+    it in place.
 
     Args:
         dataset: the images.
@@ -23,7 +25,8 @@ class TrainingOrder(DistributedSampler):
         seed: of the order.
 
     Attributes:
-        start: how many of this process's images the next pass leaves out, those that were already seen.
+        start: how many of this process's images the next pass leaves out, those that were already
+            seen.
     """
 
     def __init__(self, dataset: Dataset, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
@@ -39,10 +42,11 @@ class TrainingOrder(DistributedSampler):
 
 
 class RepeatedAugmentation(RepeatAugSampler, TrainingOrder):
-    """timm's repeated augmentation: several differently augmented copies of an image, spread over the processes.
+    """timm's repeated augmentation: several differently augmented copies of an image, spread over
+    the processes.
 
-    An epoch keeps its length, so it shows ``1/repeats`` of the images. In one process the copies of an image follow each other.
-    Copy ``c`` of image ``i`` is the index ``i + c * len(dataset)``.
+    An epoch keeps its length, so it shows ``1/repeats`` of the images. In one process the copies of
+    an image follow each other. Copy ``c`` of image ``i`` is the index ``i + c * len(dataset)``.
 
     Args:
         dataset: the images.
@@ -52,8 +56,12 @@ class RepeatedAugmentation(RepeatAugSampler, TrainingOrder):
         seed: of the order.
     """
 
-    def __init__(self, dataset: Dataset, repeats: int, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
-        RepeatAugSampler.__init__(self, dataset, num_replicas=world_size, rank=rank, num_repeats=repeats)
+    def __init__(
+        self, dataset: Dataset, repeats: int, rank: int = 0, world_size: int = 1, seed: int = 0
+    ) -> None:
+        RepeatAugSampler.__init__(
+            self, dataset, num_replicas=world_size, rank=rank, num_repeats=repeats
+        )
         self.seed = seed
         self.start = 0
         self.set_epoch(0)
@@ -73,7 +81,9 @@ class RepeatedAugmentation(RepeatAugSampler, TrainingOrder):
 
 
 def stream_part(stream: IterableDataset, rank: int, world_size: int) -> IterableDataset:
-    """The part of a stream that one process reads: whole shards if they divide evenly, else every ``world_size``-th image."""
+    """The part of a stream that one process reads: whole shards if they divide evenly, else every
+    ``world_size``-th image.
+    """
     return split_dataset_by_node(stream, rank, world_size) if world_size > 1 else stream
 
 

@@ -38,14 +38,16 @@ def load_splits(
     """Download or prepare a set and give all its splits.
 
     Args:
-        location: name on the Hugging Face hub, a folder, files or glob patterns of files, those by split, or ``"digits"``.
+        location: name on the Hugging Face hub, a folder, files or glob patterns of files, those by
+            split, or ``"digits"``.
         format: one of :data:`FORMATS`; ``None``: see :func:`detect_format`.
         name: configuration of a set on the hub.
         streaming: read while iterating, without preparing a copy first.
         cache_dir: where copies are kept; ``None``: datasets' own place.
 
     Raises:
-        ValueError: if there is nothing at this place, it cannot be read as this format, or access is refused.
+        ValueError: if there is nothing at this place, it cannot be read as this format, or access
+            is refused.
     """
     format = detect_format(location) if format is None else check_choice(format, FORMATS, "format")
     if format in ("digits", "idx"):
@@ -56,15 +58,22 @@ def load_splits(
         return _ask_hub(load_dataset, location, name, **options)
     files = _files(location, format)
     if format == "imagefolder":
-        options["drop_labels"] = False  # by itself it would leave the labels out where it finds a single class
+        options["drop_labels"] = (
+            False  # by itself it would leave the labels out where it finds a single class
+        )
     try:
         return load_dataset(format, **files, **options)
     except (DatasetsError, OSError, ValueError) as error:
-        raise ValueError(f"cannot read {location!r} as {format}: {error.__cause__ or error}") from error
+        raise ValueError(
+            f"cannot read {location!r} as {format}: {error.__cause__ or error}"
+        ) from error
 
 
-def hub_features(location: Location, format: str | None, name: str | None, cache_dir: str | None) -> Features | None:
-    """The columns of a set on the hub, before its images are there; ``None`` where its page does not tell, and for others.
+def hub_features(
+    location: Location, format: str | None, name: str | None, cache_dir: str | None
+) -> Features | None:
+    """The columns of a set on the hub, before its images are there; ``None`` where its page does
+    not tell, and for others.
 
     Raises:
         ValueError: as :func:`load_splits`.
@@ -75,7 +84,8 @@ def hub_features(location: Location, format: str | None, name: str | None, cache
 
 
 def detect_format(location: Location) -> str:
-    """What a location holds, by the first file found there; a name that is no local path is one on the hub.
+    """What a location holds, by the first file found there; a name that is no local path is one on
+    the hub.
 
     Raises:
         ValueError: if it is a path and there is nothing, or nothing known.
@@ -94,7 +104,10 @@ def detect_format(location: Location) -> str:
             if known is not None and not Path(file).name.startswith("metadata."):
                 return known
     found = ", ".join(map(repr, patterns))
-    raise ValueError(f"{found}: no images, .parquet, .arrow, .tar or IDX files there; a folder of images is laid out {_LAYOUT}")
+    raise ValueError(
+        f"{found}: no images, .parquet, .arrow, .tar or IDX files there; a folder of images is laid"
+        f" out {_LAYOUT}"
+    )
 
 
 _LAYOUT = "SPLIT/CLASS/IMAGE, such as train/cat/1.jpg and validation/cat/2.jpg"
@@ -107,8 +120,18 @@ def _folder(location: Location) -> str:
 
 
 def _is_local(location: str) -> bool:
-    looks_local = location.startswith((".", "~", os.sep)) or "://" in location or "\\" in location or location.count("/") > 1
-    return looks_local or has_magic(location) or Path(location).suffix in _SUFFIXES or Path(location).exists()
+    looks_local = (
+        location.startswith((".", "~", os.sep))
+        or "://" in location
+        or "\\" in location
+        or location.count("/") > 1
+    )
+    return (
+        looks_local
+        or has_magic(location)
+        or Path(location).suffix in _SUFFIXES
+        or Path(location).exists()
+    )
 
 
 def _patterns(location: Location) -> Iterator[str]:
@@ -120,16 +143,25 @@ def _patterns(location: Location) -> Iterator[str]:
 
 
 def _matches(pattern: str) -> Iterable[str]:
-    """The files that a pattern means, or those in a folder; what lies elsewhere is taken as given."""
+    """The files that a pattern means, or those in a folder; what lies elsewhere is taken as
+    given.
+    """
     if "://" in pattern:
         return [pattern]
     path = os.path.expanduser(pattern)
     if os.path.isdir(path):
-        return (os.path.join(folder, file) for folder, _, files in os.walk(path) for file in sorted(files))
+        return (
+            os.path.join(folder, file)
+            for folder, _, files in os.walk(path)
+            for file in sorted(files)
+        )
     files = sorted(glob(path, recursive=True))
     if not files:
         what = "no file matches this pattern" if has_magic(pattern) else "no such file or folder"
-        raise ValueError(f"{pattern!r}: {what}; expected a folder, .parquet, .arrow or .tar files, or a name on the hub")
+        raise ValueError(
+            f"{pattern!r}: {what}; expected a folder, .parquet, .arrow or .tar files, or a name on"
+            " the hub"
+        )
     return files
 
 
@@ -148,25 +180,39 @@ def _files(location: Location, format: str) -> dict[str, Any]:
 
 
 def _files_by_split(folder: str, format: str) -> dict[str, list[str]]:
-    """The files of one format, by the splits that ``datasets`` sees in the names of folders and files."""
+    """The files of one format, by the splits that ``datasets`` sees in the names of folders and
+    files.
+    """
     suffixes = [suffix for suffix, known in _SUFFIXES.items() if known == format]
     if not any(Path(file).suffix in suffixes for file in _matches(folder)):
-        raise ValueError(f"{folder!r}: no {' or '.join(suffixes)} files there, which format {format!r} expects")
+        raise ValueError(
+            f"{folder!r}: no {' or '.join(suffixes)} files there, which format {format!r} expects"
+        )
     patterns = sanitize_patterns(get_data_patterns(folder))
     found = DataFilesDict.from_patterns(patterns, base_path=folder, allowed_extensions=suffixes)
     return {split: list(files) for split, files in found.items() if files}
 
 
 def _expanded(patterns: str | list[str]) -> list[str]:
-    paths = (os.path.expanduser(pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns))
+    paths = (
+        os.path.expanduser(pattern)
+        for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+    )
     return [os.path.join(path, "**") if os.path.isdir(path) else path for path in paths]
 
 
 def _streamed(splits: DatasetDict) -> IterableDatasetDict:
-    return IterableDatasetDict({name: split.to_iterable_dataset(num_shards=_STREAM_SHARDS) for name, split in splits.items()})
+    return IterableDatasetDict(
+        {
+            name: split.to_iterable_dataset(num_shards=_STREAM_SHARDS)
+            for name, split in splits.items()
+        }
+    )
 
 
-def _ask_hub(function: Callable[..., Any], location: Location, name: str | None, **options: Any) -> Any:
+def _ask_hub(
+    function: Callable[..., Any], location: Location, name: str | None, **options: Any
+) -> Any:
     """Load from the hub; a refusal says how to mend it."""
     if not isinstance(location, str):
         raise ValueError(f"format 'hub' takes the name of one data set, got {location!r}")
@@ -177,20 +223,25 @@ def _ask_hub(function: Callable[..., Any], location: Location, name: str | None,
 
 
 def _refusal(error: Exception, name: str) -> str:
-    if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError) or "gated" in str(error):
+    if (
+        isinstance(error, GatedRepoError)
+        or isinstance(error.__cause__, GatedRepoError)
+        or "gated" in str(error)
+    ):
         return (
-            f"the data set {name!r} is gated and access was refused: accept its terms at "
-            f"https://huggingface.co/datasets/{name}, then log in with `hf auth login` (or set HF_TOKEN); "
-            f"a local copy can be given as a path instead"
+            f"the data set {name!r} is gated and access was refused: accept its terms at"
+            f" https://huggingface.co/datasets/{name}, then log in with `hf auth login` (or set"
+            " HF_TOKEN); a local copy can be given as a path instead"
         )
     if isinstance(error, DatasetNotFoundError):
         return (
-            f"{name!r} is neither a file or folder here nor a data set you can see on the Hugging Face hub; check the name, "
-            f"or log in with `hf auth login` if it is private"
+            f"{name!r} is neither a file or folder here nor a data set you can see on the Hugging"
+            " Face hub; check the name, or log in with `hf auth login` if it is private"
         )
     if isinstance(error, ConnectionError):
         return (
-            f"the data set {name!r} is neither a file or folder here nor in the cache, and the Hugging Face hub cannot be "
-            f"reached ({error}); check the network, or give a local path"
+            f"the data set {name!r} is neither a file or folder here nor in the cache, and the"
+            f" Hugging Face hub cannot be reached ({error}); check the network, or give a local"
+            " path"
         )
     return f"cannot load the data set {name!r}: {error.__cause__ or error}"

@@ -23,12 +23,15 @@ def resolve_config(
     """How a timm model wants its images.
 
     Args:
-        model: timm's name of the model; ``None``: ImageNet's usual 224² with mean and deviation of ImageNet.
+        model: timm's name of the model; ``None``: ImageNet's usual 224² with mean and deviation of
+            ImageNet.
         model_kwargs: what the model is created with; ``img_size`` and ``in_chans`` count here.
-        crop_pct: share of the resized image that the centre crop keeps, in place of the model's own.
+        crop_pct: share of the resized image that the centre crop keeps, in place of the model's
+            own.
 
     Returns:
-        timm's data config: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
+        timm's data config: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``,
+        ``crop_mode``.
 
     Raises:
         ValueError: if timm does not know the model, or it takes neither RGB nor grey images.
@@ -43,7 +46,10 @@ def resolve_config(
     size = kwargs.get("img_size") or (height, width)
     height, width = (size, size) if isinstance(size, int) else size
     if channels not in _MODES:
-        raise ValueError(f"images are read as RGB or grey, so a model takes 3 or 1 channels, but in_chans is {channels}")
+        raise ValueError(
+            "images are read as RGB or grey, so a model takes 3 or 1 channels, but in_chans is"
+            f" {channels}"
+        )
     chosen = {"input_size": (channels, height, width), "crop_pct": crop_pct}
     return resolve_data_config(chosen, pretrained_cfg=_grey(cfg, channels))
 
@@ -54,7 +60,9 @@ def _pretrained_cfg(model: str) -> dict[str, Any]:
     cfg = get_pretrained_cfg(model)
     if cfg is None:
         near = ", ".join(timm.list_models(f"*{model.split('_')[0]}*")[:5])
-        raise ValueError(f"timm has no model {model!r}" + (f"; similar names: {near}, …" if near else ""))
+        raise ValueError(
+            f"timm has no model {model!r}" + (f"; similar names: {near}, …" if near else "")
+        )
     return cfg.to_dict()
 
 
@@ -76,8 +84,12 @@ def eval_transform(config: Mapping[str, Any]) -> Transform:
     return create_transform(**config)
 
 
-def train_transform(config: Mapping[str, Any], interpolation: str | None = None, **augmentation: Any) -> Transform:
-    """Random crops and what ``augmentation`` names, see ``timm.data.create_transform``; random erasing fills with noise."""
+def train_transform(
+    config: Mapping[str, Any], interpolation: str | None = None, **augmentation: Any
+) -> Transform:
+    """Random crops and what ``augmentation`` names, see ``timm.data.create_transform``; random
+    erasing fills with noise.
+    """
     chosen = {**config, "interpolation": interpolation or config["interpolation"]}
     return _mended(create_transform(**chosen, is_training=True, re_mode="pixel", **augmentation))
 
@@ -85,7 +97,9 @@ def train_transform(config: Mapping[str, Any], interpolation: str | None = None,
 def _mended(transform: Any) -> Any:
     """Timm's strongest posterize keeps 0 bits, which Pillow 13 refuses."""
     for step in transform.transforms:
-        for operation in getattr(step, "ops", None) or chain.from_iterable(getattr(step, "policy", ())):
+        for operation in getattr(step, "ops", None) or chain.from_iterable(
+            getattr(step, "policy", ())
+        ):
             if operation.aug_fn is posterize:
                 operation.aug_fn = _posterize
     return transform

@@ -11,11 +11,12 @@ from tdm_lightning.ops.precision import full_precision
 
 @torch.no_grad()
 def match_alternating(features: Tensor, pairs: int, prefix: int = 1) -> tuple[Tensor, Tensor]:
-    """Send the tokens that have the most similar partner into it (Bolya et al., "Token Merging", ICLR 2023).
+    """Send the tokens that have the most similar partner into it (Bolya et al., "Token Merging",
+    ICLR 2023).
 
-    Patches at even positions of the sequence (the class token is at 0) each propose to their most similar patch at an odd
-    position, by cosine; the ``pairs`` best proposals are accepted. Several may be accepted by the same patch. Prefix tokens
-    take no part.
+    Patches at even positions of the sequence (the class token is at 0) each propose to their most
+    similar patch at an odd position, by cosine; the ``pairs`` best proposals are accepted. Several
+    may be accepted by the same patch. Prefix tokens take no part.
 
     Args:
         features: what is compared, B×T×D, prefix tokens included.
@@ -23,10 +24,12 @@ def match_alternating(features: Tensor, pairs: int, prefix: int = 1) -> tuple[Te
         prefix: number of prefix tokens.
 
     Returns:
-        The group of every patch in ``0…N-pairs-1``, B×N, int64: even patches that stay, in their order, then the odd ones in
-        theirs; and a mask of the patches that share their group, B×N, bool.
+        The group of every patch in ``0…N-pairs-1``, B×N, int64: even patches that stay, in their
+        order, then the odd ones in theirs; and a mask of the patches that share their group, B×N,
+        bool.
 
-    >>> match_alternating(torch.tensor([[[0.0, 1.0], [1.0, 0.0], [2.0, 0.1], [0.0, 3.0]]]), pairs=1)[0]
+    >>> keys = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [2.0, 0.1], [0.0, 3.0]]])
+    >>> match_alternating(keys, pairs=1)[0]
     tensor([[0, 0, 1]])
     """
     with full_precision(features.device):
@@ -38,6 +41,8 @@ def match_alternating(features: Tensor, pairs: int, prefix: int = 1) -> tuple[Te
     staying = even.shape[1] - pairs
     group = partner.new_empty(unit.shape[:2])
     group[:, prefix % 2 :: 2] = torch.where(goes, partner + staying, (~goes).cumsum(1) - 1)
-    group[:, (prefix + 1) % 2 :: 2] = torch.arange(staying, staying + odd.shape[1], device=group.device)
+    group[:, (prefix + 1) % 2 :: 2] = torch.arange(
+        staying, staying + odd.shape[1], device=group.device
+    )
     members = torch.zeros_like(group).scatter_add(1, group, torch.ones_like(group))
     return group, members.gather(1, group) > 1

@@ -16,8 +16,9 @@ from tdm_lightning.ops.precision import full_precision
 class QueryKey:
     """The query and key projections of one attention layer, as views of the model's own weights.
 
-    Shapes: weights (H·d)×C, biases H·d. ``q_norm`` and ``k_norm`` act on the last dimension, d; ``rotate`` turns the queries
-    and keys B×H×N×d of all patches by their positions; those of the first ``unrotated`` tokens stay.
+    Shapes: weights (H·d)×C, biases H·d. ``q_norm`` and ``k_norm`` act on the last dimension, d;
+    ``rotate`` turns the queries and keys B×H×N×d of all patches by their positions; those of the
+    first ``unrotated`` tokens stay.
     """
 
     q_weight: Tensor
@@ -55,9 +56,9 @@ class QueryKey:
 def class_row(x: Tensor, qk: QueryKey, rows: int = 1, key_bias: Tensor | None = None) -> Tensor:
     """Attention that the first ``rows`` tokens pay to every token.
 
-    Without a norm or rotation of the keys their projection is never formed: ``q·(W_k x) = (qᵀW_k)·x``, and the bias ``q·b_k``
-    is the same for every key, so the softmax cancels it. That costs ``rows·(2C² + H·T·C)`` multiply-accumulates instead of
-    ``T·C²``.
+    Without a norm or rotation of the keys their projection is never formed: ``q·(W_k x) =
+    (qᵀW_k)·x``, and the bias ``q·b_k`` is the same for every key, so the softmax cancels it.
+    That costs ``rows·(2C² + H·T·C)`` multiply-accumulates instead of ``T·C²``.
 
     Args:
         x: the attention layer's input (normalised tokens), B×T×C.
@@ -70,7 +71,9 @@ def class_row(x: Tensor, qk: QueryKey, rows: int = 1, key_bias: Tensor | None = 
     """
     q = qk.queries(x[:, :rows])
     k = None if qk.k_norm is None and qk.rotate is None else qk.keys(x)
-    with full_precision(x.device):  # logits may pass float16's largest number; the fused kernel keeps them in float32 too
+    with full_precision(
+        x.device
+    ):  # logits may pass float16's largest number; the fused kernel keeps them in float32 too
         if k is None:
             weight = qk.k_weight.unflatten(0, (qk.heads, -1))
             asked = torch.einsum("bhrd,hdc->bhrc", q.float(), weight.float())
@@ -82,7 +85,9 @@ def class_row(x: Tensor, qk: QueryKey, rows: int = 1, key_bias: Tensor | None = 
     return logits.softmax(dim=-1)
 
 
-def received_attention(x: Tensor, qk: QueryKey, prefix: int = 0, key_bias: Tensor | None = None) -> Tensor:
+def received_attention(
+    x: Tensor, qk: QueryKey, prefix: int = 0, key_bias: Tensor | None = None
+) -> Tensor:
     """Mean attention that each patch receives from all patches, for models without a class token.
 
     Args:
@@ -103,9 +108,11 @@ def received_attention(x: Tensor, qk: QueryKey, prefix: int = 0, key_bias: Tenso
 
 
 def mean_keys(x: Tensor, qk: QueryKey) -> Tensor:
-    """Keys averaged over the heads, B×T×d: the features that ToMe compares (Bolya et al., 2023); without their positions.
+    """Keys averaged over the heads, B×T×d: the features that ToMe compares (Bolya et al., 2023);
+    without their positions.
 
-    Where the keys have no norm of their own the projection is averaged instead of the keys, which costs H times less.
+    Where the keys have no norm of their own the projection is averaged instead of the keys, which
+    costs H times less.
     """
     if qk.k_norm is not None:
         return qk.contents(x).mean(dim=1)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 def linear_weight(layer: Any) -> Tensor:
     """The weight of a linear layer, out×in, floating point.
 
-    Of a quantised layer it is what that layer computes with, a copy made in each pass: ``quantize_dynamic`` of
-    ``torch.ao.quantization`` packs weights away behind a method, torchao makes them tensors of a class of its own.
+    Of a quantised layer it is what that layer computes with, a copy made in each pass:
+    ``quantize_dynamic`` of ``torch.ao.quantization`` packs weights away behind a method, torchao
+    makes them tensors of a class of its own.
     """
     weight = layer.weight
     if not isinstance(weight, Tensor):
@@ -21,7 +22,9 @@ def linear_weight(layer: Any) -> Tensor:
 
 
 def is_quantized(layer: Any) -> bool:
-    """Whether a linear layer's weight can be run but is no plain tensor to compute with, see :func:`linear_weight`."""
+    """Whether a linear layer's weight can be run but is no plain tensor to compute with, see
+    :func:`linear_weight`.
+    """
     weight = layer.weight
     return not isinstance(weight, Tensor) or type(weight).dequantize is not Tensor.dequantize
 
@@ -38,14 +41,19 @@ def check_not_quantized(model: nn.Module, purpose: str, packed: bool = False) ->
     Args:
         model: any.
         purpose: what was wanted, as a verb and its object.
-        packed: refuse only what ``torch.ao.quantization`` packed away: ``torch.export`` takes torchao's tensors.
+        packed: refuse only what ``torch.ao.quantization`` packed away: ``torch.export`` takes
+            torchao's tensors.
 
     Raises:
         ValueError: if a linear layer is quantised.
     """
     for name, layer in model.named_modules():
-        if hasattr(layer, "in_features") and is_quantized(layer) and not (packed and isinstance(layer.weight, Tensor)):
+        if (
+            hasattr(layer, "in_features")
+            and is_quantized(layer)
+            and not (packed and isinstance(layer.weight, Tensor))
+        ):
             raise ValueError(
-                f"cannot {purpose}: {name!r} is quantised, so its weight can be run but not computed with; take the model as "
-                f"it was before it was quantised"
+                f"cannot {purpose}: {name!r} is quantised, so its weight can be run but not"
+                " computed with; take the model as it was before it was quantised"
             )

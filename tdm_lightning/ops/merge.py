@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-#: Added to every weight before it is normalised: a group whose attention underflows to zero becomes a plain mean.
+#: Added to every weight before it is normalised: a group whose attention underflows to zero becomes
+#: a plain mean.
 _TINY = 1e-12
 
 
@@ -21,11 +22,13 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     Returns:
         The picked tokens, B×M×C, in the order of ``index``.
 
-    >>> gather_tokens(torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[2, 0]])).flatten().tolist()
+    >>> x = torch.tensor([[[1.0], [2.0], [3.0]]])
+    >>> gather_tokens(x, torch.tensor([[2, 0]])).flatten().tolist()
     [3.0, 1.0]
     """
     batch, n, width = x.shape
-    # Whole rows of a flat table: on a CPU some 50 times faster than `gather` with an index expanded to C.
+    # Whole rows of a flat table: on a CPU some 50 times faster than `gather` with an index expanded
+    # to C.
     return x.reshape(-1, width).index_select(0, _flat(index, n)).view(batch, index.shape[1], width)
 
 
@@ -67,7 +70,11 @@ def first_members(group: Tensor, groups: int, order: Tensor | None = None) -> Te
     here = torch.arange(n, device=group.device).expand_as(group)
     rank = here if order is None else inverse_order(order)
     slot = torch.where(group < 0, groups, group)
-    first = torch.full_like(rank[:, :1], n - 1).repeat(1, groups + 1).scatter_reduce(1, slot, rank, "amin")[:, :groups]
+    first = (
+        torch.full_like(rank[:, :1], n - 1)
+        .repeat(1, groups + 1)
+        .scatter_reduce(1, slot, rank, "amin")[:, :groups]
+    )
     return first if order is None else order.gather(1, first)
 
 
@@ -84,13 +91,18 @@ def mean_places(group: Tensor, groups: int, place: Tensor, size: Tensor, columns
     Returns:
         Places, B×G, int64; the first of all for an empty group.
 
-    >>> mean_places(torch.tensor([[0, 0, 1]]), 2, torch.tensor([[0, 8, 5]]), torch.ones(1, 3), columns=3).tolist()
+    >>> group, place = torch.tensor([[0, 0, 1]]), torch.tensor([[0, 8, 5]])
+    >>> mean_places(group, 2, place, torch.ones(1, 3), columns=3).tolist()
     [[4, 5]]
     """
     slot = torch.where(group < 0, groups, group)
     parts = torch.stack((size, size * (place // columns), size * (place % columns)), dim=1)
-    total = parts.new_zeros(group.shape[0], 3, groups + 1).scatter_add(2, slot.unsqueeze(1).expand_as(parts), parts)
-    row, column = (total[:, 1:, :groups] / total[:, :1, :groups].clamp(min=1)).round().long().unbind(dim=1)
+    total = parts.new_zeros(group.shape[0], 3, groups + 1).scatter_add(
+        2, slot.unsqueeze(1).expand_as(parts), parts
+    )
+    row, column = (
+        (total[:, 1:, :groups] / total[:, :1, :groups].clamp(min=1)).round().long().unbind(dim=1)
+    )
     return row * columns + column
 
 
@@ -106,7 +118,8 @@ def group_weights(
         importance: non-negative scores, B×N.
         group: the group of each token in ``0…groups-1``, B×N, int64.
         groups: number of groups.
-        rule: ``"attention"`` weighs a token by its share of the group's importance, ``"mean"`` weighs all alike.
+        rule: ``"attention"`` weighs a token by its share of the group's importance, ``"mean"``
+            weighs all alike.
 
     Returns:
         Weights, B×N, float32. A token alone in its group weighs exactly 1.
@@ -131,7 +144,9 @@ def merge_groups(x: Tensor, group: Tensor, weight: Tensor, groups: int) -> Tenso
     """
     batch, _, width = x.shape
     weighted = x * weight.to(x.dtype).unsqueeze(-1)
-    out = x.new_zeros(batch * groups, width).index_add(0, _flat(group, groups), weighted.reshape(-1, width))
+    out = x.new_zeros(batch * groups, width).index_add(
+        0, _flat(group, groups), weighted.reshape(-1, width)
+    )
     return out.view(batch, groups, width)
 
 

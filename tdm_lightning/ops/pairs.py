@@ -20,21 +20,29 @@ def match_pairs(x: Tensor, pairs: int, rule: Matching = "bipartite") -> tuple[Te
     Args:
         x: tokens, B×N×C, the most important first.
         pairs: number of fusions P, ``0 ≤ P ≤ N//2``.
-        rule: ``"bipartite"`` (Bolya et al., 2023, split by importance rank instead of position): even ranks point to their most
-            similar odd rank and the P strongest edges are fused; several tokens may fuse into the same one. ``"greedy"``: P
-            times the most similar pair of free tokens, always disjoint. ``"mutual"``: reciprocal nearest neighbours first, the
+        rule: ``"bipartite"`` (Bolya et al., 2023, split by importance rank instead of position):
+            even ranks point to their most similar odd rank and the P strongest edges are fused;
+            several tokens may fuse into the same one. ``"greedy"``: P times the most similar pair
+            of free tokens, always disjoint. ``"mutual"``: reciprocal nearest neighbours first, the
             strongest of them, then greedily; always disjoint.
 
     Returns:
-        The group of every token in ``0…N-P-1``, B×N, int64, groups in the order of their most important member that was not
-        fused into another; and a mask of the tokens that share their group, B×N, bool.
+        The group of every token in ``0…N-P-1``, B×N, int64, groups in the order of their most
+        important member that was not fused into another; and a mask of the tokens that share their
+        group, B×N, bool.
     """
     batch, n, _ = x.shape
-    into = torch.arange(n, device=x.device).expand(batch, -1)  # the token each token is fused into: itself at first
+    into = torch.arange(n, device=x.device).expand(
+        batch, -1
+    )  # the token each token is fused into: itself at first
     if pairs:
         with full_precision(x.device):
             unit = F.normalize(x.float(), dim=-1)
-            into = _bipartite(unit, pairs, into) if rule == "bipartite" else _one_to_one(unit, pairs, into, rule)
+            into = (
+                _bipartite(unit, pairs, into)
+                if rule == "bipartite"
+                else _one_to_one(unit, pairs, into, rule)
+            )
     survives = into == torch.arange(n, device=x.device)
     slot = survives.cumsum(1) - 1
     group = slot.gather(1, into)
@@ -58,13 +66,19 @@ def _one_to_one(unit: Tensor, pairs: int, into: Tensor, rule: Matching) -> Tenso
     if rule == "mutual":
         best = similarity.argmax(dim=-1)
         reciprocal = best.gather(1, best) == position
-        bonus = torch.zeros_like(similarity).scatter(2, best.unsqueeze(-1), 3.0 * reciprocal.unsqueeze(-1))
-        similarity = similarity + bonus  # cosines lie in [-1, 1]: 3 lifts every reciprocal pair above all others
+        bonus = torch.zeros_like(similarity).scatter(
+            2, best.unsqueeze(-1), 3.0 * reciprocal.unsqueeze(-1)
+        )
+        similarity = (
+            similarity + bonus
+        )  # cosines lie in [-1, 1]: 3 lifts every reciprocal pair above all others
     for _ in range(pairs):
         flat = similarity.flatten(1).argmax(dim=1, keepdim=True)
         first, second = flat // n, flat % n
         first, second = torch.minimum(first, second), torch.maximum(first, second)
-        into = into.scatter(1, second, first)  # the less important token is fused into the more important one
+        into = into.scatter(
+            1, second, first
+        )  # the less important token is fused into the more important one
         taken = (position == first) | (position == second)
         similarity = similarity.masked_fill(taken.unsqueeze(1) | taken.unsqueeze(2), -torch.inf)
     return into

@@ -8,7 +8,9 @@ import torch
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """A context without autocast on ``device``; does nothing where there is no autocast, such as the meta device."""
+    """A context without autocast on ``device``; does nothing where there is no autocast, such as
+    the meta device.
+    """
     if device.type == "meta":
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -1,4 +1,6 @@
-"""Sequences of different lengths in one batch: each image keeps its own tokens, the shorter ones are padded."""
+"""Sequences of different lengths in one batch: each image keeps its own tokens, the shorter ones
+are padded.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ def pack(kept: Tensor) -> tuple[Tensor, Tensor]:
         kept: tokens to keep, B×N, bool.
 
     Returns:
-        Positions, B×L, int64, with L the largest number of kept tokens (perhaps 0); and which of them are real, B×L, bool. The
-        positions that pad an image are those of tokens that it did not keep.
+        Positions, B×L, int64, with L the largest number of kept tokens (perhaps 0); and which of
+        them are real, B×L, bool. The positions that pad an image are those of tokens that it did
+        not keep.
 
     >>> index, valid = pack(torch.tensor([[True, False, True], [False, True, False]]))
     >>> index.tolist(), valid.tolist()

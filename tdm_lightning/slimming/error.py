@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 def relative_error(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
-    """``‖found - wanted‖ / ‖wanted‖`` over all entries of all batches; where all that is wanted is 0, ``‖found‖``.
+    """``‖found - wanted‖ / ‖wanted‖`` over all entries of all batches; where all that is
+    wanted is 0, ``‖found‖``.
 
     >>> import torch
     >>> relative_error([torch.tensor([3.0, 4.0])], [torch.tensor([3.0, 0.0])]).__round__(4)

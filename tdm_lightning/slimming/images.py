@@ -24,14 +24,17 @@ def take_images(loader: Iterable[Any], most: int, like: Tensor) -> list[Tensor]:
     for batch in loader:
         images = batch[0] if isinstance(batch, (list, tuple)) else batch
         if not isinstance(images, Tensor) or images.ndim != 4:
+            shape = f" of shape {tuple(images.shape)}" if isinstance(images, Tensor) else ""
             raise TypeError(
-                f"a search looks at batches of images, B×C×H×W, or pairs (images, labels); the loader gave a "
-                f"{type(images).__name__}{f' of shape {tuple(images.shape)}' if isinstance(images, Tensor) else ''}"
+                "a search looks at batches of images, B×C×H×W, or pairs (images, labels); the"
+                f" loader gave a {type(images).__name__}{shape}"
             )
         batches.append(images[:left].to(like))
         left -= len(batches[-1])
         if left <= 0:
             break
     if left == most:
-        raise ValueError("a search needs images, and the loader has none: give it some training images")
+        raise ValueError(
+            "a search needs images, and the loader has none: give it some training images"
+        )
     return batches

@@ -1,4 +1,6 @@
-"""How much each token of a block counts for what the network finally reads, as Patch Slimming has it."""
+"""How much each token of a block counts for what the network finally reads, as Patch Slimming has
+it.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,12 @@ def attention_maps(x: Tensor, qk: QueryKey) -> Tensor:
 
 
 def influence_through(influence: Tensor, kept: Tensor, attention: Tensor) -> Tensor:
-    """How far the tokens that enter a block reach the final ones, given how far those that leave it do.
+    """How far the tokens that enter a block reach the final ones, given how far those that leave it
+    do.
 
-    One factor of Patch Slimming's ``Ã = Π diag(m_l)·½(P̄_l + I)``, multiplied from the right: P̄ is the mean over heads, and half
-    of a token is itself, for the residual. The paper sums over all paths of heads instead; the mean is our reading.
+    One factor of Patch Slimming's ``Ã = Π diag(m_l)·½(P̄_l + I)``, multiplied from the right:
+    P̄ is the mean over heads, and half of a token is itself, for the residual. The paper sums over
+    all paths of heads instead; the mean is our reading.
 
     Args:
         influence: of the tokens that leave the block on R final ones, B×R×T.
@@ -42,10 +46,12 @@ def influence_through(influence: Tensor, kept: Tensor, attention: Tensor) -> Ten
 
 
 def impact_scores(influence: Tensor, attention: Tensor, x: Tensor) -> Tensor:
-    """The impact of each token that a block computes: ``‖Ã[:, i]‖²·‖Ũ[i, :]‖²`` with ``Ũ = P̄·|Z|`` (Tang et al., CVPR 2022).
+    """The impact of each token that a block computes: ``‖Ã[:, i]‖²·‖Ũ[i, :]‖²`` with
+    ``Ũ = P̄·|Z|`` (Tang et al., CVPR 2022).
 
     Args:
-        influence: how far the tokens that leave the block reach R final ones, B×R×T; from :func:`influence_through`.
+        influence: how far the tokens that leave the block reach R final ones, B×R×T; from
+            :func:`influence_through`.
         attention: the block's weights, B×H×T×T.
         x: the tokens Z that enter it, B×T×C.
 
@@ -54,7 +60,8 @@ def impact_scores(influence: Tensor, attention: Tensor, x: Tensor) -> Tensor:
 
     >>> import torch
     >>> alone = torch.eye(2).expand(1, 1, 2, 2)
-    >>> impact_scores(torch.tensor([[[1.0, 2.0]]]), alone, torch.tensor([[[1.0, -1.0], [3.0, 0.0]]])).tolist()
+    >>> values = torch.tensor([[[1.0, -1.0], [3.0, 0.0]]])
+    >>> impact_scores(torch.tensor([[[1.0, 2.0]]]), alone, values).tolist()
     [[2.0, 36.0]]
     """
     with full_precision(x.device):

@@ -29,7 +29,8 @@ class SlimmedBlock:
     Attributes:
         index: the block, counted from 0.
         patches: number of patches that it computes.
-        error: relative error of what the next block computes; 0 in the last block, whose class token is exact.
+        error: relative error of what the next block computes; 0 in the last block, whose class
+            token is exact.
         tuned: whether the block was fine-tuned to reach it.
     """
 
@@ -44,9 +45,11 @@ class Slimmed:
     """The outcome of a search.
 
     Attributes:
-        model: a copy of the model with its masks, in evaluation mode, weights of tuned blocks included.
+        model: a copy of the model with its masks, in evaluation mode, weights of tuned blocks
+            included.
         blocks: what was found for each block.
-        error: relative error of the class token's final feature against the plain model, all masks in place.
+        error: relative error of the class token's final feature against the plain model, all masks
+            in place.
     """
 
     model: TokenReducedViT = field(repr=False)
@@ -60,7 +63,8 @@ class Slimmed:
         return kept
 
 
-#: Decides on a block, given the stage and the order of its patches: how many it computes, the error, and its tuned copy.
+#: Decides on a block, given the stage and the order of its patches: how many it computes, the
+#: error, and its tuned copy.
 Choose = Callable[[Stage, Callable[[int], Tensor]], tuple[int, float, nn.Module | None]]
 Done = Callable[[SlimmedBlock], None]
 
@@ -75,21 +79,25 @@ def search(
     lr: float = 1e-4,
     done: Done | None = None,
 ) -> Slimmed:
-    """Find the patches that each block must compute so that no block errs by more than a bound (Tang et al., CVPR 2022).
+    """Find the patches that each block must compute so that no block errs by more than a bound
+    (Tang et al., CVPR 2022).
 
-    The last block computes the class token alone. From there to the first, each block takes over the patches of the block
-    behind it, and as many more, best impact first, as it takes until what the block behind computes differs by no more than
-    ``bound`` from what it computes when all patches are there. As long as no block is fine-tuned that is what the original
-    model computes; behind tuned blocks it is what these compute.
+    The last block computes the class token alone. From there to the first, each block takes over
+    the patches of the block behind it, and as many more, best impact first, as it takes until what
+    the block behind computes differs by no more than ``bound`` from what it computes when all
+    patches are there. As long as no block is fine-tuned that is what the original model computes;
+    behind tuned blocks it is what these compute.
 
     Args:
         vit: a trained timm ViT that classifies by its class token; it is not changed.
-        loader: gives images, B×C×H×W, or pairs of images and labels; training images, prepared as for evaluation.
-        bound: largest relative error of each block, at least 0. With 0 nothing but the last block is slimmed.
+        loader: gives images, B×C×H×W, or pairs of images and labels; training images, prepared
+            as for evaluation.
+        bound: largest relative error of each block, at least 0. With 0 nothing but the last block
+            is slimmed.
         step: patches that are switched on at a time.
         images: number of images to look at.
-        epochs: how often to go through them to fine-tune a block that exceeds the bound, before more of its patches are
-            switched on; 0: never.
+        epochs: how often to go through them to fine-tune a block that exceeds the bound, before
+            more of its patches are switched on; 0: never.
         lr: learning rate of that.
         done: called after each block, the last one first.
 
@@ -97,13 +105,17 @@ def search(
         The slimmed model and what was found.
 
     Raises:
-        ValueError: if an argument is out of range, there are no images, the model pools its patches or computes NaN.
+        ValueError: if an argument is out of range, there are no images, the model pools its patches
+            or computes NaN.
         TypeError: if the model cannot compute chosen rows, or the loader gives no images.
     """
     if isinstance(bound, bool) or not isinstance(bound, Real):
         raise TypeError(f"bound must be a number of at least 0, got {bound!r}")
     if not 0 <= float(bound) < math.inf:
-        raise ValueError(f"bound must be a relative error of at least 0, got {bound!r}: below that no masks can meet it")
+        raise ValueError(
+            f"bound must be a relative error of at least 0, got {bound!r}: below that no masks can"
+            " meet it"
+        )
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr!r}")
     check_count(step, "step")
@@ -121,14 +133,20 @@ def search(
                 if error <= bound:
                     return patches, error, block
             if patches == len(stage.later):  # all are on, so the error is 0, or there is none
-                raise ValueError("the model computes NaN or infinity on these images, so no bound can be met")
+                raise ValueError(
+                    "the model computes NaN or infinity on these images, so no bound can be met"
+                )
             patches = min(patches + step, len(stage.later))
 
     return _walk(vit, loader, images, choose, done)
 
 
 def select(
-    vit: nn.Module, loader: Iterable[Any], counts: Sequence[int], images: int = 256, done: Done | None = None
+    vit: nn.Module,
+    loader: Iterable[Any],
+    counts: Sequence[int],
+    images: int = 256,
+    done: Done | None = None,
 ) -> Slimmed:
     """Choose the patches of greatest impact for given numbers of them: no bound, no training.
 
@@ -141,7 +159,10 @@ def select(
     """
     counts = PSViT(counts=counts).schedule(len(counts), 0)
     if counts[-1]:
-        raise ValueError(f"counts must end with 0, because the head reads the class token alone; got {list(counts)}")
+        raise ValueError(
+            "counts must end with 0, because the head reads the class token alone; got"
+            f" {list(counts)}"
+        )
     attach(vit, PSViT(counts=counts))  # refuses counts that do not fit the model
 
     def choose(stage: Stage, best: Callable[[int], Tensor]) -> tuple[int, float, None]:
@@ -152,7 +173,9 @@ def select(
 
 
 @torch.no_grad()
-def _walk(vit: nn.Module, loader: Iterable[Any], images: int, choose: Choose, done: Done | None) -> Slimmed:
+def _walk(
+    vit: nn.Module, loader: Iterable[Any], images: int, choose: Choose, done: Done | None
+) -> Slimmed:
     _check_model(vit)
     slim: Any = copy.deepcopy(vit).eval()
     batches = take_images(loader, check_count(images, "images"), like=next(slim.parameters()))
@@ -184,8 +207,9 @@ def _check_model(vit: Any) -> None:
     attach(vit, PSViT())  # refuses models whose rows cannot be chosen
     if vit.global_pool != "token" or not class_rows(vit):
         raise ValueError(
-            f"patch slimming asks what the class token needs, but this model's head reads global_pool={vit.global_pool!r}; "
-            f"take a model that classifies by its class token (global_pool='token')"
+            "patch slimming asks what the class token needs, but this model's head reads"
+            f" global_pool={vit.global_pool!r}; take a model that classifies by its class token"
+            " (global_pool='token')"
         )
 
 

@@ -17,13 +17,15 @@ from tdm_lightning.vit.families import class_rows, family_of
 
 
 class Stage:
-    """Block ``index`` of a ViT whose earlier blocks compute all tokens and whose later ones are masked already.
+    """Block ``index`` of a ViT whose earlier blocks compute all tokens and whose later ones are
+    masked already.
 
     Args:
         vit: the timm model.
         index: the block; not the last one.
         later: patches that the block behind it computes, N, bool.
-        images: batches to look at, each B×C×H×W. Two states of all of their tokens are held in memory.
+        images: batches to look at, each B×C×H×W. Two states of all of their tokens are held in
+            memory.
     """
 
     def __init__(self, vit: Any, index: int, later: Tensor, images: list[Tensor]) -> None:
@@ -36,7 +38,9 @@ class Stage:
         self.around = [_around(vit, index, batch) for batch in images]
 
     def influence(self, leaving: list[Tensor]) -> list[Tensor]:
-        """How far the tokens behind the block reach the final ones, B×R×T, given that of those behind the next block."""
+        """How far the tokens behind the block reach the final ones, B×R×T, given that of those
+        behind the next block.
+        """
         alive = self._alive(self.later)
         return [
             influence_through(before, alive, self._attention(self.behind, x))
@@ -51,7 +55,8 @@ class Stage:
         return total[self.prefix :] / sum(len(x) for x, _ in self.around)
 
     def error(self, kept: Tensor, block: nn.Module | None = None) -> float:
-        """Relative error of what the next block computes if this one computes ``kept`` only, against :attr:`wanted`.
+        """Relative error of what the next block computes if this one computes ``kept`` only,
+        against :attr:`wanted`.
 
         Args:
             kept: patches that this block computes, N, bool; all of :attr:`later` are among them.
@@ -61,7 +66,9 @@ class Stage:
         return relative_error(found, self.wanted)
 
     def tuned(self, kept: Tensor, epochs: int, lr: float) -> nn.Module:
-        """A copy of the block, trained to lower the error at ``kept`` (AdamW, squared relative error)."""
+        """A copy of the block, trained to lower the error at ``kept`` (AdamW, squared relative
+        error).
+        """
         block = copy.deepcopy(self.block).requires_grad_(True)
         optimizer = torch.optim.AdamW(block.parameters(), lr, weight_decay=0.0)
         with torch.enable_grad():
@@ -81,7 +88,9 @@ class Stage:
         every = torch.ones_like(self.later)
         return [self._behind(entering, leaving, every) for entering, leaving in self.around]
 
-    def _behind(self, entering: Tensor, leaving: Tensor, kept: Tensor, block: nn.Module | None = None) -> Tensor:
+    def _behind(
+        self, entering: Tensor, leaving: Tensor, kept: Tensor, block: nn.Module | None = None
+    ) -> Tensor:
         """The rows that the next block computes of ``kept`` rows of this one."""
         rows = self._alive(kept).nonzero().flatten()
         x = leaving.index_select(1, rows) if block is None else self._rows(block, entering, rows)

@@ -17,7 +17,8 @@ from tdm_lightning.tokens import Observed, Tokens
 class Sparsity(nn.Module, Configurable):
     """Masks on the weights of a timm ViT, kept as buffers, and the rule by which they move.
 
-    The timm model is handed to each method and never kept. Subclasses store every ``__init__`` argument under its own name.
+    The timm model is handed to each method and never kept. Subclasses store every ``__init__``
+    argument under its own name.
 
     Attributes:
         in_force: buffer, bool: whether the masks have been applied to the weights.
@@ -42,14 +43,20 @@ class Sparsity(nn.Module, Configurable):
         raise TypeError(f"{type(self).__name__} must override adopt()")
 
     def correct(self, index: int, vit: Any, tokens: Tokens, observed: Observed) -> Observed:
-        """What block ``index`` shows of its attention, as the model shows it that has only the active weights."""
+        """What block ``index`` shows of its attention, as the model shows it that has only the
+        active weights.
+        """
         return observed
 
     def probe(self, vit: Any, generator: torch.Generator) -> None:
-        """Before the step of an exchange: give inactive parts a gradient to be judged by. No output may change."""
+        """Before the step of an exchange: give inactive parts a gradient to be judged by. No output
+        may change.
+        """
 
     def watch(self, vit: Any) -> list[RemovableHandle]:
-        """Before the passes of that step: hooks that gather what :meth:`exchange` decides by, to be removed after the pass."""
+        """Before the passes of that step: hooks that gather what :meth:`exchange` decides by, to be
+        removed after the pass.
+        """
         return []
 
     def exchange(self, vit: Any, rate: float, generator: torch.Generator) -> None:
@@ -76,10 +83,21 @@ class Sparsity(nn.Module, Configurable):
 
     def inactive(self, vit: Any) -> int:
         """Number of inactive weights."""
-        return sum(weight.numel() - int(mask.expand_as(weight).sum()) for weight, mask in self.masked(vit))
+        return sum(
+            weight.numel() - int(mask.expand_as(weight).sum()) for weight, mask in self.masked(vit)
+        )
 
-    def _hold(self, name: str, weight: Tensor, shape: Iterable[int], count: int, generator: torch.Generator) -> None:
-        """Keep a random mask for a weight as the buffer ``name``, unless one of this shape is there."""
+    def _hold(
+        self,
+        name: str,
+        weight: Tensor,
+        shape: Iterable[int],
+        count: int,
+        generator: torch.Generator,
+    ) -> None:
+        """Keep a random mask for a weight as the buffer ``name``, unless one of this shape is
+        there.
+        """
         size, held = torch.Size(shape), self._buffers.get(name)
         # Weights without storage are only counted, and that needs the masks' values.
         device = "cpu" if weight.is_meta else weight.device
@@ -96,7 +114,8 @@ def gradient(weight: nn.Parameter, what: str) -> Tensor:
     """
     if weight.grad is None:
         raise ValueError(
-            f"an exchange of masks goes by gradients, and {what} has none: call after_optimizer_step() before the gradients "
-            f"are cleared, and leave the weights under masks trainable"
+            f"an exchange of masks goes by gradients, and {what} has none: call"
+            " after_optimizer_step() before the gradients are cleared, and leave the weights under"
+            " masks trainable"
         )
     return weight.grad

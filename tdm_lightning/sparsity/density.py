@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 
 def erk_densities(shapes: Sequence[Sequence[int]], density: float) -> list[float]:
-    """Erdős–Rényi-kernel densities: a layer's share falls with its size, the overall share is as asked for.
+    """Erdős–Rényi-kernel densities: a layer's share falls with its size, the overall share is
+    as asked for.
 
-    A layer of shape (d₁, …, dₙ) keeps ``min(1, ε · Σdᵢ / Πdᵢ)`` of its weights, with the ε that makes the total right (Mocanu
-    et al., 2018; Evci et al., 2020).
+    A layer of shape (d₁, …, dₙ) keeps ``min(1, ε · Σdᵢ / Πdᵢ)`` of its weights, with
+    the ε that makes the total right (Mocanu et al., 2018; Evci et al., 2020).
 
     Args:
         shapes: of the layers' weights.

@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 def death_rate(step: int, total_steps: int, first: float = 0.5, last: float = 0.005) -> float:
-    """Share of the active parts that an exchange removes: a cosine from ``first`` at step 0 to ``last`` at the end.
+    """Share of the active parts that an exchange removes: a cosine from ``first`` at step 0 to
+    ``last`` at the end.
 
     >>> [round(death_rate(step, 100), 4) for step in (0, 50, 100)]
     [0.5, 0.2525, 0.005]
@@ -17,8 +18,11 @@ def death_rate(step: int, total_steps: int, first: float = 0.5, last: float = 0.
     return last + (first - last) * (1 + math.cos(math.pi * step / total_steps)) / 2
 
 
-def exchange(active: Tensor, worth: Tensor, promise: Tensor, rate: float, readmit: bool = False) -> Tensor:
-    """Remove the ``ceil(rate · active)`` active parts of least worth, and let as many inactive ones of most promise in.
+def exchange(
+    active: Tensor, worth: Tensor, promise: Tensor, rate: float, readmit: bool = False
+) -> Tensor:
+    """Remove the ``ceil(rate · active)`` active parts of least worth, and let as many inactive
+    ones of most promise in.
 
     The number of active parts stays. What is NaN or infinite, after an overflow, counts as 0.
 
@@ -27,8 +31,8 @@ def exchange(active: Tensor, worth: Tensor, promise: Tensor, rate: float, readmi
         worth: n, what each active part is worth.
         promise: n, what is expected of each inactive one.
         rate: share of the active parts to remove, in [0, 1].
-        readmit: whether the removed ones compete for their places too, as in RigL. If not, every exchange brings in others,
-            and no more are removed than there are others.
+        readmit: whether the removed ones compete for their places too, as in RigL. If not, every
+            exchange brings in others, and no more are removed than there are others.
 
     Returns:
         The new mask, n, bool.
@@ -36,7 +40,10 @@ def exchange(active: Tensor, worth: Tensor, promise: Tensor, rate: float, readmi
     count = math.ceil(rate * int(active.sum()))
     if not readmit:
         count = min(count, int((~active).sum()))
-    worth, promise = (torch.nan_to_num(score.float(), nan=0.0, posinf=0.0, neginf=0.0) for score in (worth, promise))
+    worth, promise = (
+        torch.nan_to_num(score.float(), nan=0.0, posinf=0.0, neginf=0.0)
+        for score in (worth, promise)
+    )
     kept = active.clone()
     kept[worth.masked_fill(~active, torch.inf).topk(count, largest=False).indices] = False
     outside = ~kept if readmit else ~active

@@ -18,7 +18,11 @@ Parts = tuple[list[int], list[int]]
 
 def sparsities(model: Any) -> list[Sparsity]:
     """The masks of a reduced model's strategy."""
-    return [module for module in getattr(model, "strategy", nn.Module()).modules() if isinstance(module, Sparsity)]
+    return [
+        module
+        for module in getattr(model, "strategy", nn.Module()).modules()
+        if isinstance(module, Sparsity)
+    ]
 
 
 def apply_masks(model: Any) -> None:
@@ -32,7 +36,8 @@ def apply_masks(model: Any) -> None:
 
 
 def adopt_masks(model: Any) -> None:
-    """Read the masks off weights that are sparse already, such as those of an official file that was loaded into the model.
+    """Read the masks off weights that are sparse already, such as those of an official file that
+    was loaded into the model.
 
     Raises:
         TypeError: if the model has no masks.
@@ -45,8 +50,8 @@ def adopt_masks(model: Any) -> None:
 def active_parameters(model: Any) -> int:
     """Parameters of the timm model that no mask takes out, as the papers count them.
 
-    S²ViTE's table counts the biases of removed heads and units and the whole ``attn.proj``; the model that
-    :func:`extract_dense` returns is smaller still.
+    S²ViTE's table counts the biases of removed heads and units and the whole ``attn.proj``; the
+    model that :func:`extract_dense` returns is smaller still.
 
     Raises:
         TypeError: if the model has no masks.
@@ -60,11 +65,12 @@ def active_parameters(model: Any) -> int:
 
 
 def extract_dense(model: Any) -> nn.Module:
-    """The timm model without the heads and MLP units that are masked: smaller layers, the same outputs.
+    """The timm model without the heads and MLP units that are masked: smaller layers, the same
+    outputs.
 
-    A removed head still gives its value bias, for every token alike, because a row of attention sums to 1: that constant moves
-    to ``attn.proj``'s bias. A method that stood beside ``SViTE`` does the same on the result, because it
-    saw the attention of the active heads only.
+    A removed head still gives its value bias, for every token alike, because a row of attention
+    sums to 1: that constant moves to ``attn.proj``'s bias. A method that stood beside ``SViTE``
+    does the same on the result, because it saw the attention of the active heads only.
 
     Args:
         model: what :func:`~tdm_lightning.attach` made of a timm model and ``SViTE`` with
@@ -82,23 +88,28 @@ def extract_dense(model: Any) -> nn.Module:
     >>> tdm.sparsity.apply_masks(model)
     >>> block = tdm.sparsity.extract_dense(model).blocks[0]
     >>> block.attn.qkv, block.mlp.fc1
-    (Linear(in_features=192, out_features=384, bias=True), Linear(in_features=192, out_features=537, bias=True))
+    (Linear(in_features=192, out_features=384, bias=True), Linear(in_features=192, out_features=537,
+    bias=True))
     """
     parts = kept_parts(model)
     if parts is None:
         _required(model)
-        raise TypeError("only whole heads and MLP units can be taken out, and these masks are of single weights")
+        raise TypeError(
+            "only whole heads and MLP units can be taken out, and these masks are of single weights"
+        )
     if not all(masks.enforced(model.vit) for masks in sparsities(model)):
         raise ValueError(
-            "the masks are not in force: some masked weights are not zero, so the model would compute something else without "
-            "them. Train it, or call tdm_lightning.sparsity.apply_masks(model); for weights that were sparse when they were "
-            "loaded, adopt_masks(model)"
+            "the masks are not in force: some masked weights are not zero, so the model would"
+            " compute something else without them. Train it, or call"
+            " tdm_lightning.sparsity.apply_masks(model); for weights that were sparse when they"
+            " were loaded, adopt_masks(model)"
         )
     return shrink(copy.deepcopy(model.vit), parts)
 
 
 def as_extracted(model: Any) -> bool:
-    """Let a reduced model run without its masked heads and MLP units, for measuring it; in place, and not to be trained again.
+    """Let a reduced model run without its masked heads and MLP units, for measuring it; in place,
+    and not to be trained again.
 
     Returns:
         Whether it has structured masks; without them nothing happens.
@@ -111,17 +122,23 @@ def as_extracted(model: Any) -> bool:
 
 
 def kept_parts(model: Any) -> list[Parts] | None:
-    """What each block of a reduced model keeps; ``None`` without structured masks, or where all is done already."""
+    """What each block of a reduced model keeps; ``None`` without structured masks, or where all is
+    done already.
+    """
     for masks in sparsities(model):
         if isinstance(masks, Structured) and masks.fits(model.vit):
             found = [masks.active(index) for index in range(len(model.vit.blocks))]
-            return [(heads.nonzero().flatten().tolist(), units.nonzero().flatten().tolist()) for heads, units in found]
+            return [
+                (heads.nonzero().flatten().tolist(), units.nonzero().flatten().tolist())
+                for heads, units in found
+            ]
     return None
 
 
 @torch.no_grad()
 def shrink(vit: Any, parts: Sequence[Parts]) -> Any:
-    """Take heads and MLP units out of a timm model, in place; the weights of what goes are taken to be zero.
+    """Take heads and MLP units out of a timm model, in place; the weights of what goes are taken to
+    be zero.
 
     Args:
         vit: a timm model with plain ``Attention`` and ``Mlp``; also on the meta device.
@@ -130,7 +147,9 @@ def shrink(vit: Any, parts: Sequence[Parts]) -> Any:
     for block, (heads, units) in zip(vit.blocks, parts, strict=True):
         attn, mlp = block.attn, block.mlp
         device, width = attn.qkv.weight.device, attn.head_dim
-        every = torch.arange(3 * attn.num_heads * width, device=device).view(3, attn.num_heads, width)
+        every = torch.arange(3 * attn.num_heads * width, device=device).view(
+            3, attn.num_heads, width
+        )
         rows, columns = every[:, heads].flatten(), every[0, heads].flatten()
         if attn.qkv.bias is not None:
             constant = attn.qkv.bias.view_as(every)[2].clone()
@@ -149,7 +168,9 @@ def _plus(bias: nn.Parameter | None, constant: Tensor) -> nn.Parameter:
     return nn.Parameter(bias + constant, requires_grad=bias.requires_grad)
 
 
-def _linear(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Linear:
+def _linear(
+    layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None
+) -> nn.Linear:
     """A layer with some of another's rows, that is outputs, or columns, that is inputs."""
     weight, bias = layer.weight, layer.bias
     if rows is not None:
@@ -167,6 +188,7 @@ def _required(model: Any) -> list[Sparsity]:
     found = sparsities(model)
     if not found:
         raise TypeError(
-            f"this takes a model with masks, such as tdm_lightning.attach(vit, SViTE()), got a {type(model).__name__} without"
+            "this takes a model with masks, such as tdm_lightning.attach(vit, SViTE()), got a"
+            f" {type(model).__name__} without"
         )
     return found

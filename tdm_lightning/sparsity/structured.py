@@ -20,17 +20,21 @@ from tdm_lightning.tokens import Observed, Tokens
 
 
 class Structured(Sparsity):
-    """Masks attention heads and MLP units: S²ViTE, which :func:`~tdm_lightning.sparsity.extract_dense` can make small.
+    """Masks attention heads and MLP units: S²ViTE, which
+    :func:`~tdm_lightning.sparsity.extract_dense` can make small.
 
-    Each block keeps ``int(heads · H)`` heads and ``int(units · hidden)`` units: a head is its rows of ``attn.qkv``, a unit its
-    row of ``mlp.fc1`` and its column of ``mlp.fc2``; biases and ``attn.proj`` stay whole. With O the heads' outputs before the
-    projection and G the gradient there, heads leave by the smallest ``mean_b |Σ G·O|`` and come by the largest ``mean_b Σ|G|``;
-    units leave by the ℓ1 norms of their row and column, and come by those of the gradients. Several processes take the sum.
+    Each block keeps ``int(heads · H)`` heads and ``int(units · hidden)`` units: a head is its
+    rows of ``attn.qkv``, a unit its row of ``mlp.fc1`` and its column of ``mlp.fc2``; biases and
+    ``attn.proj`` stay whole. With O the heads' outputs before the projection and G the gradient
+    there, heads leave by the smallest ``mean_b |Σ G·O|`` and come by the largest ``mean_b
+    Σ|G|``; units leave by the ℓ1 norms of their row and column, and come by those of the
+    gradients. Several processes take the sum.
 
-    The official code differs in two points, without which hardly a unit would ever be exchanged: there what was removed
-    competes for its own place, and what comes in is zero on both sides, a point with no gradient where it would stay. Here
-    others take the place, so at most as many leave as there are others, and inactive parts try freshly initialised input rows
-    (``fc1`` from the step that judges them, queries and keys when they come in); their output side starts at zero.
+    The official code differs in two points, without which hardly a unit would ever be exchanged:
+    there what was removed competes for its own place, and what comes in is zero on both sides, a
+    point with no gradient where it would stay. Here others take the place, so at most as many leave
+    as there are others, and inactive parts try freshly initialised input rows (``fc1`` from the
+    step that judges them, queries and keys when they come in); their output side starts at zero.
 
     Args:
         heads: share of each block's heads that is active, in (0, 1].
@@ -44,7 +48,9 @@ class Structured(Sparsity):
         super().__init__()
         self.heads = check_fraction(heads, "heads")
         self.units = check_fraction(units, "units")
-        self._scores: dict[int, Tensor] = {}  # block → worth and promise of its heads, 2×H, from one backward pass to the step
+        self._scores: dict[
+            int, Tensor
+        ] = {}  # block → worth and promise of its heads, 2×H, from one backward pass to the step
 
     def bind(self, vit: Any, generator: torch.Generator) -> None:
         """See :meth:`Sparsity.bind`.
@@ -56,11 +62,15 @@ class Structured(Sparsity):
         for index, block in enumerate(vit.blocks):
             _check(block)
             weight = block.mlp.fc1.weight
-            for name, share, size in (("heads", self.heads, block.attn.num_heads), ("units", self.units, weight.shape[0])):
+            for name, share, size in (
+                ("heads", self.heads, block.attn.num_heads),
+                ("units", self.units, weight.shape[0]),
+            ):
                 count = int(size * share)
                 if count < 1:
                     raise ValueError(
-                        f"{name}={share} of {size} leaves no {name[:-1]} in a block; at least {1 / size:.3g} keeps one"
+                        f"{name}={share} of {size} leaves no {name[:-1]} in a block; at least"
+                        f" {1 / size:.3g} keeps one"
                     )
                 self._hold(f"{name}_{index}", weight, (size,), count, generator)
 
@@ -77,7 +87,10 @@ class Structured(Sparsity):
         """See :meth:`Sparsity.masked`."""
         for index, block in enumerate(vit.blocks):
             heads, units = self.active(index)
-            yield block.attn.qkv.weight, heads.repeat_interleave(block.attn.head_dim).repeat(3).unsqueeze(1)
+            yield (
+                block.attn.qkv.weight,
+                heads.repeat_interleave(block.attn.head_dim).repeat(3).unsqueeze(1),
+            )
             yield block.mlp.fc1.weight, units.unsqueeze(1)
             yield block.mlp.fc2.weight, units.unsqueeze(0)
 
@@ -90,15 +103,23 @@ class Structured(Sparsity):
         """
         for index, block in enumerate(vit.blocks):
             heads, units = self.active(index)
-            found = _rows(block).ne(0).any(dim=3).any(dim=2).any(dim=0), _norms(block.mlp.fc1.weight, block.mlp.fc2.weight) > 0
+            found = (
+                _rows(block).ne(0).any(dim=3).any(dim=2).any(dim=0),
+                _norms(block.mlp.fc1.weight, block.mlp.fc2.weight) > 0,
+            )
             if not all(mask.any() for mask in found):
-                raise ValueError(f"block {index} has no active head or no active unit: all of their weights are zero")
+                raise ValueError(
+                    f"block {index} has no active head or no active unit: all of their weights are"
+                    " zero"
+                )
             heads.copy_(found[0])
             units.copy_(found[1])
         self.in_force.fill_(True)
 
     def correct(self, index: int, vit: Any, tokens: Tokens, observed: Observed) -> Observed:
-        """See :meth:`Sparsity.correct`: without the masked heads, which look at all tokens alike and whose keys are a bias."""
+        """See :meth:`Sparsity.correct`: without the masked heads, which look at all tokens alike
+        and whose keys are a bias.
+        """
         mask, _ = self.active(index)
         if observed.heads != len(mask):
             return observed  # they have been taken out
@@ -116,26 +137,34 @@ class Structured(Sparsity):
 
     @torch.no_grad()
     def probe(self, vit: Any, generator: torch.Generator) -> None:
-        """See :meth:`Sparsity.probe`: fresh rows of ``mlp.fc1``; behind them the columns of ``mlp.fc2`` are zero."""
+        """See :meth:`Sparsity.probe`: fresh rows of ``mlp.fc1``; behind them the columns of
+        ``mlp.fc2`` are zero.
+        """
         for index, block in enumerate(vit.blocks):
             _renew(block.mlp.fc1.weight, ~self.active(index)[1], generator)
 
     def watch(self, vit: Any) -> list[RemovableHandle]:
         """See :meth:`Sparsity.watch`."""
         return [
-            block.attn.proj.register_forward_pre_hook(partial(self._see, index, block.attn.num_heads))
+            block.attn.proj.register_forward_pre_hook(
+                partial(self._see, index, block.attn.num_heads)
+            )
             for index, block in enumerate(vit.blocks)
         ]
 
     def _see(self, index: int, heads: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         attended = inputs[0]
-        if attended.requires_grad:  # the hook goes with the graph; detached, or the two would hold each other
+        if (
+            attended.requires_grad
+        ):  # the hook goes with the graph; detached, or the two would hold each other
             attended.register_hook(partial(self._score, index, heads, attended.detach()))
 
     def _score(self, index: int, heads: int, attended: Tensor, grad: Tensor) -> None:
         o, g = (x.float().unflatten(-1, (heads, -1)) for x in (attended, grad))
         score = torch.stack(((g * o).sum(dim=(1, 3)).abs().sum(dim=0), g.abs().sum(dim=(0, 1, 3))))
-        self._scores[index] = self._scores[index] + score if index in self._scores else score  # accumulated gradients
+        self._scores[index] = (
+            self._scores[index] + score if index in self._scores else score
+        )  # accumulated gradients
 
     @torch.no_grad()
     def exchange(self, vit: Any, rate: float, generator: torch.Generator) -> None:
@@ -152,8 +181,9 @@ class Structured(Sparsity):
         for index, block in enumerate(vit.blocks):
             if index not in scores:
                 raise ValueError(
-                    "an exchange of heads goes by a training pass that was watched: call on_progress() before each training "
-                    "step and after_optimizer_step() behind it, with the same count of steps"
+                    "an exchange of heads goes by a training pass that was watched: call"
+                    " on_progress() before each training step and after_optimizer_step() behind it,"
+                    " with the same count of steps"
                 )
             heads, units = self.active(index)
             fc1, fc2 = block.mlp.fc1.weight, block.mlp.fc2.weight
@@ -182,7 +212,9 @@ def _norms(fc1: Tensor, fc2: Tensor) -> Tensor:
 
 
 def _renew(rows: Tensor, which: Tensor, generator: torch.Generator) -> None:
-    """Start some rows afresh, as timm initialises a ViT's; drawn on the CPU, so that all processes have the same."""
+    """Start some rows afresh, as timm initialises a ViT's; drawn on the CPU, so that all processes
+    have the same.
+    """
     fresh = torch.empty(int(which.sum()), *rows.shape[1:])
     rows[which] = nn.init.trunc_normal_(fresh, std=0.02, generator=generator).to(rows)
 
@@ -197,11 +229,12 @@ def _summed(scores: Tensor) -> Tensor:
 def _check(block: Any) -> None:
     attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
     plain = type(attn) is Attention and type(mlp) is Mlp
-    # With a gate or a norm between the layers, taking parts out would make another function of the model.
+    # With a gate or a norm between the layers, taking parts out would make another function of the
+    # model.
     inner = [getattr(attn, "gate", None), getattr(attn, "norm", None), getattr(mlp, "norm", None)]
     if not plain or any(part is not None and type(part) is not nn.Identity for part in inner):
         raise TypeError(
-            f"Structured sparsity needs blocks with timm's plain Attention and Mlp, and this model's {type(block).__name__} "
-            f"holds {type(attn).__name__} and {type(mlp).__name__}, a gate, or a norm between their layers; take another "
-            f"model, or Unstructured"
+            "Structured sparsity needs blocks with timm's plain Attention and Mlp, and this"
+            f" model's {type(block).__name__} holds {type(attn).__name__} and {type(mlp).__name__},"
+            " a gate, or a norm between their layers; take another model, or Unstructured"
         )

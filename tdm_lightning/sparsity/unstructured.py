@@ -15,11 +15,12 @@ from tdm_lightning.sparsity.exchange import exchange
 
 
 class Unstructured(Sparsity):
-    """Masks single weights of every matrix and convolution: SViTE, whose scripts keep 40 or 50 % of them.
+    """Masks single weights of every matrix and convolution: SViTE, whose scripts keep 40 or 50 % of
+    them.
 
-    Layers get Erdős–Rényi-kernel densities. An exchange removes the smallest weights and lets in those with the largest
-    gradients, the removed ones among the candidates (RigL; Evci et al., 2020); what comes in starts at zero. Biases, norms,
-    positions and class token stay whole.
+    Layers get Erdős–Rényi-kernel densities. An exchange removes the smallest weights and lets
+    in those with the largest gradients, the removed ones among the candidates (RigL; Evci et al.,
+    2020); what comes in starts at zero. Biases, norms, positions and class token stay whole.
 
     Args:
         density: share of these weights that is active, in (0, 1].
@@ -37,7 +38,9 @@ class Unstructured(Sparsity):
         weights = dict(_weights(vit))
         shares = erk_densities([weight.shape for weight in weights.values()], self.density)
         for (name, weight), share in zip(weights.items(), shares, strict=True):
-            self._hold(_key(name), weight, weight.shape, max(1, round(share * weight.numel())), generator)
+            self._hold(
+                _key(name), weight, weight.shape, max(1, round(share * weight.numel())), generator
+            )
         for stale in set(self._buffers) - {"in_force", *map(_key, weights)}:
             delattr(self, stale)
 
@@ -61,7 +64,11 @@ class Unstructured(Sparsity):
 
 
 def _weights(vit: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, weight) for name, weight in vit.named_parameters() if name.endswith("weight") and weight.ndim in (2, 4))
+    return (
+        (name, weight)
+        for name, weight in vit.named_parameters()
+        if name.endswith("weight") and weight.ndim in (2, 4)
+    )
 
 
 def _key(name: str) -> str:

@@ -15,7 +15,8 @@ from tdm_lightning.tokens import Observed, Reduction, Tokens
 
 
 class AttentiveStrategy(Strategy):
-    """Between attention and MLP of some blocks, N patch tokens become ``ceil(keep_rate·N)`` by their class attention.
+    """Between attention and MLP of some blocks, N patch tokens become ``ceil(keep_rate·N)`` by
+    their class attention.
 
     Subclasses say in :meth:`reduce` what becomes of the rest, unless a token merger does.
     """
@@ -27,7 +28,9 @@ class AttentiveStrategy(Strategy):
         self.merger = check_merger(merger)
 
     def keep_count(self, n: int) -> int:
-        """Tokens that are kept of ``n``: ``ceil(keep_rate·n)``, taken literally, with the current rate during warm-up."""
+        """Tokens that are kept of ``n``: ``ceil(keep_rate·n)``, taken literally, with the current
+        rate during warm-up.
+        """
         return math.ceil(self.annealed(self.keep_rate) * n)
 
     def bind(self, vit: Any, patches: int) -> None:
@@ -47,7 +50,9 @@ class AttentiveStrategy(Strategy):
         """Importance in the reducing layers, and what the merger compares."""
         if index not in self.layers:
             return frozenset()
-        return frozenset({"importance"}) | (frozenset() if self.merger is None else self.merger.needs())
+        return frozenset({"importance"}) | (
+            frozenset() if self.merger is None else self.merger.needs()
+        )
 
     def tracks_size(self) -> bool:
         """Only for proportional attention."""
@@ -63,7 +68,9 @@ class AttentiveStrategy(Strategy):
         if self.merger is None:
             reduction = self.reduce(tokens.patches, importance, keep)
         else:
-            reduction = self.merger(tokens.patches, importance, keep, self._compared(tokens, observed))
+            reduction = self.merger(
+                tokens.patches, importance, keep, self._compared(tokens, observed)
+            )
         tokens = tokens.reduced(index, reduction, importance)
         return tokens.with_size_bias() if self.tracks_size() else tokens
 
@@ -76,5 +83,10 @@ class AttentiveStrategy(Strategy):
         return seen[:, tokens.prefix :]
 
     def reduce(self, x: Tensor, importance: Tensor, keep: int) -> Reduction:
-        """Make ``keep`` (or ``keep + 1``) tokens of the patch tokens B×N×C, given their importance B×N."""
-        raise TypeError(f"{type(self).__name__} without a merger must say how it reduces tokens: override reduce()")
+        """Make ``keep`` (or ``keep + 1``) tokens of the patch tokens B×N×C, given their
+        importance B×N.
+        """
+        raise TypeError(
+            f"{type(self).__name__} without a merger must say how it reduces tokens: override"
+            " reduce()"
+        )

@@ -23,33 +23,41 @@ _LEAST_SHARE = 0.01
 
 
 class AViT(Strategy):
-    """Lets each token halt after a block of its own (Yin et al., CVPR 2022; ``NVlabs/A-ViT``). Adds no parameter.
+    """Lets each token halt after a block of its own (Yin et al., CVPR 2022; ``NVlabs/A-ViT``). Adds
+    no parameter.
 
-    After each block a token scores ``h = sigmoid(gate_scale·x_0 - gate_center)`` by channel 0 of its state x, the class token
-    too. It halts when its scores sum up to ``1 - eps``, at the last block in any case, and takes no part from then on. What
-    the head reads is no state of the last block but each token's sum over the blocks it ran through, weighted by h and, where
-    it halts, by what is left of 1.
+    After each block a token scores ``h = sigmoid(gate_scale·x_0 - gate_center)`` by channel 0 of
+    its state x, the class token too. It halts when its scores sum up to ``1 - eps``, at the last
+    block in any case, and takes no part from then on. What the head reads is no state of the last
+    block but each token's sum over the blocks it ran through, weighted by h and, where it halts, by
+    what is left of 1.
 
-    In training mode nothing is removed: halted tokens are zeroed and masked out of the attention, as in the official code, and
-    the loss asks for early halting. At inference halted tokens leave the sequence, images with fewer tokens are padded to the
-    longest, and an image leaves the batch when all tokens that the head reads have halted, its other tokens with it. The
-    logits are those of masking.
+    In training mode nothing is removed: halted tokens are zeroed and masked out of the attention,
+    as in the official code, and the loss asks for early halting. At inference halted tokens leave
+    the sequence, images with fewer tokens are padded to the longest, and an image leaves the batch
+    when all tokens that the head reads have halted, its other tokens with it. The logits are those
+    of masking.
 
-    Readings: where the head pools over patches, it pools the sums, and an image stays until all its tokens have halted;
-    distilled models wait for class and distillation token. Where the official code differs: it leaves the first image of a
-    batch out of the mean scores by slicing the wrong axis, and counts in them what blocks make of the zeros in a halted token's
-    place (0 here); a token whose scores sum to exactly ``1 - eps`` loses the rest of its weight there.
+    Readings: where the head pools over patches, it pools the sums, and an image stays until all its
+    tokens have halted; distilled models wait for class and distillation token. Where the official
+    code differs: it leaves the first image of a batch out of the mean scores by slicing the wrong
+    axis, and counts in them what blocks make of the zeros in a halted token's place (0 here); a
+    token whose scores sum to exactly ``1 - eps`` loses the rest of its weight there.
 
-    The published weights only fit the gate they were trained with, which stands in their file's name, see
-    :meth:`from_file_name`: (10, 30) for DeiT-T, (10, 75) for DeiT-S. For other models look at channel 0 first: where few states
-    reach ``gate_center/gate_scale`` training starts from the whole model; where most do, tokens halt at once and hardly learn.
+    The published weights only fit the gate they were trained with, which stands in their file's
+    name, see :meth:`from_file_name`: (10, 30) for DeiT-T, (10, 75) for DeiT-S. For other models
+    look at channel 0 first: where few states reach ``gate_center/gate_scale`` training starts from
+    the whole model; where most do, tokens halt at once and hardly learn.
 
     Args:
         gate_scale: α, the slope of the score over channel 0; above 0.
-        gate_center: β, the score's offset: without a weight for it, h is one half at ``x_0 = β/α``.
+        gate_center: β, the score's offset: without a weight for it, h is one half at ``x_0 =
+            β/α``.
         eps: how far below 1 the sum of scores may stay; in (0, 1).
-        ponder_weight: weight of the ponder loss, the mean over tokens of blocks run plus the weight left at halting.
-        prior_weight: weight of the divergence of the blocks' mean scores from a Gaussian over the blocks.
+        ponder_weight: weight of the ponder loss, the mean over tokens of blocks run plus the weight
+            left at halting.
+        prior_weight: weight of the divergence of the blocks' mean scores from a Gaussian over the
+            blocks.
         prior_mean: the block, counted from 0, where that Gaussian peaks; above 0.
         prior_std: its width in blocks.
 
@@ -82,7 +90,8 @@ class AViT(Strategy):
 
     @classmethod
     def from_file_name(cls, path: str | os.PathLike[str], **settings: Any) -> AViT:
-        """The strategy for a published file of weights, whose name ends in scale and center; nothing is read.
+        """The strategy for a published file of weights, whose name ends in scale and center;
+        nothing is read.
 
         Args:
             path: the file, or just its name.
@@ -98,8 +107,9 @@ class AViT(Strategy):
         found = re.search(rf"-{number}-{number}(?:\.[a-z]+)?$", PurePath(path).name)
         if found is None:
             raise ValueError(
-                f"the name {PurePath(path).name!r} does not end in gate scale and center as A-ViT's small-10-75.pth does; pass "
-                f"AViT(gate_scale=…, gate_center=…) with the values it was trained with"
+                f"the name {PurePath(path).name!r} does not end in gate scale and center as A-ViT's"
+                " small-10-75.pth does; pass AViT(gate_scale=…, gate_center=…) with the values it"
+                " was trained with"
             )
         return cls(float(found[1]), float(found[2]), **settings)
 
@@ -122,7 +132,9 @@ class AViT(Strategy):
         tokens = tokens.carrying(running=None)
         if not bool(stay.all()):
             tokens, running, left = tokens.staying(stay), running[stay], left[stay]
-        return tokens.replace(valid=running).packed(index, running[:, tokens.prefix :], left[:, tokens.prefix :])
+        return tokens.replace(valid=running).packed(
+            index, running[:, tokens.prefix :], left[:, tokens.prefix :]
+        )
 
     def after_block(self, index: int, tokens: Tokens) -> Tokens:
         """Add this block's states to the sums, and see which tokens run on."""
@@ -134,7 +146,11 @@ class AViT(Strategy):
         left = 1 - spent
         if present is not None:  # one image alone has no padding
             score, left = score * present, left * present
-        running = (spent + score < 1 - self.eps) if index < tokens.depth - 1 else torch.zeros_like(spent, dtype=torch.bool)
+        running = (
+            (spent + score < 1 - self.eps)
+            if index < tokens.depth - 1
+            else torch.zeros_like(spent, dtype=torch.bool)
+        )
         if present is not None:
             running = running & present
         if not self.training:
@@ -157,14 +173,30 @@ class AViT(Strategy):
     def finish(self, tokens: Tokens) -> Tokens:
         """All tokens of all images are back, each as the sum of its states."""
         sums = tokens.carry["sums"].to(tokens.x.dtype)
-        carry = {name: value for name, value in tokens.carry.items() if name not in ("sums", "spent", "left", "running")}
+        carry = {
+            name: value
+            for name, value in tokens.carry.items()
+            if name not in ("sums", "spent", "left", "running")
+        }
         source = tokens.source
         if source is not None:
             source = torch.arange(source.shape[1], device=source.device).expand_as(source)
-        return tokens.replace(x=sums, images=None, source=source, position=None, key_bias=None, valid=None, carry=carry)
+        return tokens.replace(
+            x=sums,
+            images=None,
+            source=source,
+            position=None,
+            key_bias=None,
+            valid=None,
+            carry=carry,
+        )
 
-    def loss(self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None) -> dict[str, Tensor]:
-        """Task loss, ``ponder`` and ``prior``, each with its weight; of a pass at inference the task loss alone."""
+    def loss(
+        self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None
+    ) -> dict[str, Tensor]:
+        """Task loss, ``ponder`` and ``prior``, each with its weight; of a pass at inference the
+        task loss alone.
+        """
         terms = super().loss(output, target, criterion, teacher)
         if "ponder" not in output.carry:
             return terms
@@ -174,17 +206,20 @@ class AViT(Strategy):
         )
         return terms
 
-    def report(self, output: Output, target: Tensor, teacher: Output | None = None) -> dict[str, Tensor]:
+    def report(
+        self, output: Output, target: Tensor, teacher: Output | None = None
+    ) -> dict[str, Tensor]:
         """``blocks``: how many a token ran through, on average."""
         blocks = output.carry.get("blocks")
         return {} if blocks is None else {"blocks": blocks.mean()}
 
 
 def prior_divergence(scores: Tensor, mean: float, std: float) -> Tensor:
-    """How far the blocks' mean halting scores are from their prior; a number, 0 where it would be negative.
+    """How far the blocks' mean halting scores are from their prior; a number, 0 where it would be
+    negative.
 
-    ``Σ t·log(t/p) / depth`` over the blocks, where p are the means over images and tokens as shares of their sum, within
-    0.01…0.99, and t the :func:`prior_target`.
+    ``Σ t·log(t/p) / depth`` over the blocks, where p are the means over images and tokens as
+    shares of their sum, within 0.01…0.99, and t the :func:`prior_target`.
 
     Args:
         scores: of all tokens after each block, depth×B×T.
@@ -192,14 +227,19 @@ def prior_divergence(scores: Tensor, mean: float, std: float) -> Tensor:
         std: likewise.
     """
     score = scores.mean(dim=(1, 2))
-    share = score / score.sum().clamp(min=1e-30)  # far below the gate's center all scores may underflow
+    share = score / score.sum().clamp(
+        min=1e-30
+    )  # far below the gate's center all scores may underflow
     target = prior_target(len(share), mean, std).to(share)
-    divergence = torch.xlogy(target, target) - target * share.clamp(_LEAST_SHARE, 1 - _LEAST_SHARE).log()
+    divergence = (
+        torch.xlogy(target, target) - target * share.clamp(_LEAST_SHARE, 1 - _LEAST_SHARE).log()
+    )
     return divergence.mean().clamp(min=0)
 
 
 def prior_target(depth: int, mean: float, std: float) -> Tensor:
-    """The prior over the blocks: a Gaussian density at 0…depth-1, scaled so that the blocks before its mean get 0.98 in all.
+    """The prior over the blocks: a Gaussian density at 0…depth-1, scaled so that the blocks
+    before its mean get 0.98 in all.
 
     Not normalised, as the official code has it: all 12 blocks of the official prior get 3.26.
 
@@ -226,7 +266,11 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _present(tokens: Tokens) -> Tensor:
     """Which rows are tokens that run, B×T, bool."""
-    return torch.ones_like(tokens.x[..., 0], dtype=torch.bool) if tokens.valid is None else tokens.valid
+    return (
+        torch.ones_like(tokens.x[..., 0], dtype=torch.bool)
+        if tokens.valid is None
+        else tokens.valid
+    )
 
 
 def _zeroed(x: Tensor, running: Tensor) -> Tensor:
@@ -234,12 +278,16 @@ def _zeroed(x: Tensor, running: Tensor) -> Tensor:
 
 
 def _places(tokens: Tokens, length: int) -> Tensor:
-    """Where the tokens of B sequences stood in the batch at first, all its sequences of ``length`` in a row; B·T."""
+    """Where the tokens of B sequences stood in the batch at first, all its sequences of ``length``
+    in a row; B·T.
+    """
     batch, device = tokens.x.shape[0], tokens.x.device
     prefix = torch.arange(tokens.prefix, device=device).expand(batch, -1)
     images = torch.arange(batch, device=device) if tokens.images is None else tokens.images
     assert tokens.position is not None
-    return (torch.cat((prefix, tokens.position + tokens.prefix), dim=1) + length * images.unsqueeze(1)).flatten()
+    return (
+        torch.cat((prefix, tokens.position + tokens.prefix), dim=1) + length * images.unsqueeze(1)
+    ).flatten()
 
 
 def _taken(whole: Tensor, places: Tensor | None, like: Tensor) -> Tensor:
@@ -248,7 +296,9 @@ def _taken(whole: Tensor, places: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _added(whole: Tensor, places: Tensor | None, values: Tensor) -> Tensor:
-    """The batch's values plus those of the present tokens, B×T or B×T×C; padding adds zeros, wherever it stands."""
+    """The batch's values plus those of the present tokens, B×T or B×T×C; padding adds zeros,
+    wherever it stands.
+    """
     if places is None:
         return whole + values
     return whole.flatten(0, 1).index_add(0, places, values.flatten(0, 1)).view_as(whole)

@@ -14,17 +14,19 @@ from tdm_lightning.tokens import Reduction, Role
 
 
 class EViT(AttentiveStrategy):
-    """Keeps the ``ceil(keep_rate·N)`` most attended patch tokens (Liang et al., ICLR 2022; ``youweiliang/evit``).
+    """Keeps the ``ceil(keep_rate·N)`` most attended patch tokens (Liang et al., ICLR 2022;
+    ``youweiliang/evit``).
 
-    The rest becomes one token, ``Σ a_j x_j`` over the inattentive ones, *not* divided by ``Σ a_j``. It counts as a patch token
-    in later layers: there it may be kept, fused again or dropped. DeiT-S at 0.7: 196 → 139 → 99 → 71 tokens with fusion, 138 →
-    97 → 68 without.
+    The rest becomes one token, ``Σ a_j x_j`` over the inattentive ones, *not* divided by ``Σ
+    a_j``. It counts as a patch token in later layers: there it may be kept, fused again or dropped.
+    DeiT-S at 0.7: 196 → 139 → 99 → 71 tokens with fusion, 138 → 97 → 68 without.
 
     Args:
         keep_rate: share of the patch tokens that is kept at each reducing layer, in (0, 1].
         layers: reducing blocks, counted from 0.
         fuse: add the fused token; without it the rest is dropped.
-        merger: replaces both by the token merger, which leaves exactly ``ceil(keep_rate·N)`` tokens ("EViT+Ours").
+        merger: replaces both by the token merger, which leaves exactly ``ceil(keep_rate·N)``
+            tokens ("EViT+Ours").
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.

@@ -18,32 +18,39 @@ from tdm_lightning.tokens import Observed, Output, Reduction, Role, Tokens
 
 
 class EvoViT(Strategy):
-    """Updates the tokens with the highest running class attention; the others wait and come back (Xu et al., AAAI 2022).
+    """Updates the tokens with the highest running class attention; the others wait and come back
+    (Xu et al., AAAI 2022).
 
-    ``int(keep_rate·N)`` of N tokens are updated (Evo-ViT; ``YifanXu74/Evo-ViT``). The running attention is ``g ← (1-t)·g +
-    t·a`` with the block's class attention a, summed over heads, and the trade-off t; of tokens that wait, g stays as it is.
-    The choice is made anew at each selecting layer, after all have come back. The head averages over all patches, so the
-    model must be made with ``global_pool="avg"``. DeiT-S at 0.5: blocks 0–3 update 196 patches, blocks 4–11 98.
+    ``int(keep_rate·N)`` of N tokens are updated (Evo-ViT; ``YifanXu74/Evo-ViT``). The running
+    attention is ``g ← (1-t)·g + t·a`` with the block's class attention a, summed over heads,
+    and the trade-off t; of tokens that wait, g stays as it is. The choice is made anew at each
+    selecting layer, after all have come back. The head averages over all patches, so the model must
+    be made with ``global_pool="avg"``. DeiT-S at 0.5: blocks 0–3 update 196 patches, blocks
+    4–11 98.
 
-    While tokens wait they can share in what the blocks do: ``representative`` lets one attention-weighted mean of them run
-    with the others and adds its change to each when they come back; ``merger`` does the same with one token per cluster,
-    ``ceil(cluster_fraction·N_waiting)`` of them, which attract attention in proportion to the tokens they run for (how Evo-ViT
-    and the token merger combine is a reading). The released DeiT weights were trained with neither.
+    While tokens wait they can share in what the blocks do: ``representative`` lets one
+    attention-weighted mean of them run with the others and adds its change to each when they come
+    back; ``merger`` does the same with one token per cluster, ``ceil(cluster_fraction·N_waiting)``
+    of them, which attract attention in proportion to the tokens they run for (how Evo-ViT and the
+    token merger combine is a reading). The released DeiT weights were trained with neither.
 
     Args:
         keep_rate: share of the patch tokens that is updated, in (0, 1].
-        tradeoff: t, for all blocks or one per block, each in [0, 1]; ``None``: 1 before the first selecting layer and 0.5
-            from there, as in the released models.
-        class_head: in training, a second classifier on the class token shares the loss (as the published recipe has it).
+        tradeoff: t, for all blocks or one per block, each in [0, 1]; ``None``: 1 before the first
+            selecting layer and 0.5 from there, as in the released models.
+        class_head: in training, a second classifier on the class token shares the loss (as the
+            published recipe has it).
         merger: clusters that run in place of the waiting tokens.
         layers: blocks before which tokens are selected, counted from 0.
         representative: one mean runs in place of the waiting tokens; not together with a merger.
-        drop_last: tokens that the last selection leaves out do not come back for the head (``prunecls`` of the official code).
-        layerwise_epochs: training epochs at the start in which every block from the first selecting layer on selects anew;
-            200 in the published recipe.
+        drop_last: tokens that the last selection leaves out do not come back for the head
+            (``prunecls`` of the official code).
+        layerwise_epochs: training epochs at the start in which every block from the first selecting
+            layer on selects anew; 200 in the published recipe.
 
     Attributes:
-        layerwise: whether every block selects now; set by :meth:`on_progress`, as ``current_keep_rate`` is.
+        layerwise: whether every block selects now; set by :meth:`on_progress`, as
+            ``current_keep_rate`` is.
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
@@ -70,29 +77,37 @@ class EvoViT(Strategy):
         self.merger = check_early_merger(merger)
         self.layers = check_layers(layers)
         if 0 in self.layers:
-            raise ValueError("layers must be at least 1: before the first block there is no attention to select by")
+            raise ValueError(
+                "layers must be at least 1: before the first block there is no attention to"
+                " select by"
+            )
         self.representative = bool(representative)
         self.drop_last = bool(drop_last)
         self.layerwise_epochs = check_count(layerwise_epochs, "layerwise_epochs", least=0)
         self.layerwise = False
         if self.representative and merger is not None:
-            raise ValueError("representative=True and a merger are two ways to run for the waiting tokens; choose one")
+            raise ValueError(
+                "representative=True and a merger are two ways to run for the waiting tokens;"
+                " choose one"
+            )
 
     def bind(self, vit: Any, patches: int) -> None:
         """Check the settings against the model; make the second classifier.
 
         Raises:
-            ValueError: if layers or trade-offs do not fit its depth, no token would be updated, it does not pool over its
-                patches, or has no class token for ``class_head``.
+            ValueError: if layers or trade-offs do not fit its depth, no token would be updated, it
+                does not pool over its patches, or has no class token for ``class_head``.
         """
         depth = len(vit.blocks)
         check_layers_exist(self.layers, depth)
         if isinstance(self.tradeoff, tuple) and len(self.tradeoff) != depth:
-            raise ValueError(f"tradeoff needs one number per block, {depth} here, got {len(self.tradeoff)}")
+            raise ValueError(
+                f"tradeoff needs one number per block, {depth} here, got {len(self.tradeoff)}"
+            )
         if vit.global_pool == "token":
             raise ValueError(
-                "Evo-ViT's head averages over the patches, but this model classifies by its class token; create the timm model "
-                "with global_pool='avg'"
+                "Evo-ViT's head averages over the patches, but this model classifies by its class"
+                " token; create the timm model with global_pool='avg'"
             )
         self._keep(patches)
         if self.class_head:
@@ -100,7 +115,10 @@ class EvoViT(Strategy):
 
     def _make_class_head(self, vit: Any) -> None:
         if getattr(vit, "cls_token", None) is None or not vit.num_classes:
-            raise ValueError("class_head=True needs a model with a class token and a classifier; use class_head=False")
+            raise ValueError(
+                "class_head=True needs a model with a class token and a classifier; use"
+                " class_head=False"
+            )
         width = vit.embed_dim
         device = next(vit.parameters()).device
         self.norm_cls = nn.LayerNorm(width, eps=1e-6, device=device)
@@ -109,7 +127,9 @@ class EvoViT(Strategy):
     def reset_classifier(self, num_classes: int) -> None:
         """Give the class token's classifier as many classes."""
         if self.class_head:
-            self.head_cls = _classifier(self.head_cls.in_features, num_classes, self.head_cls.weight.device)
+            self.head_cls = _classifier(
+                self.head_cls.in_features, num_classes, self.head_cls.weight.device
+            )
 
     def begin(self, tokens: Tokens) -> Tokens:
         """No token ever stands for several patches for good, so sizes need not be followed."""
@@ -119,10 +139,15 @@ class EvoViT(Strategy):
         """Importance in every block that a later selection looks back on."""
         if not self.layers:
             return frozenset()
-        # Before the first selection all tokens are updated, so a trade-off of 1 forgets what was before.
+        # Before the first selection all tokens are updated, so a trade-off of 1 forgets what was
+        # before.
         forget = [block for block in range(self.layers[0]) if self._mix(block) == 1]
         looks_back = self.layerwise or index < self.layers[-1]
-        return frozenset({"importance"}) if looks_back and index >= max(forget, default=0) else frozenset()
+        return (
+            frozenset({"importance"})
+            if looks_back and index >= max(forget, default=0)
+            else frozenset()
+        )
 
     def before_block(self, index: int, tokens: Tokens) -> Tokens:
         """Select anew, in the selecting layers."""
@@ -148,8 +173,12 @@ class EvoViT(Strategy):
             return tokens.carrying(class_logits=self.head_cls(self.norm_cls(tokens.x[:, 0])))
         return tokens
 
-    def loss(self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None) -> dict[str, Tensor]:
-        """Half the task loss from the averaged patches and half from the class token, where it was classified."""
+    def loss(
+        self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None
+    ) -> dict[str, Tensor]:
+        """Half the task loss from the averaged patches and half from the class token, where it was
+        classified.
+        """
         terms = super().loss(output, target, criterion, teacher)
         second = output.carry.get("class_logits")
         if second is None:
@@ -166,12 +195,16 @@ class EvoViT(Strategy):
         return self.tradeoff[index] if isinstance(self.tradeoff, tuple) else self.tradeoff
 
     def _selects(self, index: int) -> bool:
-        return index in self.layers or (self.layerwise and bool(self.layers) and index > self.layers[0])
+        return index in self.layers or (
+            self.layerwise and bool(self.layers) and index > self.layers[0]
+        )
 
     def _keep(self, n: int) -> int:
         keep = int(self.annealed(self.keep_rate) * n)
         if keep < 1:
-            raise ValueError(f"keep_rate={self.keep_rate} leaves none of {n} tokens to update; raise it")
+            raise ValueError(
+                f"keep_rate={self.keep_rate} leaves none of {n} tokens to update; raise it"
+            )
         return keep
 
     def _select(self, index: int, tokens: Tokens) -> Tokens:
@@ -187,7 +220,9 @@ class EvoViT(Strategy):
             fate, role = torch.where(rank < keep, rank, -1), Role.DROPPED
         else:
             fate, role = rank, Role.PARKED
-        reduction = Reduction(x[:, :keep], fate, torch.where(rank < keep, int(Role.KEPT), int(role)))
+        reduction = Reduction(
+            x[:, :keep], fate, torch.where(rank < keep, int(Role.KEPT), int(role))
+        )
         tokens = tokens.reduced(index, reduction, before).carrying(attention=running)
         if role is Role.DROPPED:
             return tokens.carrying(attention=running[:, :keep])
@@ -207,7 +242,9 @@ class EvoViT(Strategy):
         x = torch.cat((tokens.x[:, : tokens.prefix], stand_in, tokens.patches), dim=1)
         tokens = tokens.carrying(stand_in=stand_in, stands_for=group)
         if self.merger is not None and self.merger.proportional_attention:
-            members = torch.zeros_like(stand_in[..., 0]).scatter_add(1, group, torch.ones_like(attention, dtype=x.dtype))
+            members = torch.zeros_like(stand_in[..., 0]).scatter_add(
+                1, group, torch.ones_like(attention, dtype=x.dtype)
+            )
             bias = F.pad(members.log(), (tokens.prefix, tokens.count))
             tokens = tokens.replace(key_bias=bias[:, None, None, :])
         return tokens.replace(x=x, prefix=tokens.prefix + stand_in.shape[1])
@@ -224,7 +261,11 @@ def _rejoined(tokens: Tokens) -> Tokens:
         change = tokens.x[:, prefix : tokens.prefix] - start
         parked = parked + gather_tokens(change, tokens.carry["stands_for"])
     x = torch.cat((tokens.x[:, :prefix], tokens.patches, parked), dim=1)
-    carry = {name: value for name, value in tokens.carry.items() if name not in ("stand_in", "stands_for")}
+    carry = {
+        name: value
+        for name, value in tokens.carry.items()
+        if name not in ("stand_in", "stands_for")
+    }
     return tokens.replace(x=x, prefix=prefix, parked=None, key_bias=None, carry=carry)
 
 

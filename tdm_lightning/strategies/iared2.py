@@ -1,4 +1,6 @@
-"""IA-RED²: a policy, learned by reinforcement, decides group by group of blocks which patches an image keeps."""
+"""IA-RED²: a policy, learned by reinforcement, decides group by group of blocks which patches an
+image keeps.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ class Stage(NamedTuple):
     """A step of the curriculum.
 
     Attributes:
-        group: the group that learns, from 0; those before it decide as at inference, those after it drop nothing more.
+        group: the group that learns, from 0; those before it decide as at inference, those after it
+            drop nothing more.
         interpreting: its interpreter learns; otherwise its blocks and all that follow do.
     """
 
@@ -27,38 +30,43 @@ class Stage(NamedTuple):
 
 
 class IARED2(Strategy):
-    """Drops, before each group of blocks, the patches that an interpreter finds unimportant (Pan et al., NeurIPS 2021).
+    """Drops, before each group of blocks, the patches that an interpreter finds unimportant (Pan et
+    al., NeurIPS 2021).
 
-    At inference a patch stays while its score exceeds ``threshold``; the others are removed for good, as many as the image
-    allows. DeiT-S has three groups: decisions fall before blocks 0, 4 and 8, the first on the bare patch embeddings.
+    At inference a patch stays while its score exceeds ``threshold``; the others are removed for
+    good, as many as the image allows. DeiT-S has three groups: decisions fall before blocks 0, 4
+    and 8, the first on the bare patch embeddings.
 
     Training is a curriculum over the epochs of one run, group by group:
 
-    1. The group's interpreter learns for ``interpreter_epochs``, nothing else. A policy u is drawn from its scores I,
-       ``u_j ~ Bernoulli(I_j)``, and reinforced by ``(R(u) - R(û))·∇log π(u)``, where û is what inference would keep, see
-       :meth:`reward` and :meth:`baseline`.
-    2. The group's blocks and all that follow learn the task for ``block_epochs`` under drawn policies.
+    1. The group's interpreter learns for ``interpreter_epochs``, nothing else. A policy u is drawn
+       from its scores I, ``u_j ~ Bernoulli(I_j)``, and reinforced by ``(R(u) - R(û))·∇log
+       π(u)``, where û is what inference would keep, see :meth:`reward` and :meth:`baseline`.
+    2. The group's blocks and all that follow learn the task for ``block_epochs`` under drawn
+       policies.
 
-    Groups whose turn has not come drop nothing. Interpreters start out keeping every patch, so training starts from the plain
-    model, and the weights of any epoch are complete. Where training stands follows from the epoch alone, see :meth:`stage_at`;
-    the last stage lasts as long as the run.
+    Groups whose turn has not come drop nothing. Interpreters start out keeping every patch, so
+    training starts from the plain model, and the weights of any epoch are complete. Where training
+    stands follows from the epoch alone, see :meth:`stage_at`; the last stage lasts as long as the
+    run.
 
-    Networks, thresholds and groups are those of the authors' published tool. Their training code is not public: reward and
-    curriculum follow the paper, while epochs, rates, initial weights, the thresholded policy of earlier groups and the meaning
-    of the tool's penalties are readings.
+    Networks, thresholds and groups are those of the authors' published tool. Their training code is
+    not public: reward and curriculum follow the paper, while epochs, rates, initial weights, the
+    thresholded policy of earlier groups and the meaning of the tool's penalties are readings.
 
     Args:
         groups: into how many equal groups the blocks fall.
         threshold: score above which a patch stays, in [0, 1).
         heads: of the interpreters; ``None``: as many as the model's own attention has.
-        penalty: τ, the loss of reward for a wrong prediction, for each group; further groups take the last.
+        penalty: τ, the loss of reward for a wrong prediction, for each group; further groups take
+            the last.
         interpreter_epochs: how long each group's interpreter learns.
         block_epochs: how long the blocks learn after it.
         interpreter_lr: learning rate of the interpreters.
 
     Attributes:
-        stage: where training stands; set by :meth:`on_progress`, which a training loop of your own must call. Until then, as
-            after the curriculum: all groups decide.
+        stage: where training stands; set by :meth:`on_progress`, which a training loop of your own
+            must call. Until then, as after the curriculum: all groups decide.
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
@@ -97,17 +105,26 @@ class IARED2(Strategy):
         """
         if getattr(vit, "cls_token", None) is None:
             raise ValueError(
-                "IA-RED² scores patches by the class token, and this model has none; take one with a class token, or a "
-                "strategy without it (DyViT, ToMe)"
+                "IA-RED² scores patches by the class token, and this model has none; take one with"
+                " a class token, or a strategy without it (DyViT, ToMe)"
             )
         depth, width = len(vit.blocks), vit.embed_dim
         if depth % self.groups:
-            raise ValueError(f"groups={self.groups} does not divide the model's {depth} blocks evenly; choose a divisor")
-        heads = self.heads or next(module.num_heads for module in vit.blocks[0].modules() if hasattr(module, "num_heads"))
+            raise ValueError(
+                f"groups={self.groups} does not divide the model's {depth} blocks evenly; choose a"
+                " divisor"
+            )
+        heads = self.heads or next(
+            module.num_heads for module in vit.blocks[0].modules() if hasattr(module, "num_heads")
+        )
         if width % heads:
-            raise ValueError(f"heads={heads} does not divide the model's width {width} evenly; choose a divisor")
+            raise ValueError(
+                f"heads={heads} does not divide the model's width {width} evenly; choose a divisor"
+            )
         device = next(vit.parameters()).device
-        self.interpreters.extend(MultiHeadInterpreter(width, heads).to(device) for _ in range(self.groups))
+        self.interpreters.extend(
+            MultiHeadInterpreter(width, heads).to(device) for _ in range(self.groups)
+        )
 
     def begin(self, tokens: Tokens) -> Tokens:
         """Note how many patches there are at first."""
@@ -134,8 +151,9 @@ class IARED2(Strategy):
     def reward(self, output: Output, target: Tensor) -> Tensor:
         """What the policy of a pass earned with each image, B, float32.
 
-        ``share·(1 - (kept/N)²)`` for a right prediction, ``-τ`` for a wrong one: few patches pay, as long as they suffice. The
-        share is that of the blocks from the deciding group on. With soft targets, B×classes, the largest one is right.
+        ``share·(1 - (kept/N)²)`` for a right prediction, ``-τ`` for a wrong one: few patches
+        pay, as long as they suffice. The share is that of the blocks from the deciding group on.
+        With soft targets, B×classes, the largest one is right.
         """
         group, labels = output.carry["group"], target.argmax(dim=-1) if target.ndim > 1 else target
         right = output.logits.argmax(dim=-1) == labels
@@ -144,7 +162,9 @@ class IARED2(Strategy):
 
     @torch.no_grad()
     def baseline(self, model: Any, images: Tensor) -> Output | None:
-        """The pass of inference, while an interpreter learns: its reward is what a drawn policy must beat."""
+        """The pass of inference, while an interpreter learns: its reward is what a drawn policy
+        must beat.
+        """
         if not self.stage.interpreting:
             return None
         training = self.training
@@ -154,18 +174,23 @@ class IARED2(Strategy):
         finally:
             self.train(training)
 
-    def loss(self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None) -> dict[str, Tensor]:
-        """The ``policy`` gradient's loss where an interpreter learns, the task loss where blocks do.
+    def loss(
+        self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None
+    ) -> dict[str, Tensor]:
+        """The ``policy`` gradient's loss where an interpreter learns, the task loss where blocks
+        do.
 
         Raises:
-            ValueError: if an interpreter learns and ``teacher``, what :meth:`baseline` gave for the same images, is missing.
+            ValueError: if an interpreter learns and ``teacher``, what :meth:`baseline` gave for the
+                same images, is missing.
         """
         log_probability = output.carry.get("log_probability")
         if log_probability is None:
             return super().loss(output, target, criterion, teacher)
         if teacher is None:
             raise ValueError(
-                "IA-RED² compares a drawn policy with the one of inference: pass strategy.baseline(model, images) as teacher"
+                "IA-RED² compares a drawn policy with the one of inference: pass"
+                " strategy.baseline(model, images) as teacher"
             )
         advantage = self.reward(output, target) - self.reward(teacher, target)
         return {"policy": -(advantage * log_probability).mean()}
@@ -192,8 +217,12 @@ class IARED2(Strategy):
         """Take the step of the curriculum that belongs to the epoch."""
         self.stage = self.stage_at(epoch)
 
-    def param_groups(self, model: Any, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
-        """Interpreters at their own learning rate. What a stage does not train gets no gradient, so optimizers pass it by."""
+    def param_groups(
+        self, model: Any, lr: float, weight_decay: float
+    ) -> list[dict[str, Any]] | None:
+        """Interpreters at their own learning rate. What a stage does not train gets no gradient, so
+        optimizers pass it by.
+        """
         fixed = model.no_weight_decay()
         groups: list[dict[str, Any]] = [
             {"params": [], "lr": rate, "weight_decay": decay}

@@ -9,16 +9,19 @@ from torch.nn import functional as F
 from tdm_lightning.ops import linear_bias, linear_weight
 from tdm_lightning.ops.precision import full_precision
 
-#: Logit of every score before training: all patches stay at a threshold of 0.5, and a sample drops about a quarter.
+#: Logit of every score before training: all patches stay at a threshold of 0.5, and a sample drops
+#: about a quarter.
 _START = 1.0
 
 
 class MultiHeadInterpreter(nn.Module):
-    """How probably each patch token should stay (Pan et al., IA-RED², 2021, §3.2): ``mean_h sigmoid(q_cls·k_j/√d)``.
+    """How probably each patch token should stay (Pan et al., IA-RED², 2021, §3.2): ``mean_h
+    sigmoid(q_cls·k_j/√d)``.
 
-    Parameter names and shapes are those of the published weights (``groups.{g}.agent.…``), whose projection also has rows for
-    values; scores use two thirds of it. The keys are never formed: ``q·(W_k x + b_k) = (qᵀW_k)·x + q·b_k``, which costs
-    ``2C² + H·N·C`` multiply-accumulates an image instead of ``C² + N·C²``.
+    Parameter names and shapes are those of the published weights (``groups.{g}.agent.…``), whose
+    projection also has rows for values; scores use two thirds of it. The keys are never formed:
+    ``q·(W_k x + b_k) = (qᵀW_k)·x + q·b_k``, which costs ``2C² + H·N·C``
+    multiply-accumulates an image instead of ``C² + N·C²``.
 
     Args:
         width: C of the tokens; DeiT-S (384) makes 443,520 parameters.

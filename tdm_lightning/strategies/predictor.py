@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 
 class KeepPredictor(nn.Module):
-    """Keep or drop, for every token, from itself and the mean of those still kept (Rao et al., DynamicViT, 2021, §3.2).
+    """Keep or drop, for every token, from itself and the mean of those still kept (Rao et al.,
+    DynamicViT, 2021, §3.2).
 
     Parameter names are those of the official checkpoints (``score_predictor.{stage}.…``).
 
@@ -21,7 +22,11 @@ class KeepPredictor(nn.Module):
         self.local = width // 2
         self.in_conv = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
         self.out_conv = nn.Sequential(
-            nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, width // 4), nn.GELU(), nn.Linear(width // 4, 2)
+            nn.Linear(width, width // 2),
+            nn.GELU(),
+            nn.Linear(width // 2, width // 4),
+            nn.GELU(),
+            nn.Linear(width // 4, 2),
         )
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -40,6 +45,8 @@ class KeepPredictor(nn.Module):
         if policy is None:
             mean = seen.mean(dim=1, keepdim=True)
         else:
-            mean = (seen * policy.unsqueeze(-1)).sum(1, keepdim=True) / policy.sum(1).clamp(min=1)[:, None, None]
+            mean = (seen * policy.unsqueeze(-1)).sum(1, keepdim=True) / policy.sum(1).clamp(min=1)[
+                :, None, None
+            ]
         context = mean.to(h.dtype).expand(-1, h.shape[1], -1)
         return F.log_softmax(self.out_conv(torch.cat((local, context), dim=-1)).float(), dim=-1)

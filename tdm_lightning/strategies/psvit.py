@@ -17,30 +17,36 @@ from tdm_lightning.tokens import Observed, Reduction, Role, Tokens
 
 
 class PSViT(Strategy):
-    """Computes in each block only the patch positions that later blocks need (Tang et al., "Patch Slimming", CVPR 2022).
+    """Computes in each block only the patch positions that later blocks need (Tang et al., "Patch
+    Slimming", CVPR 2022).
 
-    Block l asks with the tokens that it keeps and looks at those that block l-1 kept; attention, MLP and residual are computed
-    for the kept ones alone. What a block keeps, the blocks before it keep too. Prefix tokens always stay. The masks belong to
-    positions, so they fit one grid of patches only, and they lie in the state dict as ``kept``, depth×N, bool: weights and
-    masks travel together, and masks that are loaded replace those of the arguments.
+    Block l asks with the tokens that it keeps and looks at those that block l-1 kept; attention,
+    MLP and residual are computed for the kept ones alone. What a block keeps, the blocks before it
+    keep too. Prefix tokens always stay. The masks belong to positions, so they fit one grid of
+    patches only, and they lie in the state dict as ``kept``, depth×N, bool: weights and masks
+    travel together, and masks that are loaded replace those of the arguments.
 
-    The method's masks come from :func:`tdm_lightning.slimming.search` (``tdm slim``). Until then they are a placeholder without
-    any knowledge of images: patches spread evenly over the grid, as many as ``keep_rate`` or ``counts`` say.
+    The method's masks come from :func:`tdm_lightning.slimming.search` (``tdm slim``). Until then
+    they are a placeholder without any knowledge of images: patches spread evenly over the grid, as
+    many as ``keep_rate`` or ``counts`` say.
 
-    At 0.91 DeiT-S costs 2.58 GMACs and DeiT-B 9.90, as published (2.6 and 9.8); DeiT-T takes 0.96 for its published 0.93. The
-    falling schedule is ours: the published counts are not public.
+    At 0.91 DeiT-S costs 2.58 GMACs and DeiT-B 9.90, as published (2.6 and 9.8); DeiT-T takes 0.96
+    for its published 0.93. The falling schedule is ours: the published counts are not public.
 
     Args:
-        keep_rate: before a search, each block keeps ``ceil(keep_rate·N)`` of the N patches of the block before, in (0, 1];
-            below 1 the last block computes none where the head reads the class token alone.
+        keep_rate: before a search, each block keeps ``ceil(keep_rate·N)`` of the N patches of the
+            block before, in (0, 1]; below 1 the last block computes none where the head reads the
+            class token alone.
         counts: patches that each block computes, in place of the keep rate's; they must not grow.
-        masks: depth×N zeros and ones, which positions each block computes, in place of both; lists or a tensor.
+        masks: depth×N zeros and ones, which positions each block computes, in place of both; lists
+            or a tensor.
 
     Attributes:
         token_counts: patches that each block computes; set by ``attach`` and on loading masks.
 
     Raises:
-        TypeError, ValueError: if an argument is of the wrong kind or out of range, or masks are not nested.
+        TypeError, ValueError: if an argument is of the wrong kind or out of range, or masks are not
+            nested.
     """
 
     selects_rows = True
@@ -54,7 +60,9 @@ class PSViT(Strategy):
     ) -> None:
         super().__init__()
         if counts is not None and masks is not None:
-            raise ValueError("counts and masks both say how many patches each block computes; give one of them")
+            raise ValueError(
+                "counts and masks both say how many patches each block computes; give one of them"
+            )
         self.keep_rate = check_keep_rate(keep_rate)
         self.counts = None if counts is None else _check_counts(counts)
         self.masks = None if masks is None else _check_masks(masks)
@@ -65,17 +73,26 @@ class PSViT(Strategy):
         """Lay out the masks on the model's grid.
 
         Raises:
-            ValueError: if counts or masks do not fit the model, it drops patches by chance, no patch is left for a head that
-                pools them, or the strategy is attached already.
+            ValueError: if counts or masks do not fit the model, it drops patches by chance, no
+                patch is left for a head that pools them, or the strategy is attached already.
         """
         if self.kept is not None:
-            raise ValueError("this PSViT is attached already and owns masks; make a new one for another model")
+            raise ValueError(
+                "this PSViT is attached already and owns masks; make a new one for another model"
+            )
         if not isinstance(getattr(vit, "patch_drop", None), (torch.nn.Identity, type(None))):
-            raise ValueError("masks belong to positions, and this model drops patches by chance: use patch_drop_rate=0")
-        with torch.device("cpu"):  # they are read here, also where the model is made on the meta device
+            raise ValueError(
+                "masks belong to positions, and this model drops patches by chance: use"
+                " patch_drop_rate=0"
+            )
+        with torch.device(
+            "cpu"
+        ):  # they are read here, also where the model is made on the meta device
             kept = self._masks(len(vit.blocks), patches, vit.global_pool == "token")
         if vit.global_pool != "token" and not kept[-1].any():
-            raise ValueError("this model's head reads its patches, so the last block must keep at least one")
+            raise ValueError(
+                "this model's head reads its patches, so the last block must keep at least one"
+            )
         self.token_counts = tuple(kept.sum(dim=1).tolist())
         self.kept = kept.to(next(vit.parameters()).device)
 
@@ -100,40 +117,58 @@ class PSViT(Strategy):
         if self.masks is not None:
             if len(self.masks) != depth or len(self.masks[0]) != patches:
                 raise ValueError(
-                    f"masks of {len(self.masks)} blocks and {len(self.masks[0])} patches do not fit this model's {depth} "
-                    f"blocks and {patches} patches; masks belong to positions: search again with `tdm slim`, or create the "
-                    f"timm model with the img_size that they were made for"
+                    f"masks of {len(self.masks)} blocks and {len(self.masks[0])} patches do not fit"
+                    f" this model's {depth} blocks and {patches} patches; masks belong to"
+                    " positions: search again with `tdm slim`, or create the timm model with the"
+                    " img_size that they were made for"
                 )
             return torch.tensor(self.masks, dtype=torch.bool)
         counts = self.schedule(depth, patches, class_head)
         if len(counts) != depth:
-            raise ValueError(f"counts must hold one number per block, {depth} here, got {len(counts)}: {list(counts)}")
+            raise ValueError(
+                f"counts must hold one number per block, {depth} here, got {len(counts)}:"
+                f" {list(counts)}"
+            )
         if counts[0] > patches:
-            raise ValueError(f"counts must not exceed the model's {patches} patches, got {counts[0]} in the first block")
+            raise ValueError(
+                f"counts must not exceed the model's {patches} patches, got {counts[0]} in the"
+                " first block"
+            )
         return inverse_order(spread_order(patches)[None]) < torch.tensor(counts)[:, None]
 
     def begin(self, tokens: Tokens) -> Tokens:
-        """Sort the patches by how many blocks compute them, so that each block simply keeps the first ones.
+        """Sort the patches by how many blocks compute them, so that each block simply keeps the
+        first ones.
 
         Raises:
-            ValueError: if there are more or fewer patches than the masks are for, or the keep rate is to be annealed.
+            ValueError: if there are more or fewer patches than the masks are for, or the keep rate
+                is to be annealed.
         """
         assert self.kept is not None
         if tokens.count != self.kept.shape[1]:
             raise ValueError(
-                f"PS-ViT's masks are for {self.kept.shape[1]} patches and these images have {tokens.count}; masks belong to "
-                f"positions: resize the images, or search again at their size with `tdm slim`"
+                f"PS-ViT's masks are for {self.kept.shape[1]} patches and these images have"
+                f" {tokens.count}; masks belong to positions: resize the images, or search again at"
+                " their size with `tdm slim`"
             )
         if self.current_keep_rate is not None:
-            raise ValueError("PS-ViT's masks are static, so there is no keep rate to anneal: leave KeepRateWarmup out")
+            raise ValueError(
+                "PS-ViT's masks are static, so there is no keep rate to anneal: leave"
+                " KeepRateWarmup out"
+            )
         if self.token_counts[-1] == tokens.count:
             return tokens
-        # Derived from the masks in each pass: integer buffers would be rounded where weights are averaged, buffers included.
+        # Derived from the masks in each pass: integer buffers would be rounded where weights are
+        # averaged, buffers included.
         n = tokens.count
-        key = self.kept.sum(dim=0).float() * n - torch.arange(n, device=self.kept.device)  # no ties: ONNX has no stable sort
+        key = self.kept.sum(dim=0).float() * n - torch.arange(
+            n, device=self.kept.device
+        )  # no ties: ONNX has no stable sort
         order = key.topk(n).indices
         first = torch.arange(tokens.prefix, device=order.device)
-        tokens = tokens.replace(x=tokens.x.index_select(1, torch.cat((first, order + tokens.prefix))))
+        tokens = tokens.replace(
+            x=tokens.x.index_select(1, torch.cat((first, order + tokens.prefix)))
+        )
         if tokens.source is None:
             return tokens
         return tokens.replace(source=inverse_order(order[None]).expand_as(tokens.source))
@@ -142,7 +177,9 @@ class PSViT(Strategy):
         """Choose the rows to compute."""
         if self.token_counts[index] == tokens.count:
             return tokens
-        return tokens.replace(queries=torch.arange(tokens.prefix + self.token_counts[index], device=tokens.x.device))
+        return tokens.replace(
+            queries=torch.arange(tokens.prefix + self.token_counts[index], device=tokens.x.device)
+        )
 
     def after_attention(self, index: int, tokens: Tokens, observed: Observed) -> Tokens:
         """Note which patches are gone."""
@@ -158,7 +195,10 @@ class PSViT(Strategy):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         found, errors = state_dict.get(f"{prefix}kept"), args[-1]
         if found is not None and not _nested(found):
-            errors.append(f"{prefix}kept: what a block keeps, the block before must keep too; these masks are not nested")
+            errors.append(
+                f"{prefix}kept: what a block keeps, the block before must keep too; these masks are"
+                " not nested"
+            )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.kept is not None:
@@ -166,14 +206,16 @@ class PSViT(Strategy):
 
     def extra_repr(self) -> str:
         """The patches that each block computes, once that is known; masks are too long to print."""
-        return f"token_counts={list(self.token_counts)}" if self.token_counts else super().extra_repr()
+        return (
+            f"token_counts={list(self.token_counts)}" if self.token_counts else super().extra_repr()
+        )
 
 
 def spread_order(patches: int) -> Tensor:
     """The patches of a grid, in an order whose every beginning is spread evenly; N, int64.
 
-    By the fractional part of ``row/ρ + column/ρ²`` with ρ³ = ρ + 1, the plane's counterpart of the golden ratio. The grid is
-    taken to be as square as the number allows.
+    By the fractional part of ``row/ρ + column/ρ²`` with ρ³ = ρ + 1, the plane's counterpart
+    of the golden ratio. The grid is taken to be as square as the number allows.
 
     >>> first = spread_order(16)[:4]
     >>> torch.stack((first // 4, first % 4)).tolist()
@@ -192,7 +234,9 @@ def _nested(masks: Tensor) -> bool:
 
 def _check_counts(counts: Any) -> tuple[int, ...]:
     if isinstance(counts, str) or not isinstance(counts, Sequence) or not counts:
-        raise TypeError(f"counts must hold the patches of each block, such as [196, 140, …, 0], got {counts!r}")
+        raise TypeError(
+            f"counts must hold the patches of each block, such as [196, 140, …, 0], got {counts!r}"
+        )
     if any(isinstance(count, bool) or not isinstance(count, Integral) for count in counts):
         raise TypeError(f"counts must hold integers, got {list(counts)!r}")
     if min(counts) < 0:
@@ -200,8 +244,8 @@ def _check_counts(counts: Any) -> tuple[int, ...]:
     grown = [block for block in range(1, len(counts)) if counts[block] > counts[block - 1]]
     if grown:
         raise ValueError(
-            f"counts must not grow, because a block can only compute patches that the block before kept; block {grown[0]} has "
-            f"{counts[grown[0]]} after {counts[grown[0] - 1]}"
+            "counts must not grow, because a block can only compute patches that the block before"
+            f" kept; block {grown[0]} has {counts[grown[0]]} after {counts[grown[0] - 1]}"
         )
     return tuple(int(count) for count in counts)
 
@@ -209,7 +253,12 @@ def _check_counts(counts: Any) -> tuple[int, ...]:
 def _check_masks(masks: Any) -> tuple[tuple[int, ...], ...]:
     rows = masks.tolist() if isinstance(masks, Tensor) else masks
     wrong = "masks must be depth×patches zeros and ones, a list for each block"
-    if isinstance(rows, str) or not isinstance(rows, Sequence) or not rows or not all(isinstance(r, Sequence) for r in rows):
+    if (
+        isinstance(rows, str)
+        or not isinstance(rows, Sequence)
+        or not rows
+        or not all(isinstance(r, Sequence) for r in rows)
+    ):
         raise TypeError(f"{wrong}, got {type(masks).__name__}")
     lengths = {len(row) for row in rows}
     if len(lengths) > 1 or 0 in lengths:
@@ -217,10 +266,14 @@ def _check_masks(masks: Any) -> tuple[tuple[int, ...], ...]:
     if any(value not in (0, 1) for row in rows for value in row):
         raise ValueError(f"{wrong}, got other values")
     for block in range(1, len(rows)):
-        extra = [patch for patch, (now, before) in enumerate(zip(rows[block], rows[block - 1], strict=True)) if now > before]
+        extra = [
+            patch
+            for patch, (now, before) in enumerate(zip(rows[block], rows[block - 1], strict=True))
+            if now > before
+        ]
         if extra:
             raise ValueError(
-                f"masks must be nested: block {block} keeps patch {extra[0]}, which block {block - 1} did not keep; what a "
-                f"block keeps, all blocks before it must keep"
+                f"masks must be nested: block {block} keeps patch {extra[0]}, which block"
+                f" {block - 1} did not keep; what a block keeps, all blocks before it must keep"
             )
     return tuple(tuple(int(value) for value in row) for row in rows)

@@ -15,13 +15,14 @@ from tdm_lightning.tokens import Observed, Tokens
 class Random(StagedStrategy):
     """Drops random patch tokens: the control that every method must beat.
 
-    Same places and counts as :class:`~tdm_lightning.TopK`. In training each image loses other tokens each time, drawn by
-    torch's global generator. At inference the choice depends only on ``seed``, the layer and a token's position, so that a
-    result can be repeated and no image depends on its batch. No parameters, no state.
+    Same places and counts as :class:`~tdm_lightning.TopK`. In training each image loses other
+    tokens each time, drawn by torch's global generator. At inference the choice depends only on
+    ``seed``, the layer and a token's position, so that a result can be repeated and no image
+    depends on its batch. No parameters, no state.
 
     Args:
-        keep_rate: share of the initial patch tokens that is left after the first reducing layer, its square after the
-            second, and so on; in (0, 1].
+        keep_rate: share of the initial patch tokens that is left after the first reducing layer,
+            its square after the second, and so on; in (0, 1].
         layers: reducing blocks, counted from 0.
         seed: which tokens are kept at inference, a non-negative integer.
 
@@ -29,7 +30,9 @@ class Random(StagedStrategy):
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
     """
 
-    def __init__(self, keep_rate: float = 0.7, layers: Sequence[int] = (3, 6, 9), seed: int = 0) -> None:
+    def __init__(
+        self, keep_rate: float = 0.7, layers: Sequence[int] = (3, 6, 9), seed: int = 0
+    ) -> None:
         super().__init__(keep_rate, layers)
         self.seed = check_count(seed, "seed", least=0)
 
@@ -47,7 +50,9 @@ class Random(StagedStrategy):
 
 
 def _scattered(n: int, seed: int, index: int, device: torch.device) -> Tensor:
-    """Numbers in [0, 1) for positions ``0…n-1``, N: an integer hash, because generators break graph capture."""
+    """Numbers in [0, 1) for positions ``0…n-1``, N: an integer hash, because generators break
+    graph capture.
+    """
     salt = ((seed + 1) * 0x9E3779B1 + (index + 1) * 0x85EBCA6B) & 0xFFFFFFFF
     code = (torch.arange(n, device=device) * 0x01000193 & 0xFFFFFFFF) ^ salt
     for _ in range(2):

@@ -1,4 +1,6 @@
-"""Training of learned decisions which tokens to keep: sampled, and merged where a merger is stacked."""
+"""Training of learned decisions which tokens to keep: sampled, and merged where a merger is
+stacked.
+"""
 
 from __future__ import annotations
 
@@ -15,28 +17,37 @@ Predictor = Callable[[Tensor, Tensor], Tensor]
 
 
 def start_sampling(tokens: Tokens) -> Tokens:
-    """Every token starts with a policy of 1, so the ε of masked attention acts from the first block on."""
-    return tokens.carrying(decisions=()).replace(policy=torch.ones(tokens.x.shape[:2], device=tokens.x.device))
+    """Every token starts with a policy of 1, so the ε of masked attention acts from the first
+    block on.
+    """
+    return tokens.carrying(decisions=()).replace(
+        policy=torch.ones(tokens.x.shape[:2], device=tokens.x.device)
+    )
 
 
-def merge_sampled(index: int, tokens: Tokens, merger: TokenMerger, predictor: Predictor, keep: int) -> Tokens:
+def merge_sampled(
+    index: int, tokens: Tokens, merger: TokenMerger, predictor: Predictor, keep: int
+) -> Tokens:
     """The tokens after a merger had samples of the keep probabilities as importance.
 
-    Gradients reach the decisions through the weights of the combined tokens, and through a policy on them that is 1.
+    Gradients reach the decisions through the weights of the combined tokens, and through a policy
+    on them that is 1.
 
     Args:
         index: the block.
         tokens: those of a training pass, with a policy.
         merger: combines them.
-        predictor: logits of keeping and of dropping each, B×N×2, from tokens B×N×C and policy B×N.
+        predictor: logits of keeping and of dropping each, B×N×2, from tokens B×N×C and policy
+            B×N.
         keep: how many leave.
     """
     assert tokens.policy is not None
     prefix, policy = tokens.policy.split((tokens.prefix, tokens.count), dim=1)
     probability = F.gumbel_softmax(predictor(tokens.patches, policy), tau=1.0, hard=False)[..., 0]
     reduction = merger(tokens.patches, probability, keep)
-    # A straight-through 1 for every token, averaged inside each group: the forward pass attends to all alike, the backward
-    # pass tells the predictor whether attending to a token helped, as the mask does where nothing is merged.
+    # A straight-through 1 for every token, averaged inside each group: the forward pass attends to
+    # all alike, the backward pass tells the predictor whether attending to a token helped, as the
+    # mask does where nothing is merged.
     through = policy * (1 + probability - probability.detach())
     members = reduction.sizes(torch.ones_like(through))
     policy = reduction.sizes(through) / members
@@ -45,10 +56,18 @@ def merge_sampled(index: int, tokens: Tokens, merger: TokenMerger, predictor: Pr
         decisions=(*tokens.carry["decisions"], probability),
         holder=reduction.assignment if held is None else reduction.assignment.gather(1, held),
     )
-    return merged(index, tokens.replace(policy=torch.cat((prefix, policy), dim=1)), merger, reduction, probability)
+    return merged(
+        index,
+        tokens.replace(policy=torch.cat((prefix, policy), dim=1)),
+        merger,
+        reduction,
+        probability,
+    )
 
 
-def merged(index: int, tokens: Tokens, merger: TokenMerger, reduction: Reduction, score: Tensor) -> Tokens:
+def merged(
+    index: int, tokens: Tokens, merger: TokenMerger, reduction: Reduction, score: Tensor
+) -> Tokens:
     """The tokens after a merger's reduction, with its proportional attention if it has one."""
     tokens = tokens.reduced(index, reduction, score)
     return tokens.with_size_bias() if merger.proportional_attention else tokens
@@ -62,11 +81,16 @@ def sampled_decisions(output: Output, name: str) -> tuple[Tensor, ...]:
     """
     decisions: tuple[Tensor, ...] | None = output.carry.get("decisions")
     if decisions is None:
-        raise ValueError(f"{name}'s predictors only learn in training mode: call model.train() before the forward pass")
+        raise ValueError(
+            f"{name}'s predictors only learn in training mode: call model.train() before the"
+            " forward pass"
+        )
     return decisions
 
 
-def ratio_error(decisions: Sequence[Tensor], wanted: Sequence[float], initial: int, per_image: bool) -> Tensor:
+def ratio_error(
+    decisions: Sequence[Tensor], wanted: Sequence[float], initial: int, per_image: bool
+) -> Tensor:
     """Squared distance of the kept shares from a schedule, the mean over its stages.
 
     Args:

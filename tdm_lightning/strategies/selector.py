@@ -1,4 +1,6 @@
-"""The network with which SPViT tells tokens to keep from tokens to pack away: one vote per attention head."""
+"""The network with which SPViT tells tokens to keep from tokens to pack away: one vote per
+attention head.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +9,22 @@ from torch import Tensor, nn
 
 
 class MultiHeadSelector(nn.Module):
-    """Keep or drop, by every head's slice of the token and a gate that weighs the heads (Kong et al., SPViT, 2022, §3.2).
+    """Keep or drop, by every head's slice of the token and a gate that weighs the heads (Kong et
+    al., SPViT, 2022, §3.2).
 
-    Each slice of width d = C/H goes through DynamicViT's predictor in small: ``LayerNorm → Linear d→d → GELU``, the second half
-    averaged over the tokens still there, ``Linear → GELU → Linear → GELU → Linear`` down to two logits. The gate, a
-    squeeze-and-excitation over the heads, weighs head h of each token by ``w_h``, a sigmoid of the mean of every slice.
+    Each slice of width d = C/H goes through DynamicViT's predictor in small: ``LayerNorm → Linear
+    d→d → GELU``, the second half averaged over the tokens still there, ``Linear → GELU →
+    Linear → GELU → Linear`` down to two logits. The gate, a squeeze-and-excitation over the
+    heads, weighs head h of each token by ``w_h``, a sigmoid of the mean of every slice.
 
-    Parameter names are those of the official checkpoints (``score_predictor.{stage}.…``), whose ``{h}`` copies are one tensor.
+    Parameter names are those of the official checkpoints (``score_predictor.{stage}.…``), whose
+    ``{h}`` copies are one tensor.
 
     Args:
         width: C of the tokens.
         heads: H, a divisor of the width.
-        shared: one MLP for all heads, as in the official code, 6,975 parameters on DeiT-S; otherwise one for each, as the paper
-            draws it, 41,625.
+        shared: one MLP for all heads, as in the official code, 6,975 parameters on DeiT-S;
+            otherwise one for each, as the paper draws it, 41,625.
     """
 
     def __init__(self, width: int, heads: int, shared: bool = True) -> None:
@@ -28,12 +33,22 @@ class MultiHeadSelector(nn.Module):
         d, squeezed = width // heads, max(1, heads // 2)
         self.local = d // 2
         mlps = 1 if shared else heads
-        self.in_conv = nn.ModuleList(nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU()) for _ in range(mlps))
+        self.in_conv = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.GELU()) for _ in range(mlps)
+        )
         self.out_conv = nn.ModuleList(
-            nn.Sequential(nn.Linear(d, d // 2), nn.GELU(), nn.Linear(d // 2, d // 4), nn.GELU(), nn.Linear(d // 4, 2))
+            nn.Sequential(
+                nn.Linear(d, d // 2),
+                nn.GELU(),
+                nn.Linear(d // 2, d // 4),
+                nn.GELU(),
+                nn.Linear(d // 4, 2),
+            )
             for _ in range(mlps)
         )
-        self.senet = nn.Sequential(nn.Linear(heads, squeezed), nn.GELU(), nn.Linear(squeezed, heads), nn.Sigmoid())
+        self.senet = nn.Sequential(
+            nn.Linear(heads, squeezed), nn.GELU(), nn.Linear(squeezed, heads), nn.Sigmoid()
+        )
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -47,8 +62,8 @@ class MultiHeadSelector(nn.Module):
             policy: which of them are still there, B×N; ``None``: all.
 
         Returns:
-            ``Σ_h w_h·log_softmax_h / Σ_h w_h``, B×N×2, for keeping and for dropping; not normalised. And
-            ``Σ_h w_h·softmax_h / Σ_h w_h`` of keeping, B×N.
+            ``Σ_h w_h·log_softmax_h / Σ_h w_h``, B×N×2, for keeping and for dropping; not
+            normalised. And ``Σ_h w_h·softmax_h / Σ_h w_h`` of keeping, B×N.
         """
         slices = x.unflatten(-1, (self.heads, -1))
         gate = self.senet(slices.mean(dim=-1)).float()
@@ -59,7 +74,9 @@ class MultiHeadSelector(nn.Module):
             mean = seen.mean(dim=1, keepdim=True)
         else:
             total = policy.sum(dim=1).clamp(min=1)
-            mean = (seen * policy[:, :, None, None]).sum(dim=1, keepdim=True) / total[:, None, None, None]
+            mean = (seen * policy[:, :, None, None]).sum(dim=1, keepdim=True) / total[
+                :, None, None, None
+            ]
         context = mean.to(h.dtype).expand_as(seen)
         logits = _by_head(self.out_conv, torch.cat((local, context), dim=-1)).float()
         votes = (share.unsqueeze(-1) * logits.log_softmax(dim=-1)).sum(dim=2)

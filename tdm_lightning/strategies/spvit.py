@@ -9,14 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdm_lightning.checks import check_choice, check_count, check_keep_rate, check_layers, check_layers_exist, check_number
+from tdm_lightning.checks import (
+    check_choice,
+    check_count,
+    check_keep_rate,
+    check_layers,
+    check_layers_exist,
+    check_number,
+)
 from tdm_lightning.ops import gather_tokens, inverse_order, pack, rank_order
 from tdm_lightning.ops.precision import full_precision
 from tdm_lightning.strategies.base import Criterion, Dial, Strategy
 from tdm_lightning.strategies.distillation import distillation
 from tdm_lightning.strategies.groups import paced_groups
 from tdm_lightning.strategies.merger import TokenMerger, check_early_merger
-from tdm_lightning.strategies.sampled import merge_sampled, merged, ratio_error, sampled_decisions, start_sampling
+from tdm_lightning.strategies.sampled import (
+    merge_sampled,
+    merged,
+    ratio_error,
+    sampled_decisions,
+    start_sampling,
+)
 from tdm_lightning.strategies.selector import MultiHeadSelector
 from tdm_lightning.tokens import Output, Reduction, Role, Tokens
 
@@ -25,45 +38,55 @@ _OFFICIAL = (0.617, 0.369, 0.137)
 
 
 class SPViT(Strategy):
-    """Packs, before some blocks, the patches that are not needed into one package token (Kong et al., ECCV 2022).
+    """Packs, before some blocks, the patches that are not needed into one package token (Kong et
+    al., ECCV 2022).
 
-    A :class:`~tdm_lightning.strategies.selector.MultiHeadSelector` scores every token. In training mode all tokens stay:
-    Gumbel-softmax decisions mask them out of everyone else's attention, a dropped patch never returns, and a loss holds the
-    share that is kept, on average over the batch, to the stage's target. Each stage appends one package token that stands for
-    the patches it dropped and that every later token sees; packages are scored with the patches but never dropped.
+    A :class:`~tdm_lightning.strategies.selector.MultiHeadSelector` scores every token. In training
+    mode all tokens stay: Gumbel-softmax decisions mask them out of everyone else's attention, a
+    dropped patch never returns, and a loss holds the share that is kept, on average over the batch,
+    to the stage's target. Each stage appends one package token that stands for the patches it
+    dropped and that every later token sees; packages are scored with the patches but never dropped.
 
-    At inference a patch stays where keeping outscores dropping, so every image keeps its own number of patches: they are
-    gathered to the longest, padding masked, and an image's logits are those of masking. With ``fixed_count`` stage s instead
-    keeps the ``int(target_s · N0)`` patches that keeping outscores dropping by most: 120, 72 and 26 of DeiT-S's 196, and one,
-    two and three packages; then shapes are static. Nothing is drawn at random, unless ``stochastic``. Training holds *sampled*
-    decisions to the targets: while selectors are unsure, thresholds keep other shares than samples do, and only
-    ``fixed_count`` meets a budget for certain. The same weights serve all modes.
+    At inference a patch stays where keeping outscores dropping, so every image keeps its own number
+    of patches: they are gathered to the longest, padding masked, and an image's logits are those of
+    masking. With ``fixed_count`` stage s instead keeps the ``int(target_s · N0)`` patches that
+    keeping outscores dropping by most: 120, 72 and 26 of DeiT-S's 196, and one, two and three
+    packages; then shapes are static. Nothing is drawn at random, unless ``stochastic``. Training
+    holds *sampled* decisions to the targets: while selectors are unsure, thresholds keep other
+    shares than samples do, and only ``fixed_count`` meets a budget for certain. The same weights
+    serve all modes.
 
-    With a merger (and ``fixed_count``) the dropped patches are clustered and the kept ones matched instead, down to the stage's
-    count, by their keep probability. Training then merges as inference does, as :class:`~tdm_lightning.DyViT` does it.
+    With a merger (and ``fixed_count``) the dropped patches are clustered and the kept ones matched
+    instead, down to the stage's count, by their keep probability. Training then merges as inference
+    does, as :class:`~tdm_lightning.DyViT` does it.
 
-    Official (``PeiyanFlying/SPViT``): selectors, masks, packages and losses. Readings: deterministic and fixed-count inference
-    (the official one samples, and removes tokens from single images only); a stage that drops nothing of an image adds no
-    package to it, where the official code adds a zero token; the merger; a mean in training. The paper's search for targets
+    Official (``PeiyanFlying/SPViT``): selectors, masks, packages and losses. Readings:
+    deterministic and fixed-count inference (the official one samples, and removes tokens from
+    single images only); a stage that drops nothing of an image adds no package to it, where the
+    official code adds a zero token; the merger; a mean in training. The paper's search for targets
     under a latency table is not public.
 
     Args:
         layers: blocks *before* which patches are packed, counted from 0.
-        targets: share of the initial patches that each layer leaves, in (0, 1], none above the one before. ``None``:
-            the official 0.617, 0.369, 0.137 for three layers, powers of 0.617 for another number of them.
+        targets: share of the initial patches that each layer leaves, in (0, 1], none above the one
+            before. ``None``: the official 0.617, 0.369, 0.137 for three layers, powers of 0.617 for
+            another number of them.
         merger: combines tokens in place of the packages; only with ``fixed_count``.
         fixed_count: keep as many patches of every image, see above.
         stochastic: draw Gumbel noise at inference too, as the official code does.
-        package: the ``"sum"`` of the patches a stage drops, each times its keep probability, as in the official training code;
-            or their plain ``"mean"``, as in its separate inference code.
-        shared_heads: one MLP for all heads of a selector, as the official code has it, or one for each.
+        package: the ``"sum"`` of the patches a stage drops, each times its keep probability, as in
+            the official training code; or their plain ``"mean"``, as in its separate inference
+            code.
+        shared_heads: one MLP for all heads of a selector, as the official code has it, or one for
+            each.
         ratio_weight: weight of the loss on the kept share.
         distill_weight: weight of the divergence from the teacher's logits; 0: none.
-        token_weight: weight of the squared distance to the teacher's tokens, over the patches that are left; 0: none. Without
-            both no teacher is needed.
-        backbone_lr_scale: the backbone's learning rate as a share of the selectors'. ``None`` trains everything alike, as from
-            scratch.
-        freeze_epochs: epochs in which the backbone does not learn; only with a ``backbone_lr_scale``.
+        token_weight: weight of the squared distance to the teacher's tokens, over the patches that
+            are left; 0: none. Without both no teacher is needed.
+        backbone_lr_scale: the backbone's learning rate as a share of the selectors'. ``None``
+            trains everything alike, as from scratch.
+        freeze_epochs: epochs in which the backbone does not learn; only with a
+            ``backbone_lr_scale``.
 
     Attributes:
         adaptive: whether images keep different numbers of tokens: unless ``fixed_count``.
@@ -93,14 +116,20 @@ class SPViT(Strategy):
         self.merger = check_early_merger(merger)
         self.fixed_count = bool(fixed_count)
         if merger is not None and not self.fixed_count:
-            raise ValueError("SPViT merges down to a fixed count: with a merger, set fixed_count=True")
+            raise ValueError(
+                "SPViT merges down to a fixed count: with a merger, set fixed_count=True"
+            )
         self.stochastic = bool(stochastic)
         self.package = check_choice(package, ("sum", "mean"), "package")
         self.shared_heads = bool(shared_heads)
         self.ratio_weight = check_number(ratio_weight, "ratio_weight")
         self.distill_weight = check_number(distill_weight, "distill_weight")
         self.token_weight = check_number(token_weight, "token_weight")
-        self.backbone_lr_scale = None if backbone_lr_scale is None else check_number(backbone_lr_scale, "backbone_lr_scale")
+        self.backbone_lr_scale = (
+            None
+            if backbone_lr_scale is None
+            else check_number(backbone_lr_scale, "backbone_lr_scale")
+        )
         self.freeze_epochs = check_count(freeze_epochs, "freeze_epochs", least=0)
         self.needs_teacher = self.distill_weight > 0 or self.token_weight > 0
         self.adaptive = not self.fixed_count
@@ -110,8 +139,8 @@ class SPViT(Strategy):
         """Make a selector for each stage.
 
         Raises:
-            ValueError: if a layer is out of range, the heads do not divide the width, or a fixed count or merger leaves no
-                token.
+            ValueError: if a layer is out of range, the heads do not divide the width, or a fixed
+                count or merger leaves no token.
         """
         check_layers_exist(self.layers, len(vit.blocks))
         present = patches
@@ -121,14 +150,22 @@ class SPViT(Strategy):
                 self.merger.split(present, keep)
             present = keep
         width = vit.embed_dim
-        heads = next(module.num_heads for module in vit.blocks[0].modules() if hasattr(module, "num_heads"))
+        heads = next(
+            module.num_heads for module in vit.blocks[0].modules() if hasattr(module, "num_heads")
+        )
         if width % heads:
-            raise ValueError(f"SPViT gives every attention head a slice of the token, and {heads} heads do not divide {width}")
+            raise ValueError(
+                f"SPViT gives every attention head a slice of the token, and {heads} heads do not"
+                f" divide {width}"
+            )
         device = next(vit.parameters()).device
-        self.score_predictor.extend(MultiHeadSelector(width, heads, self.shared_heads).to(device) for _ in self.layers)
+        self.score_predictor.extend(
+            MultiHeadSelector(width, heads, self.shared_heads).to(device) for _ in self.layers
+        )
 
     def keep_count(self, stage: int, initial: int) -> int:
-        """Patches left after ``stage`` (from 0) of ``initial`` where counts are fixed; rounded down.
+        """Patches left after ``stage`` (from 0) of ``initial`` where counts are fixed; rounded
+        down.
 
         Raises:
             ValueError: if none is left.
@@ -136,8 +173,9 @@ class SPViT(Strategy):
         keep = int(initial * self.targets[stage])
         if keep < 1:
             raise ValueError(
-                f"a target of {self.targets[stage]} leaves none of {initial} patches at layer {self.layers[stage]}; raise it, "
-                f"or let images keep their own numbers of patches (fixed_count=False)"
+                f"a target of {self.targets[stage]} leaves none of {initial} patches at layer"
+                f" {self.layers[stage]}; raise it, or let images keep their own numbers of patches"
+                " (fixed_count=False)"
             )
         return keep
 
@@ -146,7 +184,12 @@ class SPViT(Strategy):
         if not self.fixed_count:
             return None
         stages = range(1, len(self.layers) + 1)
-        return Dial(1000, lambda step: self.changed(targets=[round((step / 1000) ** stage, 6) for stage in stages]))
+        return Dial(
+            1000,
+            lambda step: self.changed(
+                targets=[round((step / 1000) ** stage, 6) for stage in stages]
+            ),
+        )
 
     def tracks_size(self) -> bool:
         """Only for proportional attention."""
@@ -173,11 +216,17 @@ class SPViT(Strategy):
             return tokens
         tokens = tokens.carrying(left=keep)
         if self.merger is None:
-            return self._pack(index, tokens, selector, keep + tokens.count - left)  # the packages that are there stay
+            return self._pack(
+                index, tokens, selector, keep + tokens.count - left
+            )  # the packages that are there stay
         if self.training:
-            return merge_sampled(index, tokens, self.merger, lambda x, policy: selector(x, policy)[0], keep)
+            return merge_sampled(
+                index, tokens, self.merger, lambda x, policy: selector(x, policy)[0], keep
+            )
         score, _ = self._scores(selector, tokens)
-        return merged(index, tokens, self.merger, self.merger(tokens.patches, score.sigmoid(), keep), score)
+        return merged(
+            index, tokens, self.merger, self.merger(tokens.patches, score.sigmoid(), keep), score
+        )
 
     def _mask(self, index: int, tokens: Tokens, selector: nn.Module) -> Tokens:
         """All tokens, with a package of those that a sample drops, and a policy on them."""
@@ -191,23 +240,32 @@ class SPViT(Strategy):
         x = torch.cat((tokens.patches, self._packaged(tokens.patches, leaves, probability)), dim=1)
         kept, dropped = decision > 0.5, leaves > 0.5
         here = torch.arange(count, device=x.device)
-        assignment = torch.where(kept, here, torch.where(dropped, count, -1))  # nobody is held by what was dropped before
+        assignment = torch.where(
+            kept, here, torch.where(dropped, count, -1)
+        )  # nobody is held by what was dropped before
         role = torch.where(dropped, int(Role.CLUSTERED), int(Role.KEPT))
         tokens = tokens.reduced(index, Reduction(x, assignment, role), _margin(votes))
         tokens = tokens.carrying(
             decisions=(*tokens.carry["decisions"], decision[:, : tokens.carry["initial"]]),
             packages=F.pad(packages, (0, 1), value=True),
         )
-        return tokens.replace(policy=torch.cat((prefix, decision, dropped.any(dim=1, keepdim=True).to(decision.dtype)), dim=1))
+        return tokens.replace(
+            policy=torch.cat(
+                (prefix, decision, dropped.any(dim=1, keepdim=True).to(decision.dtype)), dim=1
+            )
+        )
 
-    def _pack(self, index: int, tokens: Tokens, selector: nn.Module, keep: int | None = None) -> Tokens:
+    def _pack(
+        self, index: int, tokens: Tokens, selector: nn.Module, keep: int | None = None
+    ) -> Tokens:
         """The tokens that stay, former packages behind the patches, and the new package last.
 
         Args:
             index: the block.
             tokens: those that enter.
             selector: scores them.
-            keep: how many of each image stay, fewer than enter; ``None``: as many as the selector chooses.
+            keep: how many of each image stay, fewer than enter; ``None``: as many as the selector
+                chooses.
         """
         present, package = tokens.valid_patches, tokens.carry["packages"]
         score, probability = self._scores(selector, tokens)
@@ -216,17 +274,25 @@ class SPViT(Strategy):
         else:
             kept = inverse_order(rank_order(score.masked_fill(package, torch.inf))) < keep
         dropped = present & ~kept
-        stays = torch.cat((kept, dropped.any(dim=1, keepdim=True)), dim=1)  # a package of nothing does not
+        stays = torch.cat(
+            (kept, dropped.any(dim=1, keepdim=True)), dim=1
+        )  # a package of nothing does not
         order, valid = pack(stays) if keep is None else (_positions(stays, keep + 1), None)
-        x = torch.cat((tokens.patches, self._packaged(tokens.patches, dropped.float(), probability)), dim=1)
+        x = torch.cat(
+            (tokens.patches, self._packaged(tokens.patches, dropped.float(), probability)), dim=1
+        )
         x, package = gather_tokens(x, order), F.pad(package, (0, 1), value=True).gather(1, order)
         if valid is not None:
             x, package = x.masked_fill(~valid.unsqueeze(-1), 0), package & valid
         place = stays.cumsum(dim=1) - 1
         assignment = torch.where(kept, place[:, :-1], torch.where(dropped, place[:, -1:], -1))
         role = torch.where(kept, int(Role.KEPT), int(Role.CLUSTERED))
-        tokens = tokens.reduced(index, Reduction(x, assignment, role), score).carrying(packages=package)
-        return tokens if valid is None else tokens.masked(F.pad(valid, (tokens.prefix, 0), value=True))
+        tokens = tokens.reduced(index, Reduction(x, assignment, role), score).carrying(
+            packages=package
+        )
+        return (
+            tokens if valid is None else tokens.masked(F.pad(valid, (tokens.prefix, 0), value=True))
+        )
 
     def _scores(self, selector: nn.Module, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """By how much keeping outscores dropping, and the keep probability, both B×N."""
@@ -239,28 +305,45 @@ class SPViT(Strategy):
     def _packaged(self, x: Tensor, leaves: Tensor, probability: Tensor) -> Tensor:
         """One token for those of B×N×C that leave, B×1×C; zero where none does."""
         with full_precision(x.device):
-            weight = leaves * probability if self.package == "sum" else leaves / leaves.sum(1, keepdim=True).clamp(min=1)
+            weight = (
+                leaves * probability
+                if self.package == "sum"
+                else leaves / leaves.sum(1, keepdim=True).clamp(min=1)
+            )
             return (weight.unsqueeze(1) @ x.float()).to(x.dtype)
 
-    def loss(self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None) -> dict[str, Tensor]:
-        """Task loss, ``ratio`` of kept patches, and ``distillation`` and ``tokens`` against the teacher, each with its weight.
+    def loss(
+        self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None
+    ) -> dict[str, Tensor]:
+        """Task loss, ``ratio`` of kept patches, and ``distillation`` and ``tokens`` against the
+        teacher, each with its weight.
 
         Raises:
-            ValueError: if the pass was not made in training mode, or the teacher is missing or of another shape.
+            ValueError: if the pass was not made in training mode, or the teacher is missing or of
+                another shape.
         """
         terms = super().loss(output, target, criterion, teacher)
         name, initial = type(self).__name__, output.carry["initial"]
         decisions = sampled_decisions(output, name)
         if decisions:
-            terms["ratio"] = self.ratio_weight * ratio_error(decisions, self.targets, initial, per_image=False)
+            terms["ratio"] = self.ratio_weight * ratio_error(
+                decisions, self.targets, initial, per_image=False
+            )
         if self.needs_teacher:
             kept = decisions[-1].detach() if decisions else None
             logits, tokens = distillation(output, teacher, initial, kept, name)
-            terms |= {"distillation": self.distill_weight * logits, "tokens": self.token_weight * tokens}
+            terms |= {
+                "distillation": self.distill_weight * logits,
+                "tokens": self.token_weight * tokens,
+            }
         return terms
 
-    def param_groups(self, model: Any, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
-        """Selectors at full rate; the backbone slower, on a cosine of its own, and frozen at first; positions never trained."""
+    def param_groups(
+        self, model: Any, lr: float, weight_decay: float
+    ) -> list[dict[str, Any]] | None:
+        """Selectors at full rate; the backbone slower, on a cosine of its own, and frozen at first;
+        positions never trained.
+        """
         if self.backbone_lr_scale is None:
             return None
         slow = {"lr": lr * self.backbone_lr_scale, "freeze_epochs": self.freeze_epochs}
@@ -273,19 +356,33 @@ def _margin(votes: Tensor) -> Tensor:
 
 
 def _positions(stays: Tensor, count: int) -> Tensor:
-    """Where the ``count`` tokens of each image that stay lie, in their order; B×N bool to B×count int64."""
+    """Where the ``count`` tokens of each image that stay lie, in their order; B×N bool to B×count
+    int64.
+    """
     return rank_order(stays * torch.arange(stays.shape[1], 0, -1, device=stays.device))[:, :count]
 
 
 def _check_targets(targets: Sequence[float] | None, layers: Sequence[int]) -> tuple[float, ...]:
     if targets is None:
         stages = range(1, len(layers) + 1)
-        return _OFFICIAL if len(layers) == len(_OFFICIAL) else tuple(_OFFICIAL[0] ** stage for stage in stages)
+        return (
+            _OFFICIAL
+            if len(layers) == len(_OFFICIAL)
+            else tuple(_OFFICIAL[0] ** stage for stage in stages)
+        )
     if isinstance(targets, str) or not isinstance(targets, Sequence):
-        raise TypeError(f"targets must be a sequence of shares such as {_OFFICIAL}, got {targets!r}")
+        raise TypeError(
+            f"targets must be a sequence of shares such as {_OFFICIAL}, got {targets!r}"
+        )
     if len(targets) != len(layers):
-        raise ValueError(f"targets must hold one share for each of the layers {list(layers)}, got {list(targets)}")
+        raise ValueError(
+            f"targets must hold one share for each of the layers {list(layers)}, got"
+            f" {list(targets)}"
+        )
     checked = tuple(check_keep_rate(target, "targets") for target in targets)
     if list(checked) != sorted(checked, reverse=True):
-        raise ValueError(f"targets are shares of the initial patches and cannot grow from layer to layer, got {list(targets)}")
+        raise ValueError(
+            "targets are shares of the initial patches and cannot grow from layer to layer, got"
+            f" {list(targets)}"
+        )
     return checked

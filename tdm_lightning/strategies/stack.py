@@ -14,15 +14,16 @@ from tdm_lightning.tokens import Observed, Output, Tokens
 class Stack(Strategy):
     """Calls every hook of its members in order: ``attach(vit, [SViTE(), TDM()])`` makes one.
 
-    At most one member may reduce tokens; the others leave them alone and act on the weights. A stack inside a stack counts as
-    its members.
+    At most one member may reduce tokens; the others leave them alone and act on the weights. A
+    stack inside a stack counts as its members.
 
     Args:
         members: the strategies; none: the plain model.
 
     Raises:
         TypeError: if a member is no strategy.
-        ValueError: if several reduce tokens, want another pooling or their own optimizer groups, or one is there twice.
+        ValueError: if several reduce tokens, want another pooling or their own optimizer groups, or
+            one is there twice.
     """
 
     def __init__(self, members: Sequence[Strategy] = ()) -> None:
@@ -36,14 +37,20 @@ class Stack(Strategy):
         self.keeps_tokens = all(map(_keeps_tokens, flat))
         poolings = {member.global_pool for member in flat} - {None}
         if len(poolings) > 1:
-            raise ValueError(f"the members want the model to pool in different ways, {sorted(map(str, poolings))}")
+            raise ValueError(
+                "the members want the model to pool in different ways,"
+                f" {sorted(map(str, poolings))}"
+            )
         self.global_pool = next(iter(poolings), None)
 
     def config(self) -> dict[str, Any]:
         """See :class:`~tdm_lightning.configurable.Configurable`."""
         cls = type(self)
         members = [member.config() for member in self.members]
-        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": {"members": members}}
+        return {
+            "class_path": f"{cls.__module__}.{cls.__qualname__}",
+            "init_args": {"members": members},
+        }
 
     def dial(self, depth: int, patches: int) -> Dial | None:
         """That of the member that reduces tokens; where none does, of the first that has one."""
@@ -70,7 +77,14 @@ class Stack(Strategy):
     @property
     def current_keep_rate(self) -> float | None:
         """That of the members, while the keep rate is annealed."""
-        return next((member.current_keep_rate for member in self.members if member.current_keep_rate is not None), None)
+        return next(
+            (
+                member.current_keep_rate
+                for member in self.members
+                if member.current_keep_rate is not None
+            ),
+            None,
+        )
 
     @current_keep_rate.setter
     def current_keep_rate(self, value: float | None) -> None:
@@ -122,30 +136,55 @@ class Stack(Strategy):
             tokens = member.finish(tokens)
         return tokens
 
-    def loss(self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None) -> dict[str, Tensor]:
+    def loss(
+        self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None
+    ) -> dict[str, Tensor]:
         """The terms of the members that have a loss of their own; without any, the task loss."""
         own = [member for member in self.members if type(member).loss is not Strategy.loss]
         if not own:
             return super().loss(output, target, criterion, teacher)
-        return {name: term for member in own for name, term in member.loss(output, target, criterion, teacher).items()}
+        return {
+            name: term
+            for member in own
+            for name, term in member.loss(output, target, criterion, teacher).items()
+        }
 
     def baseline(self, model: Any, images: Tensor) -> Output | None:
         """That of the member that makes one."""
-        return next((found for member in self.members if (found := member.baseline(model, images)) is not None), None)
+        return next(
+            (
+                found
+                for member in self.members
+                if (found := member.baseline(model, images)) is not None
+            ),
+            None,
+        )
 
     def report(self, output: Output, target: Tensor) -> dict[str, Tensor]:
         """What all members report."""
-        return {name: value for member in self.members for name, value in member.report(output, target).items()}
+        return {
+            name: value
+            for member in self.members
+            for name, value in member.report(output, target).items()
+        }
 
-    def param_groups(self, model: Any, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
+    def param_groups(
+        self, model: Any, lr: float, weight_decay: float
+    ) -> list[dict[str, Any]] | None:
         """Those of the member that asks for some.
 
         Raises:
             ValueError: if several do.
         """
-        groups = [found for member in self.members if (found := member.param_groups(model, lr, weight_decay)) is not None]
+        groups = [
+            found
+            for member in self.members
+            if (found := member.param_groups(model, lr, weight_decay)) is not None
+        ]
         if len(groups) > 1:
-            raise ValueError("several members of a stack ask for optimizer groups of their own; use one of them")
+            raise ValueError(
+                "several members of a stack ask for optimizer groups of their own; use one of them"
+            )
         return groups[0] if groups else None
 
     def no_weight_decay(self) -> set[str]:
@@ -181,21 +220,31 @@ def stacked(strategy: Any) -> Strategy:
     if isinstance(strategy, Strategy):
         return strategy
     if not isinstance(strategy, (list, tuple)):
-        raise TypeError(f"strategy must be a Strategy such as TDM(keep_rate=0.7), or a list of some, got {strategy!r}")
+        raise TypeError(
+            "strategy must be a Strategy such as TDM(keep_rate=0.7), or a list of some, got"
+            f" {strategy!r}"
+        )
     return Stack(strategy)
 
 
 def _flat(members: Any) -> list[Strategy]:
     if isinstance(members, str) or not isinstance(members, Sequence):
-        raise TypeError(f"members must be a list of strategies such as [SViTE(), TDM()], got {members!r}")
+        raise TypeError(
+            f"members must be a list of strategies such as [SViTE(), TDM()], got {members!r}"
+        )
     flat: list[Strategy] = []
     for member in members:
         if not isinstance(member, Strategy):
-            raise TypeError(f"each member must be a Strategy such as TDM(keep_rate=0.7), got {member!r}")
+            raise TypeError(
+                f"each member must be a Strategy such as TDM(keep_rate=0.7), got {member!r}"
+            )
         flat += member.members if isinstance(member, Stack) else [member]
     reducing = [type(member).__name__ for member in flat if not _keeps_tokens(member)]
     if len(reducing) > 1:
-        raise ValueError(f"at most one strategy can reduce the tokens, got {', '.join(reducing)}; keep one of them")
+        raise ValueError(
+            f"at most one strategy can reduce the tokens, got {', '.join(reducing)}; keep one of"
+            " them"
+        )
     if len({id(member) for member in flat}) < len(flat):
         raise ValueError("the same strategy is there twice; make another one")
     return flat

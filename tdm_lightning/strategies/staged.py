@@ -15,7 +15,9 @@ from tdm_lightning.tokens import Reduction, Role, Tokens
 
 
 class StagedStrategy(Strategy):
-    """After the s-th of some layers, ``int(keep_rate^s · N0)`` tokens are left of the N0 initial ones."""
+    """After the s-th of some layers, ``int(keep_rate^s · N0)`` tokens are left of the N0 initial
+    ones.
+    """
 
     def __init__(self, keep_rate: float, layers: Sequence[int]) -> None:
         super().__init__()
@@ -23,7 +25,8 @@ class StagedStrategy(Strategy):
         self.layers = check_layers(layers)
 
     def keep_count(self, stage: int, initial: int) -> int:
-        """Tokens left after ``stage`` (from 1) of ``initial``; rounded down, and always of the initial number.
+        """Tokens left after ``stage`` (from 1) of ``initial``; rounded down, and always of the
+        initial number.
 
         Raises:
             ValueError: if none is left.
@@ -32,8 +35,8 @@ class StagedStrategy(Strategy):
         keep = int(initial * rate**stage)
         if keep < 1:
             raise ValueError(
-                f"keep_rate={rate} leaves no token at layer {self.layers[stage - 1]}: int({initial}·{rate}^{stage}) = 0; raise "
-                f"the keep rate or reduce in fewer layers"
+                f"keep_rate={rate} leaves no token at layer {self.layers[stage - 1]}:"
+                f" int({initial}·{rate}^{stage}) = 0; raise the keep rate or reduce in fewer layers"
             )
         return keep
 
@@ -52,14 +55,20 @@ class StagedStrategy(Strategy):
         return tokens.carrying(initial=tokens.count)
 
     def to_keep(self, index: int, tokens: Tokens) -> int:
-        """How many of the present tokens leave block ``index``'s reduction; all of them where it does not reduce."""
+        """How many of the present tokens leave block ``index``'s reduction; all of them where it
+        does not reduce.
+        """
         if index not in self.layers:
             return tokens.count
-        return min(tokens.count, self.keep_count(self.layers.index(index) + 1, tokens.carry["initial"]))
+        return min(
+            tokens.count, self.keep_count(self.layers.index(index) + 1, tokens.carry["initial"])
+        )
 
 
 def keep_best(x: Tensor, score: Tensor, keep: int) -> Reduction:
-    """Keep the ``keep`` tokens of B×N×C with the highest scores, B×N, best first, and drop the rest."""
+    """Keep the ``keep`` tokens of B×N×C with the highest scores, B×N, best first, and drop the
+    rest.
+    """
     order = rank_order(score)
     rank = inverse_order(order)
     kept = rank < keep

@@ -14,30 +14,39 @@ from tdm_lightning.tokens import Observed, Tokens
 
 
 class SViTE(Strategy):
-    """Trains a sparse ViT: masked weights stay at zero, and every so often some parts make room for others.
+    """Trains a sparse ViT: masked weights stay at zero, and every so often some parts make room for
+    others.
 
-    Chen et al., NeurIPS 2021; ``VITA-Group/SViTE``. All tokens stay, so it stands beside a token-reduction method:
-    ``attach(vit, [SViTE(), TDM()])``. The paper's token selector is not part of it.
+    Chen et al., NeurIPS 2021; ``VITA-Group/SViTE``. All tokens stay, so it stands beside a
+    token-reduction method: ``attach(vit, [SViTE(), TDM()])``. The paper's token selector is not
+    part of it.
 
-    After every optimizer step the masked weights are set to zero. After every ``interval``-th, while less than ``until`` of the
-    run is done, the masks exchange a share of the active parts, a cosine from ``death_rate`` down to ``final_death_rate``.
+    After every optimizer step the masked weights are set to zero. After every ``interval``-th,
+    while less than ``until`` of the run is done, the masks exchange a share of the active parts, a
+    cosine from ``death_rate`` down to ``final_death_rate``.
 
-    Attaching changes no weight: the timm model may be shared. The masks come into force when training starts (the first
-    :meth:`on_progress`), and not before does the model compute with less; :func:`tdm_lightning.sparsity.apply_masks` does it at
-    once. They are buffers, so checkpoints hold them, and resuming gives what an uninterrupted run gives. All randomness comes
-    from the seed and the step, and all decisions from weights and gradients that processes share (gradients as
-    ``DistributedDataParallel`` leaves them, the heads' scores summed here), so all processes hold the same masks.
+    Attaching changes no weight: the timm model may be shared. The masks come into force when
+    training starts (the first :meth:`on_progress`), and not before does the model compute with
+    less; :func:`tdm_lightning.sparsity.apply_masks` does it at once. They are buffers, so
+    checkpoints hold them, and resuming gives what an uninterrupted run gives. All randomness comes
+    from the seed and the step, and all decisions from weights and gradients that processes share
+    (gradients as ``DistributedDataParallel`` leaves them, the heads' scores summed here), so all
+    processes hold the same masks.
 
-    The model trains at its full cost. What it costs afterwards is that of :func:`tdm_lightning.sparsity.extract_dense`, which
-    takes masked heads and units out; :func:`tdm_lightning.flops.count_macs` counts that. A stacked method sees the
-    attention of the active heads only.
+    The model trains at its full cost. What it costs afterwards is that of
+    :func:`tdm_lightning.sparsity.extract_dense`, which takes masked heads and units out;
+    :func:`tdm_lightning.flops.count_macs` counts that. A stacked method sees the attention of the
+    active heads only.
 
     Args:
         masks: what is masked and how it is exchanged: heads and MLP units
             (:class:`~tdm_lightning.sparsity.Structured`, S²ViTE) or single weights
-            (:class:`~tdm_lightning.sparsity.Unstructured`); ``None``: S²ViTE-Tiny's 70 % of heads and units.
-        interval: optimizer steps from one exchange to the next; the official 15,000 are for 600 epochs in batches of 512.
-        death_rate: share of the active parts that an exchange at the start of the run would remove, in (0, 1].
+            (:class:`~tdm_lightning.sparsity.Unstructured`); ``None``: S²ViTE-Tiny's 70 % of heads
+            and units.
+        interval: optimizer steps from one exchange to the next; the official 15,000 are for 600
+            epochs in batches of 512.
+        death_rate: share of the active parts that an exchange at the start of the run would remove,
+            in (0, 1].
         final_death_rate: the same at its end.
         until: share of the run after which masks stay as they are, in (0, 1].
         seed: of the first masks and of what comes in.
@@ -66,7 +75,9 @@ class SViTE(Strategy):
         self.final_death_rate = check_fraction(final_death_rate, "final_death_rate")
         self.until = check_fraction(until, "until")
         self.seed = check_count(seed, "seed", least=0)
-        self._vit: tuple[Any, ...] = ()  # in a tuple, so that it is no part of the strategy and its state
+        self._vit: tuple[
+            Any, ...
+        ] = ()  # in a tuple, so that it is no part of the strategy and its state
         self._started = False
         self._exchanging = False
         self._watching: list[RemovableHandle] = []
@@ -79,28 +90,38 @@ class SViTE(Strategy):
             ValueError: if a density leaves no head or no unit, or the strategy is attached already.
         """
         if self._vit:
-            raise ValueError("this SViTE is attached already and owns masks; make a new one for another model")
+            raise ValueError(
+                "this SViTE is attached already and owns masks; make a new one for another model"
+            )
         self.masks.bind(vit, self._generator(0))
         self._vit = (vit,)
 
     def dial(self, depth: int, patches: int) -> Dial | None:
-        """The share of heads and MLP units that is active, in thousandths; single weights cost what all of them cost."""
+        """The share of heads and MLP units that is active, in thousandths; single weights cost what
+        all of them cost.
+        """
         if not isinstance(self.masks, Structured):
             return None
-        return Dial(1000, lambda step: self.changed(masks=Structured(step / 1000, step / 1000).config()))
+        return Dial(
+            1000, lambda step: self.changed(masks=Structured(step / 1000, step / 1000).config())
+        )
 
     def reset_classifier(self, num_classes: int) -> None:
         """Masks for the new classifier, where it has some."""
         self.masks.bind(self._vit[0], self._generator(0))
 
     def on_progress(self, epoch: int, step: int, total_steps: int) -> None:
-        """Bring the masks into force, and prepare for an exchange where the coming step ends in one."""
+        """Bring the masks into force, and prepare for an exchange where the coming step ends in
+        one.
+        """
         (vit,) = self._vit
         if not self._started:
             self.masks.enforce(vit)
             self._started = True
         exchanging = self._exchanges_after(step + 1, total_steps)
-        if exchanging and not self._exchanging:  # once, where gradients of several batches accumulate
+        if (
+            exchanging and not self._exchanging
+        ):  # once, where gradients of several batches accumulate
             self.masks.probe(vit, self._generator(step + 1))
         self._exchanging = exchanging
 

@@ -9,16 +9,20 @@ from tdm_lightning.strategies.merger import TokenMerger
 
 
 class TDM(AttentiveStrategy):
-    """Decouples patch tokens by class attention and merges both kinds (Long et al., "Beyond Attentive Tokens", CVPR 2023).
+    """Decouples patch tokens by class attention and merges both kinds (Long et al., "Beyond
+    Attentive Tokens", CVPR 2023).
 
-    At each reducing layer N patch tokens become exactly ``ceil(keep_rate·N)``: inattentive tokens are clustered by density
-    peaks, similar attentive ones are fused, each group into one token weighted by attention. No parameters are added. The
-    authors published no model code; where the paper is silent the merger's docstring says what we read into it, and what we
-    chose by measurement.
+    At each reducing layer N patch tokens become exactly ``ceil(keep_rate·N)``: inattentive tokens
+    are clustered by density peaks, similar attentive ones are fused, each group into one token
+    weighted by attention. No parameters are added. The authors published no model code; where the
+    paper is silent the merger's docstring says what we read into it, and what we chose by
+    measurement.
 
     Args:
-        keep_rate: share of the patch tokens that leaves each reducing layer, in (0, 1]; 1 is the plain model.
-        layers: reducing blocks, counted from 0; the paper's 4th, 7th and 10th block are ``(3, 6, 9)``.
+        keep_rate: share of the patch tokens that leaves each reducing layer, in (0, 1]; 1 is the
+            plain model.
+        layers: reducing blocks, counted from 0; the paper's 4th, 7th and 10th block are ``(3, 6,
+            9)``.
         merger: the token merger and its options; ``None``: the defaults.
 
     Raises:

@@ -14,19 +14,23 @@ from tdm_lightning.tokens import Observed, Reduction, Role, Tokens
 
 
 class ToMe(Strategy):
-    """Merges ``r`` tokens in every block, between attention and MLP (Bolya et al., "Token Merging", ICLR 2023).
+    """Merges ``r`` tokens in every block, between attention and MLP (Bolya et al., "Token Merging",
+    ICLR 2023).
 
-    Patches at even positions of the sequence are matched with patches at odd ones by the cosine of their head-averaged keys;
-    the r most similar are merged as means weighted by the number of patches they stand for. It needs no training and adds no
-    parameter. The split by position makes it the one method here that does not commute with a permutation of the patches.
+    Patches at even positions of the sequence are matched with patches at odd ones by the cosine of
+    their head-averaged keys; the r most similar are merged as means weighted by the number of
+    patches they stand for. It needs no training and adds no parameter. The split by position makes
+    it the one method here that does not commute with a permutation of the patches.
 
     Args:
-        r: tokens to merge. An integer: as many in every block. A pair ``(r, inflection)``, its second number a float: r on
-            average, from ``r·(1-inflection)`` in the first block linearly to ``r·(1+inflection)`` in the last, rounded down.
-            A list: one number per block, 0 where it ends early. At most half of the patch tokens can be merged in one block;
-            a larger r merges that half, as in the paper's code, so at least one token is left whatever r says.
-        proportional_attention: add ``log(size)`` of each token to the logits of its key, so that a token attracts as much
-            attention as the patches it stands for would (eq. 1).
+        r: tokens to merge. An integer: as many in every block. A pair ``(r, inflection)``, its
+            second number a float: r on average, from ``r·(1-inflection)`` in the first block
+            linearly to ``r·(1+inflection)`` in the last, rounded down. A list: one number per
+            block, 0 where it ends early. At most half of the patch tokens can be merged in one
+            block; a larger r merges that half, as in the paper's code, so at least one token is
+            left whatever r says.
+        proportional_attention: add ``log(size)`` of each token to the logits of its key, so that a
+            token attracts as much attention as the patches it stands for would (eq. 1).
 
     Raises:
         TypeError, ValueError: if ``r`` is of the wrong kind or negative.
@@ -35,7 +39,9 @@ class ToMe(Strategy):
     [16, 14, 13, 11, 10, 8, 7, 5, 4, 2, 1, 0]
     """
 
-    def __init__(self, r: int | list[int] | tuple[int, float] = 13, proportional_attention: bool = True) -> None:
+    def __init__(
+        self, r: int | list[int] | tuple[int, float] = 13, proportional_attention: bool = True
+    ) -> None:
         super().__init__()
         self.r = _check_r(r)
         self.proportional_attention = bool(proportional_attention)
@@ -52,12 +58,16 @@ class ToMe(Strategy):
         return [int(first + step * index) for index in range(depth)]
 
     def dial(self, depth: int, patches: int) -> Dial:
-        """The number of merges in all, spread over the blocks as evenly as whole numbers can be, the early blocks first."""
+        """The number of merges in all, spread over the blocks as evenly as whole numbers can be,
+        the early blocks first.
+        """
         most = depth * (patches // 2)
 
         def at(step: int) -> Strategy:
             each, more = divmod(most + 1 - step, depth)
-            return self.changed(r=[each + (block < more) for block in range(depth)] if more else each)
+            return self.changed(
+                r=[each + (block < more) for block in range(depth)] if more else each
+            )
 
         return Dial(most + 1, at)
 
@@ -94,15 +104,24 @@ def _check_r(r: Any) -> int | list[int] | tuple[int, float]:
     if _whole(r):
         numbers, result = [r], int(r)
     elif not isinstance(r, Sequence) or isinstance(r, str) or not len(r):
-        raise TypeError(f"r must be an integer, a pair (r, inflection) or a list of integers, got {r!r}")
-    elif len(r) == 2 and _whole(r[0]) and isinstance(r[1], Real) and (isinstance(r, tuple) or not _whole(r[1])):
+        raise TypeError(
+            f"r must be an integer, a pair (r, inflection) or a list of integers, got {r!r}"
+        )
+    elif (
+        len(r) == 2
+        and _whole(r[0])
+        and isinstance(r[1], Real)
+        and (isinstance(r, tuple) or not _whole(r[1]))
+    ):
         if not -1 <= float(r[1]) <= 1:
             raise ValueError(f"r's inflection must lie in [-1, 1], got {r[1]!r}")
         numbers, result = [r[0]], (int(r[0]), float(r[1]))
     elif all(_whole(number) for number in r):
         numbers, result = list(r), [int(number) for number in r]
     else:
-        raise TypeError(f"r must be an integer, a pair (r, inflection) or a list of integers, got {r!r}")
+        raise TypeError(
+            f"r must be an integer, a pair (r, inflection) or a list of integers, got {r!r}"
+        )
     if min(numbers) < 0:
         raise ValueError(f"r counts tokens to merge and cannot be negative, got {r!r}")
     return result

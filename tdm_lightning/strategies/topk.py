@@ -9,14 +9,16 @@ from tdm_lightning.tokens import Observed, Tokens
 
 
 class TopK(StagedStrategy):
-    """Keeps the patch tokens that the class token attends to most (Haurum et al., 2023; ``TokenReduction``).
+    """Keeps the patch tokens that the class token attends to most (Haurum et al., 2023;
+    ``TokenReduction``).
 
-    A control for what the merger and EViT's fused token add: inside each reducing block, between attention and MLP, all but
-    ``int(keep_rate^s · N0)`` tokens are dropped at stage s. DeiT-S at 0.7: 196 → 137 → 96 → 67. No parameters.
+    A control for what the merger and EViT's fused token add: inside each reducing block, between
+    attention and MLP, all but ``int(keep_rate^s · N0)`` tokens are dropped at stage s. DeiT-S at
+    0.7: 196 → 137 → 96 → 67. No parameters.
 
     Args:
-        keep_rate: share of the initial patch tokens that is left after the first reducing layer, its square after the
-            second, and so on; in (0, 1].
+        keep_rate: share of the initial patch tokens that is left after the first reducing layer,
+            its square after the second, and so on; in (0, 1].
         layers: reducing blocks, counted from 0.
 
     Raises:
@@ -36,4 +38,6 @@ class TopK(StagedStrategy):
         if keep == tokens.count:
             return tokens
         assert observed.importance is not None
-        return tokens.reduced(index, keep_best(tokens.patches, observed.importance, keep), observed.importance)
+        return tokens.reduced(
+            index, keep_best(tokens.patches, observed.importance, keep), observed.importance
+        )

@@ -1,1 +1,3 @@
-"""The study: do methods that merge for diversity keep more accuracy than those that keep what is important?"""
+"""The study: do methods that merge for diversity keep more accuracy than those that keep what is
+important?
+"""

@@ -1,4 +1,6 @@
-"""The ablation: TDM with one of its merger's arguments changed at a time, at equal keep rates and so equal token counts."""
+"""The ablation: TDM with one of its merger's arguments changed at a time, at equal keep rates and
+so equal token counts.
+"""
 
 from __future__ import annotations
 
@@ -52,32 +54,50 @@ def _attentive(rate: float, share: float) -> float:
     return round(rate + share * (1 - rate), 4)
 
 
-#: By default there is a cluster for every four inattentive tokens, and as many pairs are fused. "Clusters only" forms as many
-#: clusters and no pair, so fewer tokens are attentive; "matching only" fuses as many pairs and leaves one cluster for the
-#: rest; "neither" has one cluster and the one pair that pays for it.
+#: By default there is a cluster for every four inattentive tokens, and as many pairs are fused.
+#: "Clusters only" forms as many clusters and no pair, so fewer tokens are attentive; "matching
+#: only" fuses as many pairs and leaves one cluster for the rest; "neither" has one cluster and the
+#: one pair that pays for it.
 VARIANTS = (
     Method(DEFAULT, partial(_with, lambda rate: {}), solve=False),
     *(_change(change) for change in _CHANGES),
     Method(
         "clusters only",
-        partial(_with, lambda rate: {"attentive_ratio": _attentive(rate, -0.25), "cluster_fraction": _FEWEST}),
+        partial(
+            _with,
+            lambda rate: {"attentive_ratio": _attentive(rate, -0.25), "cluster_fraction": _FEWEST},
+        ),
         solve=False,
     ),
     Method(
         "matching only",
-        partial(_with, lambda rate: {"attentive_ratio": _attentive(rate, 0.25), "cluster_fraction": _FEWEST}),
+        partial(
+            _with,
+            lambda rate: {"attentive_ratio": _attentive(rate, 0.25), "cluster_fraction": _FEWEST},
+        ),
         solve=False,
     ),
     Method("neither", partial(_with, lambda rate: {"cluster_fraction": _FEWEST}), solve=False),
-    Method("fewer attentive", partial(_with, lambda rate: {"attentive_ratio": _attentive(rate, -0.1)}), solve=False),
-    Method("more attentive", partial(_with, lambda rate: {"attentive_ratio": _attentive(rate, 0.1)}), solve=False),
+    Method(
+        "fewer attentive",
+        partial(_with, lambda rate: {"attentive_ratio": _attentive(rate, -0.1)}),
+        solve=False,
+    ),
+    Method(
+        "more attentive",
+        partial(_with, lambda rate: {"attentive_ratio": _attentive(rate, 0.1)}),
+        solve=False,
+    ),
 )
 
 
 def ablation_cells(
-    methods: Sequence[str] | None = None, rates: Sequence[float] | None = None, seeds: Sequence[int] | None = None
+    methods: Sequence[str] | None = None,
+    rates: Sequence[float] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[Cell]:
-    """The ablation in the order to run it; arguments as :func:`~tdm_lightning.study.plan.grid_cells`, with one seed by default.
+    """The ablation in the order to run it; arguments as
+    :func:`~tdm_lightning.study.plan.grid_cells`, with one seed by default.
 
     Raises:
         ValueError: if there is no such variant.

@@ -12,7 +12,8 @@ from tdm_lightning.recorder import DiversityRecorder
 from tdm_lightning.vit import TokenReducedViT
 from tdm_lightning.vit.find import tap_blocks
 
-#: Images that the diversity score is the mean over, spread evenly: it takes longer than the pass itself.
+#: Images that the diversity score is the mean over, spread evenly: it takes longer than the pass
+#: itself.
 SAMPLED = 100
 
 
@@ -36,8 +37,12 @@ class Evaluation:
         return self.correct.double().mean().item()
 
 
-def gathered(batches: Iterable[tuple[Tensor, Tensor]], limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """The first images of a loader and their labels in two tensors, to read a split once and evaluate on it often."""
+def gathered(
+    batches: Iterable[tuple[Tensor, Tensor]], limit: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The first images of a loader and their labels in two tensors, to read a split once and
+    evaluate on it often.
+    """
     images, labels, count = [], [], 0
     for batch, target in batches:
         images.append(batch)
@@ -49,7 +54,9 @@ def gathered(batches: Iterable[tuple[Tensor, Tensor]], limit: int | None = None)
 
 
 @torch.inference_mode()
-def evaluate(model: TokenReducedViT, images: Tensor, labels: Tensor, batch_size: int = 100) -> Evaluation:
+def evaluate(
+    model: TokenReducedViT, images: Tensor, labels: Tensor, batch_size: int = 100
+) -> Evaluation:
     """Classify images, and score the diversity of the tokens on some of them.
 
     Args:

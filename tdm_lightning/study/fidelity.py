@@ -1,4 +1,6 @@
-"""How far a method moves what a pretrained ViT makes of photographs. Fidelity to the unreduced model, not accuracy."""
+"""How far a method moves what a pretrained ViT makes of photographs. Fidelity to the unreduced
+model, not accuracy.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ LAST_BLOCKS = 3
 
 
 class Watching(Strategy):
-    """Another strategy, and a look at the class attention of some blocks, carried as ``seen``: dense maps B×N0 by block.
+    """Another strategy, and a look at the class attention of some blocks, carried as ``seen``:
+    dense maps B×N0 by block.
 
     Only for passes with a trace.
     """
@@ -42,7 +45,9 @@ class Watching(Strategy):
 
     def needs(self, index: int) -> frozenset[str]:
         """Also the importance, in the watched blocks."""
-        return self.inner.needs(index) | (frozenset({"importance"}) if index in self.blocks else frozenset())
+        return self.inner.needs(index) | (
+            frozenset({"importance"}) if index in self.blocks else frozenset()
+        )
 
     def tracks_size(self) -> bool:
         """As the other."""
@@ -61,7 +66,9 @@ class Watching(Strategy):
         if index in self.blocks:
             assert observed.importance is not None
             assert tokens.source is not None
-            tokens = tokens.carrying(seen={**tokens.carry["seen"], index: spread(observed.importance, tokens.source)})
+            tokens = tokens.carrying(
+                seen={**tokens.carry["seen"], index: spread(observed.importance, tokens.source)}
+            )
         return self.inner.after_attention(index, tokens, observed)
 
     def after_block(self, index: int, tokens: Tokens) -> Tokens:
@@ -74,7 +81,8 @@ class Watching(Strategy):
 
 
 def spread(attention: Tensor, source: Tensor) -> Tensor:
-    """Attention to tokens as attention to patches: each token's share divided evenly among the patches it holds.
+    """Attention to tokens as attention to patches: each token's share divided evenly among the
+    patches it holds.
 
     Args:
         attention: B×N.
@@ -93,7 +101,9 @@ def spread(attention: Tensor, source: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def observed(vit: nn.Module, strategy: Strategy, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Dense final features, B×N0×C, and the last blocks' class attention to each patch, B×L×N0."""
+    """Dense final features, B×N0×C, and the last blocks' class attention to each patch,
+    B×L×N0.
+    """
     depth = len(vit.blocks)  # type: ignore[arg-type]
     blocks = range(max(0, depth - LAST_BLOCKS), depth)
     model: TokenReducedViT = attach(vit, Watching(strategy, blocks)).eval()
@@ -102,8 +112,12 @@ def observed(vit: nn.Module, strategy: Strategy, images: Tensor) -> tuple[Tensor
     return features, torch.stack([seen[block] for block in blocks], dim=1)
 
 
-def compare(plain: tuple[Tensor, Tensor], reduced: tuple[Tensor, Tensor]) -> list[tuple[float, float, float]]:
-    """``features``, ``held`` and ``attention`` of :class:`Fidelity` for each image; arguments from :func:`observed`."""
+def compare(
+    plain: tuple[Tensor, Tensor], reduced: tuple[Tensor, Tensor]
+) -> list[tuple[float, float, float]]:
+    """``features``, ``held`` and ``attention`` of :class:`Fidelity` for each image; arguments from
+    :func:`observed`.
+    """
     alike = F.cosine_similarity(plain[0], reduced[0], dim=-1)
     held = reduced[0].abs().sum(-1) > 0  # dropped patches have no feature
     of_held = (alike * held).sum(1) / held.sum(1)
@@ -147,7 +161,8 @@ def measure_fidelity(
                 continue
             scores = compare(plain, observed(vit, strategy, images))
             found += [
-                Fidelity(method.name, rate, costs["gmacs"], name, *s) for name, s in zip(photographs, scores, strict=True)
+                Fidelity(method.name, rate, costs["gmacs"], name, *s)
+                for name, s in zip(photographs, scores, strict=True)
             ]
             report(f"{method.name} at {rate:g}: features {fmean(s[0] for s in scores):.3f}")
     return found

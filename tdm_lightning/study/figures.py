@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Colour, marker and line: red tones merge for diversity among what is important, blue ones keep what is important, green ones
-#: merge whatever is alike.
+#: Colour, marker and line: red tones merge for diversity among what is important, blue ones keep
+#: what is important, green ones merge whatever is alike.
 STYLES: dict[str, tuple[str, str, str]] = {
     "TDM": ("#c1121f", "o", "-"),
     "TDM (6 blocks)": ("#780000", "o", ":"),
@@ -34,7 +34,8 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "Random": ("#7f7f7f", "p", ":"),
 }
 _WIDTH = 10.0
-#: So many points below the plain model end a panel of fine-tuned accuracies; what lies lower would press all else together.
+#: So many points below the plain model end a panel of fine-tuned accuracies; what lies lower would
+#: press all else together.
 _REACH = 30.0
 
 
@@ -59,14 +60,18 @@ def accuracy_against_gmacs(results: Sequence[Result]) -> Figure:
 
 
 def accuracy_per_keep_rate(results: Sequence[Result]) -> Figure:
-    """What the plain model's accuracy loses at the budget of each of TDM's keep rates, after fine-tuning."""
+    """What the plain model's accuracy loses at the budget of each of TDM's keep rates, after
+    fine-tuning.
+    """
     figure, (axis,) = _panels(("",), height=4.2, width=7.5)
     rates = rates_of(results)
     plain = mean_accuracy(results, "Plain", 1.0, "after")
     base = 0.0 if math.isnan(plain) else 100 * plain
     drawn = _drawn(results)
     for number, (method, style) in enumerate(drawn):
-        shift = 0.6 * ((number + 0.5) / len(drawn) - 0.5)  # side by side, so that none hides another
+        shift = 0.6 * (
+            (number + 0.5) / len(drawn) - 0.5
+        )  # side by side, so that none hides another
         points = []
         for place, rate in enumerate(rates):
             if found := runs(results, method, rate, "after"):
@@ -86,17 +91,30 @@ def accuracy_per_keep_rate(results: Sequence[Result]) -> Figure:
 
 
 def diversity_beside_accuracy(results: Sequence[Result], rate: float) -> Figure:
-    """Diversity score of the patch tokens after each block, beside the accuracy, at the budget of a keep rate."""
+    """Diversity score of the patch tokens after each block, beside the accuracy, at the budget of a
+    keep rate.
+    """
     figure, (left, right) = _panels(
-        (f"diversity at the budget of keep rate {rate:g}", "accuracy there, after fine-tuning"), height=4.2
+        (f"diversity at the budget of keep rate {rate:g}", "accuracy there, after fine-tuning"),
+        height=4.2,
     )
-    drawn = [(method, style) for method, style in _drawn(results) if runs(results, method, rate, "after")]
+    drawn = [
+        (method, style) for method, style in _drawn(results) if runs(results, method, rate, "after")
+    ]
     plain = runs(results, "Plain", 1.0, "after")
     for result in plain.values():
         left.plot(_per_token(result), color="black", linestyle="--", linewidth=1.2, label="Plain")
     for method, (colour, marker, line) in drawn:
         result = next(iter(runs(results, method, rate, "after").values()))
-        left.plot(_per_token(result), color=colour, marker=marker, linestyle=line, markersize=5, linewidth=1.4, label=method)
+        left.plot(
+            _per_token(result),
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            markersize=5,
+            linewidth=1.4,
+            label=method,
+        )
     left.set_xlabel("after block (from 0)")
     left.set_ylabel("diversity score ÷ number of tokens")
     left.set_ylim(bottom=0)
@@ -105,10 +123,32 @@ def diversity_beside_accuracy(results: Sequence[Result], rate: float) -> Figure:
     for place, (method, (colour, marker, _)) in enumerate(order):
         mean, below, above = _spread(runs(results, method, rate, "after").values(), "after")
         if mean < end:  # off the scale: its value stands at the edge
-            right.annotate(f"← {mean:.2f}", (end, place), xytext=(4, -3), textcoords="offset points", fontsize=8, color=colour)
+            right.annotate(
+                f"← {mean:.2f}",
+                (end, place),
+                xytext=(4, -3),
+                textcoords="offset points",
+                fontsize=8,
+                color=colour,
+            )
             continue
-        right.errorbar(mean, place, xerr=[[below], [above]], color=colour, marker=marker, markersize=8, capsize=2)
-        right.annotate(f"{mean:.2f}", (mean, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+        right.errorbar(
+            mean,
+            place,
+            xerr=[[below], [above]],
+            color=colour,
+            marker=marker,
+            markersize=8,
+            capsize=2,
+        )
+        right.annotate(
+            f"{mean:.2f}",
+            (mean, place),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
     right.set_yticks(range(len(order)), [method for method, _ in order])
     right.set_ylim(-0.6, len(order) - 0.3)
     _plain_line(right, results, "after", vertical=True)
@@ -120,23 +160,37 @@ def diversity_beside_accuracy(results: Sequence[Result], rate: float) -> Figure:
 
 
 def fidelity(found: Sequence[Fidelity]) -> Figure:
-    """How alike the features and the attention of a reduced ViT are to its own unreduced, means over photographs."""
+    """How alike the features and the attention of a reduced ViT are to its own unreduced, means
+    over photographs.
+    """
     figure, axes = _panels(
-        ("patch features (dropped patches count 0)", "patch features, patches still held", "class attention, last blocks"),
+        (
+            "patch features (dropped patches count 0)",
+            "patch features, patches still held",
+            "class attention, last blocks",
+        ),
         height=4.0,
         width=12.5,
     )
     rates = sorted({one.rate for one in found}, reverse=True)
     for axis, name in zip(axes, COSINES, strict=True):
         for method, style in STYLES.items():
-            columns = [[getattr(one, name) for one in found if (one.method, one.rate) == (method, rate)] for rate in rates]
-            points = [(place, fmean(values), 0.0, 0.0) for place, values in enumerate(columns) if values]
+            columns = [
+                [getattr(one, name) for one in found if (one.method, one.rate) == (method, rate)]
+                for rate in rates
+            ]
+            points = [
+                (place, fmean(values), 0.0, 0.0) for place, values in enumerate(columns) if values
+            ]
             _errorbar(axis, points, method, style)
         axis.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         axis.set_xlabel("TDM's keep rate; all at its GMACs")
     axes[0].set_ylabel("cosine with the unreduced model")
     photographs = len({one.photograph for one in found})
-    figure.suptitle(f"Fidelity to the unreduced ViT on {photographs} photographs; this is not accuracy", fontsize=11)
+    figure.suptitle(
+        f"Fidelity to the unreduced ViT on {photographs} photographs; this is not accuracy",
+        fontsize=11,
+    )
     _legend(figure, axes)
     return figure
 
@@ -147,7 +201,9 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _panels(titles: Sequence[str], height: float, width: float = _WIDTH) -> tuple[Figure, list[Axes]]:
+def _panels(
+    titles: Sequence[str], height: float, width: float = _WIDTH
+) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -172,7 +228,9 @@ def _spread(found: Any, when: str) -> tuple[float, float, float]:
     return mean, mean - min(values), max(values) - mean
 
 
-def _errorbar(axis: Axes, points: Sequence[Any], label: str, style: tuple[str, str, str], line: bool = True) -> None:
+def _errorbar(
+    axis: Axes, points: Sequence[Any], label: str, style: tuple[str, str, str], line: bool = True
+) -> None:
     if not points:
         return
     colour, marker, dashes = style
@@ -196,19 +254,28 @@ def _errorbar(axis: Axes, points: Sequence[Any], label: str, style: tuple[str, s
 
 
 def _end_at(axis: Axes, end: float) -> None:
-    """End a panel from below, with the values of what lies lower at its edge; NaN: leave it as it is."""
+    """End a panel from below, with the values of what lies lower at its edge; NaN: leave it as it
+    is.
+    """
     if math.isnan(end):
         return
     left, right = axis.get_xlim()
     written: list[float] = []
     for drawn in axis.containers:
-        (line, *_) = drawn
+        line, *_ = drawn
         for x, y in zip(*line.get_data(), strict=True):
             if y < end:
-                beside = sum(abs(x - other) < 0.06 * (right - left) for other in written)  # one above the other
+                beside = sum(
+                    abs(x - other) < 0.06 * (right - left) for other in written
+                )  # one above the other
                 offset = (0, 4 + 11 * beside)
                 label = axis.annotate(
-                    f"↓ {y:.1f}", (x, end), xytext=offset, textcoords="offset points", ha="center", fontsize=8
+                    f"↓ {y:.1f}",
+                    (x, end),
+                    xytext=offset,
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
                 )
                 label.set_color(line.get_color())
                 written.append(x)
@@ -229,5 +296,11 @@ def _per_token(result: Result) -> list[float]:
 
 def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
     """One legend for all panels, beside them."""
-    entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(entries.values()), list(entries), loc="outside right upper", fontsize=8, frameon=False)
+    entries = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        list(entries.values()), list(entries), loc="outside right upper", fontsize=8, frameon=False
+    )

@@ -15,7 +15,8 @@ from tdm_lightning.module import TokenReductionClassifier
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to fine-tune: AdamW on a cosine from the learning rate to 0, without warm-up, mixup, cutmix or drop-path.
+    """How to fine-tune: AdamW on a cosine from the learning rate to 0, without warm-up, mixup,
+    cutmix or drop-path.
 
     Attributes:
         train_images: images to see; more than there are: some again.
@@ -36,7 +37,9 @@ class Recipe:
             raise ValueError(f"lr must be a positive learning rate, got {self.lr!r}")
 
     def arguments(self, lr_factor: float) -> dict[str, float | None]:
-        """For :class:`~tdm_lightning.TokenReductionClassifier`; the factor: see :class:`~tdm_lightning.study.plan.Method`."""
+        """For :class:`~tdm_lightning.TokenReductionClassifier`; the factor: see
+        :class:`~tdm_lightning.study.plan.Method`.
+        """
         return {
             "lr": self.lr * lr_factor,
             "weight_decay": self.weight_decay,
@@ -56,7 +59,8 @@ def finetune(module: TokenReductionClassifier, data: ImageNetDataModule, recipe:
         data: set up to fit; its training split is shuffled: the seed decides which images are seen.
         recipe: for how long.
     """
-    module.train()  # it may have been evaluated before, and Lightning leaves each part in the mode it is in
+    # it may have been evaluated before, and Lightning leaves each part in the mode it is in
+    module.train()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             max_steps=math.ceil(recipe.train_images / data.hparams.batch_size),

@@ -20,9 +20,13 @@ def photographs() -> dict[str, Image.Image]:
         from sklearn.datasets import load_sample_images
     except ImportError as error:
         raise ValueError(
-            f"the photographs come with scikit-learn and scikit-image: pip install 'tdm-lightning[study]' ({error})"
+            "the photographs come with scikit-learn and scikit-image: pip install"
+            f" 'tdm-lightning[study]' ({error})"
         ) from error
     bundled = load_sample_images()
-    found = {Path(name).stem: image for name, image in zip(bundled.filenames, bundled.images, strict=True)}
+    found = {
+        Path(name).stem: image
+        for name, image in zip(bundled.filenames, bundled.images, strict=True)
+    }
     found |= {name: getattr(data, name)() for name in _SCIKIT_IMAGE}
     return {name: Image.fromarray(image).convert("RGB") for name, image in found.items()}

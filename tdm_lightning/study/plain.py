@@ -41,19 +41,25 @@ class Plain:
         """
         settings = read_file(path).get(TokenReductionClassifier.CHECKPOINT_HYPER_PARAMS_KEY)
         if not settings or not isinstance(settings.get("model"), str):
-            raise ValueError(f"{path} does not say which model it holds: give a checkpoint that `tdm fit` wrote")
+            raise ValueError(
+                f"{path} does not say which model it holds: give a checkpoint that `tdm fit` wrote"
+            )
         if settings.get("strategy") is not None:
             raise ValueError(
-                f"{path} was trained under {settings['strategy']['class_path'].rsplit('.', 1)[-1]}; the study starts from a "
-                f"plain model: train with strategy=null"
+                f"{path} was trained under {settings['strategy']['class_path'].rsplit('.', 1)[-1]};"
+                " the study starts from a plain model: train with strategy=null"
             )
         arguments = {name: settings.get(name) for name in ("num_classes", "global_pool")}
         arguments = {name: value for name, value in arguments.items() if value is not None}
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-        return cls(path, settings["model"], {**arguments, **(settings.get("model_kwargs") or {})}, digest)
+        return cls(
+            path, settings["model"], {**arguments, **(settings.get("model_kwargs") or {})}, digest
+        )
 
     def kwargs_for(self, strategy: Strategy) -> dict[str, Any]:
-        """How to make the timm model for a strategy; one that needs another pooling gets it, after the norm as trained."""
+        """How to make the timm model for a strategy; one that needs another pooling gets it, after
+        the norm as trained.
+        """
         if strategy.global_pool is None:
             return self.model_kwargs
         return {**self.model_kwargs, "global_pool": strategy.global_pool, "fc_norm": False}
@@ -70,5 +76,9 @@ class Plain:
             recipe: other arguments of :class:`~tdm_lightning.TokenReductionClassifier`.
         """
         return TokenReductionClassifier(
-            self.model, strategy, model_kwargs=self.kwargs_for(strategy), checkpoint=self.checkpoint, **recipe
+            self.model,
+            strategy,
+            model_kwargs=self.kwargs_for(strategy),
+            checkpoint=self.checkpoint,
+            **recipe,
         )

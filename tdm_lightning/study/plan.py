@@ -9,7 +9,20 @@ from typing import Any
 from torch import nn
 
 from tdm_lightning.slimming import select
-from tdm_lightning.strategies import DPCKNN, TDM, DyViT, EViT, EvoViT, PSViT, Random, SPViT, Strategy, TokenMerger, ToMe, TopK
+from tdm_lightning.strategies import (
+    DPCKNN,
+    TDM,
+    DyViT,
+    EViT,
+    EvoViT,
+    PSViT,
+    Random,
+    SPViT,
+    Strategy,
+    TokenMerger,
+    ToMe,
+    TopK,
+)
 from tdm_lightning.vit import attach
 
 #: TDM's keep rates, whose budgets all methods get; those that matter most first.
@@ -28,10 +41,12 @@ class Method:
         name: what it is called there.
         make: the strategy at TDM's keep rate; where its setting is solved for, any setting will do.
         solve: whether its setting is solved for the budget of TDM at that keep rate.
-        lr_factor: of the fine-tuning's learning rate, where the strategy's own groups slow the backbone by as much.
+        lr_factor: of the fine-tuning's learning rate, where the strategy's own groups slow the
+            backbone by as much.
         note: how its fine-tuning or evaluation differs from the others'.
-        look: takes from training images what the method must know before anything else: from its strategy at the budget, the
-            trained plain ViT and the images, prepared as for evaluation, it makes the strategy to evaluate.
+        look: takes from training images what the method must know before anything else: from its
+            strategy at the budget, the trained plain ViT and the images, prepared as for
+            evaluation, it makes the strategy to evaluate.
     """
 
     name: str
@@ -39,7 +54,9 @@ class Method:
     solve: bool = True
     lr_factor: float = 1.0
     note: str = ""
-    look: Callable[[Strategy, nn.Module, Iterable[Any]], Strategy] | None = field(default=None, compare=False)
+    look: Callable[[Strategy, nn.Module, Iterable[Any]], Strategy] | None = field(
+        default=None, compare=False
+    )
 
 
 def _by_impact(strategy: Strategy, vit: nn.Module, images: Iterable[Any]) -> Strategy:
@@ -48,19 +65,30 @@ def _by_impact(strategy: Strategy, vit: nn.Module, images: Iterable[Any]) -> Str
     return PSViT(masks=select(vit, images, counts).masks.int().tolist())
 
 
-#: DyViT's recipe trains the backbone at a hundredth of its predictors' rate and freezes it for five epochs; fine-tunes as short
-#: as these would end before it thaws, so the backbone gets the rate that all methods get and the predictors ten times as much.
+#: DyViT's recipe trains the backbone at a hundredth of its predictors' rate and freezes it for five
+#: epochs; fine-tunes as short as these would end before it thaws, so the backbone gets the rate
+#: that all methods get and the predictors ten times as much.
 _DYVIT: dict[str, Any] = {"backbone_lr_scale": 0.1, "freeze_epochs": 0}
 _DYVIT_NOTE = (
-    "distils from the plain model; predictors learn at ten times the rate, the backbone is not frozen; random predictors before"
+    "distils from the plain model; predictors learn at ten times the rate, the backbone is not"
+    " frozen; random predictors before"
 )
 _SPVIT: dict[str, Any] = {"fixed_count": True, **_DYVIT}
-_SPVIT_NOTE = f"targets are powers of one share, met by every image; {_DYVIT_NOTE.replace('predictors', 'selectors')}"
-_PSVIT_NOTE = "masks by the patches' impact on 256 training images at one keep rate per block, without its search"
-_EVOVIT_NOTE = "averages the patches for a classifier that was trained on the class token, which only fine-tuning adapts"
+_SPVIT_NOTE = (
+    "targets are powers of one share, met by every image;"
+    f" {_DYVIT_NOTE.replace('predictors', 'selectors')}"
+)
+_PSVIT_NOTE = (
+    "masks by the patches' impact on 256 training images at one keep rate per block, without its"
+    " search"
+)
+_EVOVIT_NOTE = (
+    "averages the patches for a classifier that was trained on the class token, which only"
+    " fine-tuning adapts"
+)
 
-#: Six blocks, one keep rate for all, solved for the budget: as many small steps as three large ones cost. Chosen on the
-#: validation split, see :mod:`~tdm_lightning.study.placement`.
+#: Six blocks, one keep rate for all, solved for the budget: as many small steps as three large ones
+#: cost. Chosen on the validation split, see :mod:`~tdm_lightning.study.placement`.
 _EVERY_OTHER = (0, 2, 4, 6, 8, 10)
 
 METHODS = (
@@ -77,12 +105,27 @@ METHODS = (
     Method("ToMe", lambda rate: ToMe()),
     Method("Random", lambda rate: Random()),
     Method("DyViT", lambda rate: DyViT(**_DYVIT), lr_factor=10, note=_DYVIT_NOTE),
-    Method("DyViT+TDM", lambda rate: DyViT(merger=TokenMerger(), **_DYVIT), lr_factor=10, note=_DYVIT_NOTE),
+    Method(
+        "DyViT+TDM",
+        lambda rate: DyViT(merger=TokenMerger(), **_DYVIT),
+        lr_factor=10,
+        note=_DYVIT_NOTE,
+    ),
     Method("Evo-ViT", lambda rate: EvoViT(), note=_EVOVIT_NOTE),
     Method("SPViT", lambda rate: SPViT(**_SPVIT), lr_factor=10, note=_SPVIT_NOTE),
-    Method("SPViT+TDM", lambda rate: SPViT(merger=TokenMerger(), **_SPVIT), lr_factor=10, note=_SPVIT_NOTE),
+    Method(
+        "SPViT+TDM",
+        lambda rate: SPViT(merger=TokenMerger(), **_SPVIT),
+        lr_factor=10,
+        note=_SPVIT_NOTE,
+    ),
     Method("PS-ViT", lambda rate: PSViT(), note=_PSVIT_NOTE, look=_by_impact),
-    Method("EViT+TDM", lambda rate: EViT(rate, merger=TokenMerger()), solve=False, note="the same computation as TDM"),
+    Method(
+        "EViT+TDM",
+        lambda rate: EViT(rate, merger=TokenMerger()),
+        solve=False,
+        note="the same computation as TDM",
+    ),
 )
 
 
@@ -101,9 +144,12 @@ class Cell:
 
 
 def grid_cells(
-    methods: Sequence[str] | None = None, rates: Sequence[float] | None = None, seeds: Sequence[int] | None = None
+    methods: Sequence[str] | None = None,
+    rates: Sequence[float] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[Cell]:
-    """The grid in the order to run it: first one seed everywhere, then the others where they are wanted.
+    """The grid in the order to run it: first one seed everywhere, then the others where they are
+    wanted.
 
     Args:
         methods: only these.
@@ -115,7 +161,11 @@ def grid_cells(
     """
     chosen = chosen_methods(METHODS, methods)
     every = RATES if rates is None else tuple(rates)
-    return [cell for seed in (SEEDS if seeds is None else seeds) for cell in _of_seed(chosen, every, seed)]
+    return [
+        cell
+        for seed in (SEEDS if seeds is None else seeds)
+        for cell in _of_seed(chosen, every, seed)
+    ]
 
 
 def chosen_methods(known: Sequence[Method], names: Iterable[str] | None) -> list[Method]:
@@ -127,7 +177,10 @@ def chosen_methods(known: Sequence[Method], names: Iterable[str] | None) -> list
     wanted = None if names is None else set(names)
     unknown = sorted(wanted - {method.name for method in known}) if wanted is not None else []
     if unknown:
-        raise ValueError(f"no method {', '.join(unknown)} in the study; there are {', '.join(m.name for m in known)}")
+        raise ValueError(
+            f"no method {', '.join(unknown)} in the study; there are"
+            f" {', '.join(m.name for m in known)}"
+        )
     return [method for method in known if wanted is None or method.name in wanted]
 
 
@@ -138,13 +191,19 @@ def crossed(
     rates: Sequence[float] | None,
     seeds: Sequence[int] | None,
 ) -> list[Cell]:
-    """Every method at every keep rate with every seed; of ``every`` rate and with the first seed where none are chosen.
+    """Every method at every keep rate with every seed; of ``every`` rate and with the first seed
+    where none are chosen.
 
     Raises:
         ValueError: if there is no such method.
     """
     chosen = chosen_methods(known, methods)
-    return [Cell(method, rate, seed) for seed in seeds or SEEDS[:1] for rate in rates or every for method in chosen]
+    return [
+        Cell(method, rate, seed)
+        for seed in seeds or SEEDS[:1]
+        for rate in rates or every
+        for method in chosen
+    ]
 
 
 def _of_seed(methods: Sequence[Method], rates: Sequence[float], seed: int) -> Iterator[Cell]:

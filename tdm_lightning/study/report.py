@@ -32,31 +32,53 @@ def report(folder: Path) -> list[Path]:
     if any(result.accuracy for result in grid):
         written += _grid(folder, grid)
     if ablation:
-        written.append(_text(folder / "ablation.md", [tables.ablation_table(ablation, DEFAULT), tables.remarks(ablation)]))
+        written.append(
+            _text(
+                folder / "ablation.md",
+                [tables.ablation_table(ablation, DEFAULT), tables.remarks(ablation)],
+            )
+        )
     if placement:
-        written.append(_text(folder / "placement.md", [*_accuracies(placement), tables.remarks(placement)]))
+        written.append(
+            _text(folder / "placement.md", [*_accuracies(placement), tables.remarks(placement)])
+        )
     if found := read_fidelity(folder):
         written.append(figures.save(figures.fidelity(found), folder / "fidelity.png"))
     if not written:
-        raise ValueError(f"there are no results in {folder}: run `tdm study --part grid` first, or give the right --out")
+        raise ValueError(
+            f"there are no results in {folder}: run `tdm study --part grid` first, or give the"
+            " right --out"
+        )
     return written
 
 
 def _grid(folder: Path, grid: list[Result]) -> list[Path]:
     when = [name for name in reversed(WHEN) if any(name in result.accuracy for result in grid)]
-    parts = [table(grid, name) for name in when for table in (tables.accuracy_table, tables.difference_table)]
+    parts = [
+        table(grid, name)
+        for name in when
+        for table in (tables.accuracy_table, tables.difference_table)
+    ]
     written = [_text(folder / "grid.md", [*parts, tables.remarks(grid)])]
     written.append(figures.save(figures.accuracy_against_gmacs(grid), folder / "accuracy.png"))
     if "after" in when:
-        written.append(figures.save(figures.accuracy_per_keep_rate(grid), folder / "keep_rates.png"))
+        written.append(
+            figures.save(figures.accuracy_per_keep_rate(grid), folder / "keep_rates.png")
+        )
         rates = tables.rates_of(grid)
         rate = min(rates, key=lambda rate: abs(rate - _DIVERSITY_RATE))
-        written.append(figures.save(figures.diversity_beside_accuracy(grid, rate), folder / "diversity.png"))
+        written.append(
+            figures.save(figures.diversity_beside_accuracy(grid, rate), folder / "diversity.png")
+        )
     return written
 
 
 def _accuracies(results: list[Result]) -> list[str]:
-    return [tables.accuracy_table(results, when) for when in WHEN if any(when in result.accuracy for result in results)]
+    return [
+        tables.accuracy_table(results, when)
+        for when in WHEN
+        if any(when in result.accuracy for result in results)
+    ]
 
 
 def _text(path: Path, parts: list[str]) -> Path:

@@ -61,10 +61,11 @@ class Fidelity:
         rate: TDM's keep rate whose budget it has.
         gmacs: 10⁹ multiply-accumulates, all of them.
         photograph: its name.
-        features: mean cosine over patches between the dense final features of reduced and plain model; 0 for dropped patches.
+        features: mean cosine over patches between the dense final features of reduced and plain
+            model; 0 for dropped patches.
         held: the same mean over those patches only that some token still holds.
-        attention: cosine between the class attentions over all patches, mean over the last blocks. A token's attention is
-            spread evenly over its patches; dropped patches get none.
+        attention: cosine between the class attentions over all patches, mean over the last blocks.
+            A token's attention is spread evenly over its patches; dropped patches get none.
     """
 
     method: str
@@ -77,7 +78,8 @@ class Fidelity:
 
 
 def collect(folder: Path, part: str, methods: Sequence[Method]) -> list[Path]:
-    """Write ``PART.csv`` and ``PART_correct.csv`` of the finished cells in ``FOLDER/PART``; none where there are no cells.
+    """Write ``PART.csv`` and ``PART_correct.csv`` of the finished cells in ``FOLDER/PART``; none
+    where there are no cells.
 
     Args:
         folder: what the study wrote to.
@@ -85,7 +87,10 @@ def collect(folder: Path, part: str, methods: Sequence[Method]) -> list[Path]:
         methods: the order of the rows.
     """
     order = {method.name: place for place, method in enumerate(methods)}
-    cells = sorted(load_cells(folder / part), key=lambda cell: (order[cell["method"]], -cell["rate"], cell["seed"]))
+    cells = sorted(
+        load_cells(folder / part),
+        key=lambda cell: (order[cell["method"]], -cell["rate"], cell["seed"]),
+    )
     if not cells:
         return []
     numbers, correct = folder / f"{part}.csv", folder / f"{part}_correct.csv"
@@ -106,7 +111,13 @@ def read(folder: Path, part: str) -> list[Result]:
 def write_fidelity(folder: Path, found: Sequence[Fidelity]) -> Path:
     """Write ``fidelity.csv``."""
     path = folder / "fidelity.csv"
-    _write(path, ({**asdict(one), **{name: f"{getattr(one, name):.5f}" for name in COSINES}} for one in found))
+    _write(
+        path,
+        (
+            {**asdict(one), **{name: f"{getattr(one, name):.5f}" for name in COSINES}}
+            for one in found
+        ),
+    )
     return path
 
 
@@ -114,7 +125,10 @@ def read_fidelity(folder: Path) -> list[Fidelity]:
     """What :func:`write_fidelity` wrote; none where there is no file."""
     path = folder / "fidelity.csv"
     rows = _read(path) if path.exists() else []
-    return [Fidelity(**{**row, **{name: float(row[name]) for name in ("rate", "gmacs", *COSINES)}}) for row in rows]  # type: ignore[arg-type]
+    return [
+        Fidelity(**{**row, **{name: float(row[name]) for name in ("rate", "gmacs", *COSINES)}})
+        for row in rows
+    ]  # type: ignore[arg-type]
 
 
 def _numbers(cell: Record) -> dict[str, Any]:
@@ -122,10 +136,25 @@ def _numbers(cell: Record) -> dict[str, Any]:
     own = {name: cell[name] for name in ("method", "rate", "seed")} | {"setting": setting}
     costs = {name: cell.get(name, "") for name in ("gmacs", "gmacs_backbone", "gmacs_budget")}
     scores = {f"accuracy_{when}": cell.get(f"accuracy_{when}", "") for when in WHEN}
-    lists = {name: " ".join(map(str, cell.get(name, ()))) for name in ("tokens", *(f"diversity_{when}" for when in WHEN))}
-    seconds = {name: cell.get(name, "") for name in ("seconds_to_solve", "seconds_to_evaluate", "seconds_to_finetune")}
+    lists = {
+        name: " ".join(map(str, cell.get(name, ())))
+        for name in ("tokens", *(f"diversity_{when}" for when in WHEN))
+    }
+    seconds = {
+        name: cell.get(name, "")
+        for name in ("seconds_to_solve", "seconds_to_evaluate", "seconds_to_finetune")
+    }
     texts = {name: cell.get(name, "") for name in ("note", "reason", "images")}
-    return {**own, **costs, **scores, **lists, **seconds, **texts, **cell["settings"], **cell["environment"]}
+    return {
+        **own,
+        **costs,
+        **scores,
+        **lists,
+        **seconds,
+        **texts,
+        **cell["settings"],
+        **cell["environment"],
+    }
 
 
 def _correct(cell: Record) -> dict[str, Any]:
@@ -144,7 +173,11 @@ def _result(row: dict[str, str], right: dict[str, str]) -> Result:
         float(row.pop("gmacs") or "nan"),
         float(row.pop("gmacs_backbone") or "nan"),
         {when: float(value) for when in WHEN if (value := row.pop(f"accuracy_{when}"))},
-        {when: list(map(float, value.split())) for when in WHEN if (value := row.pop(f"diversity_{when}"))},
+        {
+            when: list(map(float, value.split()))
+            for when in WHEN
+            if (value := row.pop(f"diversity_{when}"))
+        },
         list(map(int, row.pop("tokens").split())),
         {when: unpack_bits(right[when], count) for when in WHEN if right[when]},
         row,

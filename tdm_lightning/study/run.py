@@ -55,7 +55,8 @@ def run_cells(
         data: prepared for that model.
         folder: where the cells are kept, one file each.
         recipe: of the fine-tuning; with 0 images there is none.
-        split: what is evaluated on. Whatever is *chosen* by the result must be chosen on ``"validation"``.
+        split: what is evaluated on. Whatever is *chosen* by the result must be chosen on
+            ``"validation"``.
         eval_images: only the first so many; ``None``: all.
         report: called with a line about each cell.
 
@@ -85,9 +86,18 @@ def run_cells(
             report(f"{number}/{len(cells)} {cell.name}: {_summary(record)}")
 
 
-def run_cell(cell: Cell, plain: Plain, data: ImageNetDataModule, recipe: Recipe, images: Images) -> Record:
-    """All that is to know of one cell; where a method cannot meet the budget, no ``"setting"`` and the ``"reason"``."""
-    record: Record = {"method": cell.method.name, "rate": cell.rate, "seed": cell.seed, "note": cell.method.note}
+def run_cell(
+    cell: Cell, plain: Plain, data: ImageNetDataModule, recipe: Recipe, images: Images
+) -> Record:
+    """All that is to know of one cell; where a method cannot meet the budget, no ``"setting"`` and
+    the ``"reason"``.
+    """
+    record: Record = {
+        "method": cell.method.name,
+        "rate": cell.rate,
+        "seed": cell.seed,
+        "note": cell.method.note,
+    }
     record |= {"images": len(images[1]), "environment": _environment()}
     start = perf_counter()
     try:
@@ -100,11 +110,17 @@ def run_cell(cell: Cell, plain: Plain, data: ImageNetDataModule, recipe: Recipe,
         strategy = cell.method.look(strategy, plain.under(Strategy()).model.vit, _unaugmented(data))
     module = plain.under(strategy, **recipe.arguments(cell.method.lr_factor))
     model = module.model.to(choose_device("auto"))
-    if cell.seed == SEEDS[0] or not recipe.train_images:  # the seed decides nothing before the fine-tuning
+    if (
+        cell.seed == SEEDS[0] or not recipe.train_images
+    ):  # the seed decides nothing before the fine-tuning
         start = perf_counter()
-        record |= _evaluated("before", evaluate(model, *images)) | {"seconds_to_evaluate": _since(start)}
+        record |= _evaluated("before", evaluate(model, *images)) | {
+            "seconds_to_evaluate": _since(start)
+        }
     if recipe.train_images:
-        seed_everything(cell.seed, verbose=False)  # again: whatever a method drew so far, all see the same images
+        seed_everything(
+            cell.seed, verbose=False
+        )  # again: whatever a method drew so far, all see the same images
         start = perf_counter()
         finetune(module, data, recipe)
         record["seconds_to_finetune"] = _since(start)
@@ -113,10 +129,11 @@ def run_cell(cell: Cell, plain: Plain, data: ImageNetDataModule, recipe: Recipe,
 
 
 def solved(cell: Cell, vit: Callable[[Strategy], nn.Module]) -> tuple[Strategy, dict[str, float]]:
-    """A cell's strategy at TDM's budget, and what it costs, in 10⁹ multiply-accumulates per image.
+    """A cell's strategy at TDM's budget, and what it costs, in 10⁹ multiply-accumulates per
+    image.
 
-    Costs are ``gmacs``, all that the method does, which is what the budget is about; ``gmacs_backbone``, as papers count; and
-    ``gmacs_budget``.
+    Costs are ``gmacs``, all that the method does, which is what the budget is about;
+    ``gmacs_backbone``, as papers count; and ``gmacs_budget``.
 
     Args:
         cell: what to solve.
@@ -132,11 +149,15 @@ def solved(cell: Cell, vit: Callable[[Strategy], nn.Module]) -> tuple[Strategy, 
         if cell.method.solve:
             strategy = at_budget(model, strategy, budget / 1e9, total=True)
         # Counting attaches the strategy, and one with parameters can be attached only once.
-        total, backbone = (macs_with(model, _again(strategy), total=total) for total in (True, False))
+        total, backbone = (
+            macs_with(model, _again(strategy), total=total) for total in (True, False)
+        )
     except ValueError as error:
         raise NoSetting(str(error)) from error
     if cell.method.solve and abs(total / budget - 1) > TOLERANCE:
-        raise NoSetting(f"the nearest setting below {budget / 1e9:.4f} GMACs costs {total / 1e9:.4f}")
+        raise NoSetting(
+            f"the nearest setting below {budget / 1e9:.4f} GMACs costs {total / 1e9:.4f}"
+        )
     costs = {"gmacs": total, "gmacs_backbone": backbone, "gmacs_budget": budget}
     return _again(strategy), {name: value / 1e9 for name, value in costs.items()}
 
@@ -149,7 +170,9 @@ def _images(data: ImageNetDataModule, split: Part, limit: int | None) -> Images:
     data.setup({"validation": "validate"}.get(split, split))
     loader: Any = data.val_dataloader() if split == "validation" else data.test_dataloader()
     if not loader:
-        raise ValueError("there is no validation split to evaluate on: set data.val_split or data.val_holdout")
+        raise ValueError(
+            "there is no validation split to evaluate on: set data.val_split or data.val_holdout"
+        )
     return gathered(loader, limit)
 
 
@@ -174,8 +197,10 @@ def _environment() -> dict[str, str]:
     return {
         "device": f"{device.type}: {device_name(device)}",
         "threads": str(torch.get_num_threads()),
-        "versions": f"python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
-        f"tdm-lightning {__version__}",
+        "versions": (
+            f"python {platform.python_version()}, torch {torch.__version__}, timm"
+            f" {timm.__version__}, tdm-lightning {__version__}"
+        ),
     }
 
 
@@ -186,6 +211,8 @@ def _since(start: float) -> float:
 def _summary(record: Record) -> str:
     if record["setting"] is None:
         return f"no setting: {record['reason']}"
-    accuracy = " → ".join(f"{record[name]:.2%}" for name in ("accuracy_before", "accuracy_after") if name in record)
+    accuracy = " → ".join(
+        f"{record[name]:.2%}" for name in ("accuracy_before", "accuracy_after") if name in record
+    )
     seconds = sum(value for name, value in record.items() if name.startswith("seconds_"))
     return f"{record['gmacs']:.4f} GMACs, {accuracy}, {seconds:.0f} s"

@@ -31,10 +31,11 @@ class Difference:
 def paired_difference(
     ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], resamples: int = 10_000, seed: int = 0
 ) -> Difference:
-    """Accuracy of one method minus that of another on the same images, by the percentile bootstrap over images.
+    """Accuracy of one method minus that of another on the same images, by the percentile bootstrap
+    over images.
 
-    Runs are averaged for every image before images are drawn, so the interval tells what other images would give; it does not
-    tell what other seeds would.
+    Runs are averaged for every image before images are drawn, so the interval tells what other
+    images would give; it does not tell what other seeds would.
 
     Args:
         ours: which images were right, N bool, once per run (a seed, or a keep rate).
@@ -51,11 +52,14 @@ def paired_difference(
     shapes = {run.shape for run in (*ours, *theirs)}
     if len(ours) != len(theirs) or not len(ours) or len(shapes) != 1:
         raise ValueError(
-            f"both methods need as many runs on the same images, got {len(ours)} and {len(theirs)} runs of "
-            f"{', '.join(str(shape[0]) for shape in sorted(shapes))} images"
+            f"both methods need as many runs on the same images, got {len(ours)} and {len(theirs)}"
+            f" runs of {', '.join(str(shape[0]) for shape in sorted(shapes))} images"
         )
-    difference = np.mean([run.astype(float) for run in ours], axis=0) - np.mean([run.astype(float) for run in theirs], axis=0)
-    # How often each distinct value is drawn is all that a mean depends on: a multinomial draw instead of one per image.
+    difference = np.mean([run.astype(float) for run in ours], axis=0) - np.mean(
+        [run.astype(float) for run in theirs], axis=0
+    )
+    # How often each distinct value is drawn is all that a mean depends on: a multinomial draw
+    # instead of one per image.
     values, counts = np.unique(difference.round(9), return_counts=True)
     total = counts.sum()
     drawn = np.random.default_rng(seed).multinomial(total, counts / total, size=resamples)

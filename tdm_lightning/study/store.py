@@ -1,4 +1,6 @@
-"""One file per finished cell, so that a study can be stopped, resumed, and run by several processes at once."""
+"""One file per finished cell, so that a study can be stopped, resumed, and run by several processes
+at once.
+"""
 
 from __future__ import annotations
 
@@ -40,16 +42,24 @@ class Store:
             return False
         made = json.loads(path.read_text(encoding="utf-8"))["settings"]
         if made != self.settings:
-            other = sorted(key for key in {*made, *self.settings} if made.get(key) != self.settings.get(key))
-            listed = ", ".join(f"{key}={made.get(key)!r} there, {self.settings.get(key)!r} now" for key in other)
-            raise ValueError(f"{path} was made with other settings ({listed}); choose another folder, or delete it to redo it")
+            other = sorted(
+                key for key in {*made, *self.settings} if made.get(key) != self.settings.get(key)
+            )
+            listed = ", ".join(
+                f"{key}={made.get(key)!r} there, {self.settings.get(key)!r} now" for key in other
+            )
+            raise ValueError(
+                f"{path} was made with other settings ({listed}); choose another folder, or delete"
+                " it to redo it"
+            )
         return True
 
     @contextmanager
     def claimed(self, name: str) -> Iterator[bool]:
         """Whether this process may do the cell: it is not finished and no other process is at it.
 
-        The claim ends with the process, however that ends: a cell that was broken off can be done again.
+        The claim ends with the process, however that ends: a cell that was broken off can be done
+        again.
         """
         lock = self.folder / f"{name}.lock"
         try:
@@ -65,7 +75,10 @@ class Store:
         """Write a finished cell, all of it or nothing."""
         path = self._path(name)
         draft = path.with_suffix(f".{os.getpid()}.tmp")
-        draft.write_text(json.dumps({"name": name, **record, "settings": self.settings}, indent=1) + "\n", encoding="utf-8")
+        draft.write_text(
+            json.dumps({"name": name, **record, "settings": self.settings}, indent=1) + "\n",
+            encoding="utf-8",
+        )
         os.replace(draft, path)
 
     def _path(self, name: str) -> Path:
@@ -88,4 +101,6 @@ def pack_bits(correct: np.ndarray) -> str:
 
 def unpack_bits(text: str, count: int) -> np.ndarray:
     """:func:`pack_bits` undone, N bool."""
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=count).astype(bool)
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=count).astype(
+        bool
+    )

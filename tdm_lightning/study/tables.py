@@ -29,7 +29,9 @@ def rates_of(results: Iterable[Result]) -> list[float]:
 def runs(results: Iterable[Result], method: str, rate: float, when: str) -> dict[int, Result]:
     """The runs of a method at a budget by seed."""
     return {
-        result.seed: result for result in results if (result.method, result.rate) == (method, rate) and when in result.accuracy
+        result.seed: result
+        for result in results
+        if (result.method, result.rate) == (method, rate) and when in result.accuracy
     }
 
 
@@ -39,7 +41,9 @@ def mean_accuracy(results: Iterable[Result], method: str, rate: float, when: str
     return fmean(result.accuracy[when] for result in found) if found else math.nan
 
 
-def difference(results: Sequence[Result], ours: str, theirs: str, rates: Sequence[float], when: str) -> Difference | None:
+def difference(
+    results: Sequence[Result], ours: str, theirs: str, rates: Sequence[float], when: str
+) -> Difference | None:
     """Mean difference over keep rates; of each keep rate the seeds that both methods have.
 
     ``None`` where a keep rate has no seed in common.
@@ -54,14 +58,19 @@ def difference(results: Sequence[Result], ours: str, theirs: str, rates: Sequenc
         first.append([mine[seed].correct[when] for seed in common])
         second.append([other[seed].correct[when] for seed in common])
     times = math.lcm(*map(len, first))
-    mine_all, other_all = ([run for group in side for run in group * (times // len(group))] for side in (first, second))
+    mine_all, other_all = (
+        [run for group in side for run in group * (times // len(group))] for side in (first, second)
+    )
     return paired_difference(mine_all, other_all)
 
 
 def accuracy_table(results: Sequence[Result], when: str) -> str:
     """Accuracy in percent of each method at each of TDM's budgets, seeds averaged."""
     rates = rates_of(results)
-    budgets = {rate: next((r.gmacs for r in results if (r.method, r.rate) == (OURS, rate)), math.nan) for rate in rates}
+    budgets = {
+        rate: next((r.gmacs for r in results if (r.method, r.rate) == (OURS, rate)), math.nan)
+        for rate in rates
+    }
     header = ["method", *(f"{rate:g} ({budgets[rate]:.3f} G)" for rate in rates)]
     rows = []
     for method in methods_of(results):
@@ -70,15 +79,24 @@ def accuracy_table(results: Sequence[Result], when: str) -> str:
             rows.append([method, *(_cell(results, method, rate, when) for rate in rates)])
     plain = mean_accuracy(results, "Plain", 1.0, when)
     beside = "" if math.isnan(plain) else f" The plain model: {100 * plain:.2f}."
-    return f"Top-1 accuracy (%), {_TITLES[when]}, at the GMACs of TDM's keep rates.{beside}\n\n{_markdown(header, rows)}"
+    return (
+        f"Top-1 accuracy (%), {_TITLES[when]}, at the GMACs of TDM's keep"
+        f" rates.{beside}\n\n{_markdown(header, rows)}"
+    )
 
 
 def difference_table(results: Sequence[Result], when: str) -> str:
-    """What TDM is ahead of each method, in points with 95 % intervals; bold where the interval excludes 0."""
+    """What TDM is ahead of each method, in points with 95 % intervals; bold where the interval
+    excludes 0.
+    """
     rates = rates_of(results)
     low = [rate for rate in rates if rate <= LOW_RATES]
     columns = [*([rate] for rate in rates), *([low] if len(low) > 1 else [])]
-    header = ["TDM minus", *(f"{rate:g}" for rate in rates), *([f"mean of ≤ {LOW_RATES:g}"] if len(low) > 1 else [])]
+    header = [
+        "TDM minus",
+        *(f"{rate:g}" for rate in rates),
+        *([f"mean of ≤ {LOW_RATES:g}"] if len(low) > 1 else []),
+    ]
     rows = []
     for method in methods_of(results):
         if method in (OURS, "Plain"):
@@ -86,12 +104,17 @@ def difference_table(results: Sequence[Result], when: str) -> str:
         found = [difference(results, OURS, method, column, when) for column in columns]
         if any(found):
             rows.append([method, *(_difference_cell(cell) for cell in found)])
-    title = f"TDM's lead in points of accuracy, {_TITLES[when]}, with 95 % bootstrap intervals over images"
+    title = (
+        f"TDM's lead in points of accuracy, {_TITLES[when]}, with 95 % bootstrap intervals over"
+        " images"
+    )
     return f"{title}; bold: the interval excludes 0.\n\n{_markdown(header, rows)}"
 
 
 def ablation_table(results: Sequence[Result], default: str) -> str:
-    """What each change of the merger is ahead of the default, per keep rate, before and after fine-tuning."""
+    """What each change of the merger is ahead of the default, per keep rate, before and after
+    fine-tuning.
+    """
     rates = rates_of(results)
     columns = [(rate, when) for when in WHEN for rate in rates]
     header = ["change", *(f"{rate:g}, {_TITLES[when]}" for rate, when in columns)]
@@ -100,10 +123,16 @@ def ablation_table(results: Sequence[Result], default: str) -> str:
         if method == default:
             cells = [_cell(results, method, rate, when) + " %" for rate, when in columns]
         else:
-            cells = [_difference_cell(difference(results, method, default, [rate], when)) for rate, when in columns]
+            cells = [
+                _difference_cell(difference(results, method, default, [rate], when))
+                for rate, when in columns
+            ]
         rows.append([method, *cells])
     rows.sort(key=lambda row: row[0] != default)
-    title = "Accuracy of TDM's defaults, and the lead in points of each change over them with 95 % bootstrap intervals"
+    title = (
+        "Accuracy of TDM's defaults, and the lead in points of each change over them with 95 %"
+        " bootstrap intervals"
+    )
     return f"{title}; bold: the interval excludes 0.\n\n{_markdown(header, rows)}"
 
 
@@ -112,7 +141,8 @@ def remarks(results: Sequence[Result]) -> str:
     notes = dict.fromkeys((result.method, result.facts.get("note", "")) for result in results)
     lines = [f"- {method}: {note}." for method, note in notes if note]
     lines += [
-        f"- {result.method} has no setting at the budget of keep rate {result.rate:g}: {result.facts.get('reason')}."
+        f"- {result.method} has no setting at the budget of keep rate {result.rate:g}:"
+        f" {result.facts.get('reason')}."
         for result in results
         if not result.accuracy and result.seed == 1
     ]
@@ -124,7 +154,9 @@ def _cell(results: Sequence[Result], method: str, rate: float, when: str) -> str
     if not found:
         return "–"
     values = [100 * result.accuracy[when] for result in found.values()]
-    spread = f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 and when == "after" else ""
+    spread = (
+        f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 and when == "after" else ""
+    )
     return f"{fmean(values):.2f}{spread}"
 
 

@@ -17,7 +17,8 @@ from tdm_lightning.vit.families import family_of, patch_count
 
 KEEP_RATE = 0.7
 
-#: Outputs are the same below the first and differ above the second, as a share of the plain output's spread.
+#: Outputs are the same below the first and differ above the second, as a share of the plain
+#: output's spread.
 SAME, OTHER = 1e-4, 1e-3
 
 
@@ -25,7 +26,8 @@ class Shuffled(Strategy):
     """Changes the order of the patch tokens in front of every block, and nothing else.
 
     Args:
-        follow: whether their positions go with them; without, a model that asks where a token is goes wrong.
+        follow: whether their positions go with them; without, a model that asks where a token is
+            goes wrong.
     """
 
     def __init__(self, follow: bool = True) -> None:
@@ -35,16 +37,21 @@ class Shuffled(Strategy):
     def before_block(self, index: int, tokens: Tokens) -> Tokens:
         """Another order for each image and block, the same ones in every pass."""
         generator = torch.Generator().manual_seed(index)
-        order = torch.stack([torch.randperm(tokens.count, generator=generator) for _ in tokens.x]).to(tokens.x.device)
+        order = torch.stack(
+            [torch.randperm(tokens.count, generator=generator) for _ in tokens.x]
+        ).to(tokens.x.device)
         x = gather_tokens(tokens.patches, order)
         if not self.follow:
             return tokens.replace(x=torch.cat((tokens.x[:, : tokens.prefix], x), dim=1))
-        return tokens.reduced(index, Reduction(x, inverse_order(order), torch.full_like(order, Role.KEPT)))
+        return tokens.reduced(
+            index, Reduction(x, inverse_order(order), torch.full_like(order, Role.KEPT))
+        )
 
 
 @dataclass(frozen=True)
 class Examined:
-    """What the checks found; gaps are the largest difference to plain timm, divided by the plain output's standard deviation.
+    """What the checks found; gaps are the largest difference to plain timm, divided by the plain
+    output's standard deviation.
 
     Attributes:
         tokens: patch tokens in front of the first block, and after each.
@@ -81,10 +88,13 @@ def reduction(vit: Any, keep_rate: float = KEEP_RATE) -> TDM:
 def randomize(vit: nn.Module, generator: torch.Generator) -> None:
     """Give every parameter a say.
 
-    Freshly made models hold zeros, LayerScales of 1e-5 and tables of 0.02, under which a mistake would not show. Weights of
-    layers are scaled to keep the spread of what passes through; to everything else is added a fifth of a normal number.
+    Freshly made models hold zeros, LayerScales of 1e-5 and tables of 0.02, under which a mistake
+    would not show. Weights of layers are scaled to keep the spread of what passes through; to
+    everything else is added a fifth of a normal number.
     """
-    layers = {id(layer.weight) for layer in vit.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    layers = {
+        id(layer.weight) for layer in vit.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))
+    }
     for parameter in vit.parameters():
         if id(parameter) not in layers:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
@@ -116,13 +126,22 @@ def examine(vit: Any, images: Tensor) -> Examined:
         "its own output is not finite": not plain.isfinite().all(),
         f"at keep rate 1 it is off by {identity:.1e}": not identity < SAME,
         f"with its patches shuffled it is off by {shuffled:.1e}": not shuffled < SAME,
-        f"positions that stay behind change only {stray:.1e}, so the shuffling proves nothing": stray < OTHER,
+        f"positions that stay behind change only {stray:.1e}, so the shuffling proves nothing": (
+            stray < OTHER
+        ),
         f"its tokens do not fall in every reducing layer: {counts}": not _falls(counts),
         "its reduced output is not finite": not logits.isfinite().all(),
         f"its reduced output differs by {reduced:.1e} only": reduced < OTHER,
         "its gradients are not finite, or do not reach the patches": not _gradients_flow(vit),
     }
-    return Examined(counts, identity, shuffled, stray, reduced, [text for text, found in problems.items() if found])
+    return Examined(
+        counts,
+        identity,
+        shuffled,
+        stray,
+        reduced,
+        [text for text, found in problems.items() if found],
+    )
 
 
 def _gap(output: Tensor, plain: Tensor) -> float:
@@ -135,7 +154,11 @@ def _falls(counts: list[int]) -> bool:
 
 
 def _gradients_flow(vit: Any) -> bool:
-    if not all(parameter.grad.isfinite().all() for parameter in vit.parameters() if parameter.grad is not None):
+    if not all(
+        parameter.grad.isfinite().all()
+        for parameter in vit.parameters()
+        if parameter.grad is not None
+    ):
         return False
     first = next(family_of(vit).embedding(vit).parameters())
     return first.grad is not None and bool(first.grad.abs().sum() > 0)

@@ -37,7 +37,8 @@ class Facts:
         heads: attention heads of a block; 0 where they cannot be told.
         parameters: of the whole model.
         key_heads: heads of the keys in each block, where queries may have more; empty otherwise.
-        gated: channels of an MLP's first layer that makes values and their gates in one go; 0 otherwise.
+        gated: channels of an MLP's first layer that makes values and their gates in one go; 0
+            otherwise.
         fixed_width: whether a convolutional network in front sets the width.
     """
 
@@ -53,7 +54,9 @@ class Facts:
     fixed_width: bool = False
 
 
-def chosen(modules: Sequence[str] | None = None, names: Sequence[str] | None = None) -> list[tuple[str, str]]:
+def chosen(
+    modules: Sequence[str] | None = None, names: Sequence[str] | None = None
+) -> list[tuple[str, str]]:
     """The (module, name) pairs to sweep over, in timm's order.
 
     Args:
@@ -71,15 +74,22 @@ def chosen(modules: Sequence[str] | None = None, names: Sequence[str] | None = N
         return pairs
     for pattern in names:
         if not any(fnmatch.fnmatchcase(name, pattern) for _, name in pairs):
-            raise ValueError(f"no name matches {pattern!r} in timm's modules {', '.join(modules or MODULES)}")
-    return [pair for pair in pairs if any(fnmatch.fnmatchcase(pair[1], pattern) for pattern in names)]
+            raise ValueError(
+                f"no name matches {pattern!r} in timm's modules {', '.join(modules or MODULES)}"
+            )
+    return [
+        pair for pair in pairs if any(fnmatch.fnmatchcase(pair[1], pattern) for pattern in names)
+    ]
 
 
 def _pairs(modules: Sequence[str]) -> Iterator[tuple[str, str]]:
     for module in modules:
         found = timm.list_models(module=module)
         if not found:
-            raise ValueError(f"timm {timm.__version__} registers no model in a module {module!r}; try {', '.join(MODULES)}")
+            raise ValueError(
+                f"timm {timm.__version__} registers no model in a module {module!r}; try"
+                f" {', '.join(MODULES)}"
+            )
         yield from ((module, name) for name in found)
 
 
@@ -93,8 +103,17 @@ def facts_of(vit: Any) -> Facts:
     """What a timm model is, whatever its class."""
     blocks = list(getattr(vit, "blocks", ()))
     first: Any = blocks[0] if blocks else nn.Module()
-    attention = next((module.attn for module in first.modules() if isinstance(getattr(module, "attn", None), nn.Module)), None)
-    heads = next((int(module.num_heads) for module in first.modules() if hasattr(module, "num_heads")), 0)
+    attention = next(
+        (
+            module.attn
+            for module in first.modules()
+            if isinstance(getattr(module, "attn", None), nn.Module)
+        ),
+        None,
+    )
+    heads = next(
+        (int(module.num_heads) for module in first.modules() if hasattr(module, "num_heads")), 0
+    )
     groups = [getattr(getattr(block, "attn", None), "num_kv_groups", None) for block in blocks]
     gated: list[Any] = [module for module in first.modules() if isinstance(module, GluMlp)]
     return Facts(

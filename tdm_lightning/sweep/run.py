@@ -35,12 +35,21 @@ class Sweep:
     @property
     def settings(self) -> str:
         """What rows of one table must have in common."""
-        shrunk = f"models above {self.max_params / 1e6:g} M parameters" if self.max_params else "every model"
-        return f"{shrunk} shrunk, seed {self.seed}, timm {timm.__version__}, torch {torch.__version__}"
+        shrunk = (
+            f"models above {self.max_params / 1e6:g} M parameters"
+            if self.max_params
+            else "every model"
+        )
+        return (
+            f"{shrunk} shrunk, seed {self.seed}, timm {timm.__version__}, torch {torch.__version__}"
+        )
 
 
-def sweep_names(pairs: Sequence[tuple[str, str]], sweep: Sweep, path: Path, progress: Progress | None = None) -> bool:
-    """Try the names that a CSV file does not hold yet, or holds as failed; each becomes a row of it when it is done.
+def sweep_names(
+    pairs: Sequence[tuple[str, str]], sweep: Sweep, path: Path, progress: Progress | None = None
+) -> bool:
+    """Try the names that a CSV file does not hold yet, or holds as failed; each becomes a row of it
+    when it is done.
 
     An interrupt (Ctrl-C) ends the sweep and keeps the rows.
 
@@ -59,7 +68,10 @@ def sweep_names(pairs: Sequence[tuple[str, str]], sweep: Sweep, path: Path, prog
     rows = read_rows(path)
     other = next((row.settings for row in rows if row.settings != sweep.settings), None)
     if other is not None:
-        raise ValueError(f"{path} was made with {other}, not with {sweep.settings}; choose another folder, or delete it")
+        raise ValueError(
+            f"{path} was made with {other}, not with {sweep.settings}; choose another folder, or"
+            " delete it"
+        )
     rows = [row for row in rows if row.outcome != "failed"]
     write_rows(path, rows)  # also without a line that was cut off
     done = {row.name for row in rows}
@@ -85,7 +97,11 @@ def try_name(module: str, name: str, sweep: Sweep) -> Row:
         arguments = shrinking(facts) if facts.parameters > sweep.max_params else {}
         row = _described(row, facts, arguments)
         refusal = _refusal(outline)
-        return _examined(row, arguments, sweep.seed) if refusal is None else replace(row, outcome="refused", reason=refusal)
+        return (
+            _examined(row, arguments, sweep.seed)
+            if refusal is None
+            else replace(row, outcome="refused", reason=refusal)
+        )
     except Exception as error:
         return replace(row, reason=f"{type(error).__name__}: {_line(error)}".removesuffix(": "))
     finally:

@@ -29,7 +29,8 @@ class Row:
         outcome: ``reduced`` (all checks passed), ``refused`` by ``attach``, or ``failed``.
         patches: patch tokens in front of the first block; 0 where nothing ran.
         remaining: patch tokens behind the last.
-        identity_gap, shuffled_gap, stray_gap, reduced_gap: see :class:`~tdm_lightning.sweep.examine.Examined`.
+        identity_gap, shuffled_gap, stray_gap, reduced_gap: see
+            :class:`~tdm_lightning.sweep.examine.Examined`.
         reason: why it was refused, or what failed.
         settings: what the sweep was made with.
     """
@@ -68,7 +69,10 @@ def read_rows(path: Path) -> list[Row]:
     text = path.read_text(encoding="utf-8")
     reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
     if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise ValueError(f"{path} is no table of this sweep: its columns are {reader.fieldnames}; choose another folder")
+        raise ValueError(
+            f"{path} is no table of this sweep: its columns are {reader.fieldnames}; choose another"
+            " folder"
+        )
     return [_row(values) for values in reader]
 
 
@@ -99,7 +103,9 @@ def _cells(row: Row) -> dict[str, object]:
 
 
 def _row(values: dict[str, str]) -> Row:
-    numbers: dict[str, int | float] = {key: int(values[key]) for key in ("depth", "parameters", "patches", "remaining")}
+    numbers: dict[str, int | float] = {
+        key: int(values[key]) for key in ("depth", "parameters", "patches", "remaining")
+    }
     numbers |= {key: float(value or "nan") for key, value in values.items() if key.endswith("_gap")}
     return Row(**{**values, **numbers})  # type: ignore[arg-type]
 
@@ -111,30 +117,47 @@ def markdown(rows: Sequence[Row]) -> str:
     parts = [
         "# timm's Vision Transformers under TDM",
         f"Made by `tdm sweep`; {', '.join(sorted({row.settings for row in rows}))}.",
-        "A name counts as *reduced* if, with every parameter given a say by seeded noise, TDM attaches to it; it equals plain "
-        "timm at keep rate 1 and with its patches (and their positions) shuffled in front of every block; and at keep rate "
-        "0.7, at three blocks behind the quarters of its depth, its tokens fall, its output changes, and output and gradients "
-        "are finite. Where blocks ask for positions, leaving those behind must change the output. *Shrunk* names were run with "
-        "fewer blocks or heads, through the same entry point. Every name is in the CSV file beside this one.",
-        "\n".join(_summary("module", [(module, [row for row in rows if row.module == module]) for module in modules])),
+        (
+            "A name counts as *reduced* if, with every parameter given a say by seeded noise, TDM"
+            " attaches to it; it equals plain timm at keep rate 1 and with its patches (and their"
+            " positions) shuffled in front of every block; and at keep rate 0.7, at three blocks"
+            " behind the quarters of its depth, its tokens fall, its output changes, and output and"
+            " gradients are finite. Where blocks ask for positions, leaving those behind must"
+            " change the output. *Shrunk* names were run with fewer blocks or heads, through the"
+            " same entry point. Every name is in the CSV file beside this one."
+        ),
+        "\n".join(
+            _summary(
+                "module",
+                [(module, [row for row in rows if row.module == module]) for module in modules],
+            )
+        ),
         "\n".join(
             _summary(
                 "class, block, attention",
                 [
-                    (", ".join(filter(None, kind)), [row for row in rows if (row.kind, row.block, row.attention) == kind])
+                    (
+                        ", ".join(filter(None, kind)),
+                        [row for row in rows if (row.kind, row.block, row.attention) == kind],
+                    )
                     for kind in kinds
                 ],
             )
         ),
     ]
     for outcome in ("refused", "failed"):
-        listed = [f"- `{row.name}` ({row.module}): {row.reason}" for row in rows if row.outcome == outcome]
+        listed = [
+            f"- `{row.name}` ({row.module}): {row.reason}" for row in rows if row.outcome == outcome
+        ]
         parts.append(f"## {outcome.capitalize()}\n\n" + ("\n".join(listed) or "None."))
     return "\n\n".join(parts) + "\n"
 
 
 def _summary(title: str, groups: Sequence[tuple[str, Sequence[Row]]]) -> list[str]:
-    lines = [f"| {title} | names | reduced | of these shrunk | refused | failed |", "|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        f"| {title} | names | reduced | of these shrunk | refused | failed |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     everything = [row for _, members in groups for row in members]
     for label, rows in [*groups, ("**all**", everything)]:
         reduced = [row for row in rows if row.outcome == "reduced"]

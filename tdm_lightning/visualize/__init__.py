@@ -1,4 +1,6 @@
-"""What becomes of an image's patches, drawn: panels of three schools of token reduction, and the strategy's layers."""
+"""What becomes of an image's patches, drawn: panels of three schools of token reduction, and the
+strategy's layers.
+"""
 
 from tdm_lightning.visualize.panels import panels, strip
 from tdm_lightning.visualize.sheet import arrange, save_panels, visualize_images

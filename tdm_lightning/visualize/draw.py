@@ -1,7 +1,7 @@
 """Drawings of patch groups, as pure functions of a picture and label maps.
 
-A picture is an H×W×3 array of uint8; a map holds one value per patch, h×w, row by row. Nothing ties the two sizes together but
-that the map covers the whole picture.
+A picture is an H×W×3 array of uint8; a map holds one value per patch, h×w, row by row. Nothing
+ties the two sizes together but that the map covers the whole picture.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ WHITE = (255, 255, 255)
 
 def spread(values: NDArray, size: tuple[int, int]) -> NDArray:
     """Give every pixel the value of its patch: h×w → H×W for ``size = (H, W)``."""
-    rows, columns = (np.arange(pixels) * patches // pixels for pixels, patches in zip(size, values.shape, strict=False))
+    rows, columns = (
+        np.arange(pixels) * patches // pixels
+        for pixels, patches in zip(size, values.shape, strict=False)
+    )
     return values[rows[:, None], columns[None, :]]
 
 
@@ -54,8 +57,8 @@ def tint_groups(picture: Picture, group: Map, strength: float = 0.6) -> Picture:
 def fill_groups(picture: Picture, group: Map, pale: Mask | None = None) -> Picture:
     """Show what a token set has kept of a picture.
 
-    Patches that share a token are filled with the mean colour of all of them and bordered in white; a patch alone in its
-    token shows the picture; dropped patches are blank.
+    Patches that share a token are filled with the mean colour of all of them and bordered in white;
+    a patch alone in its token shows the picture; dropped patches are blank.
 
     Args:
         picture: H×W×3.
@@ -69,7 +72,9 @@ def fill_groups(picture: Picture, group: Map, pale: Mask | None = None) -> Pictu
     merged = ((members > 1) & (labels >= 0))[compact]
     pixel = spread(compact, size)
     count = np.bincount(pixel.ravel()).clip(min=1)
-    mean = np.stack([np.bincount(pixel.ravel(), picture[..., c].ravel()) / count for c in range(3)], axis=-1)
+    mean = np.stack(
+        [np.bincount(pixel.ravel(), picture[..., c].ravel()) / count for c in range(3)], axis=-1
+    )
     out = np.where(spread(merged, size)[..., None], np.round(mean).astype(np.uint8)[pixel], picture)
     if pale is not None and pale.any():
         faded = (out.astype(np.uint16) + 2 * np.array(WHITE, dtype=np.uint16)) // 3
@@ -79,7 +84,8 @@ def fill_groups(picture: Picture, group: Map, pale: Mask | None = None) -> Pictu
 
 
 def outline(picture: Picture, group: Map, bordered: Mask) -> Picture:
-    """White lines where two neighbouring patches belong to different groups and at least one is ``bordered``.
+    """White lines where two neighbouring patches belong to different groups and at least one is
+    ``bordered``.
 
     Args:
         picture: H×W×3.
@@ -89,7 +95,9 @@ def outline(picture: Picture, group: Map, bordered: Mask) -> Picture:
     (height, width), (rows, columns) = picture.shape[:2], group.shape
     y = -(-np.arange(rows + 1) * height // rows)  # the first pixel of each patch, as in spread()
     x = -(-np.arange(columns + 1) * width // columns)
-    thickness = max(1, round(min(height / rows / 10, width / columns / 10, height / 100, width / 100)))
+    thickness = max(
+        1, round(min(height / rows / 10, width / columns / 10, height / 100, width / 100))
+    )
     before, after = thickness // 2, thickness - thickness // 2 - 1
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
@@ -105,6 +113,11 @@ def outline(picture: Picture, group: Map, bordered: Mask) -> Picture:
 
 
 def _palette(count: int) -> NDArray[np.float64]:
-    """Colours that stay apart, count×3, in 0…255: hue, lightness and saturation turn in cycles of their own."""
-    colours = [colorsys.hls_to_rgb(k * 0.618034 % 1, (0.45, 0.6, 0.72)[k % 3], (0.85, 0.6)[k // 3 % 2]) for k in range(count)]
+    """Colours that stay apart, count×3, in 0…255: hue, lightness and saturation turn in cycles
+    of their own.
+    """
+    colours = [
+        colorsys.hls_to_rgb(k * 0.618034 % 1, (0.45, 0.6, 0.72)[k % 3], (0.85, 0.6)[k // 3 % 2])
+        for k in range(count)
+    ]
     return 255 * np.array(colours)

@@ -32,7 +32,9 @@ def data_config(model: nn.Module, size: tuple[int, int] | None = None) -> dict[s
     config = resolve_model_data_config(inner_vit(model))
     statistics = {name: config[name] for name in ("mean", "std")}
     if len(config["mean"]) != channels:  # a grey image has the statistics of the colours on average
-        statistics = {name: (sum(values) / len(values),) * channels for name, values in statistics.items()}
+        statistics = {
+            name: (sum(values) / len(values),) * channels for name, values in statistics.items()
+        }
     return {**config, **statistics, "input_size": (channels, *(size or own))}
 
 
@@ -47,35 +49,42 @@ def open_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"cannot read {str(path)!r} as an image: {error}; give the path of a picture (PNG, JPEG, …)"
+            f"cannot read {str(path)!r} as an image: {error}; give the path of a picture (PNG,"
+            " JPEG, …)"
         ) from error
 
 
 def prepare(image: Image.Image, config: dict[str, Any]) -> tuple[Tensor, Picture]:
     """An image as a model sees it, and the same view as a picture for panels.
 
-    The picture is cut from the original in a larger size, so that panels are sharp where the original is.
+    The picture is cut from the original in a larger size, so that panels are sharp where the
+    original is.
 
     Args:
         image: any size.
         config: timm's data config, see :func:`data_config`.
 
     Returns:
-        The normalised image, C×H×W, and the picture, H'×W'×3 with H' and W' the same multiple of H and W.
+        The normalised image, C×H×W, and the picture, H'×W'×3 with H' and W' the same multiple
+        of H and W.
     """
     from timm.data import create_transform
 
     channels, height, width = config["input_size"]
     image = image.convert("L" if channels == 1 else "RGB")
     times = enlargement(height, width)
-    view = create_transform(**{**config, "input_size": (channels, times * height, times * width)}, normalize=False)(image)
+    view = create_transform(
+        **{**config, "input_size": (channels, times * height, times * width)}, normalize=False
+    )(image)
     return create_transform(**config)(image), _rgb(view.permute(1, 2, 0).numpy())
 
 
 def to_picture(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Picture:
     """A normalised image, C×H×W, as a picture large enough for a panel."""
     scale = torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
-    levels = (image.detach().cpu().float() * scale[0] + scale[1]).clamp(0, 1).mul(255).round().byte()
+    levels = (
+        (image.detach().cpu().float() * scale[0] + scale[1]).clamp(0, 1).mul(255).round().byte()
+    )
     picture = _rgb(levels.permute(1, 2, 0).numpy())
     times = enlargement(*picture.shape[:2])
     # Interpolation would turn a picture of a few pixels into fog.
@@ -85,7 +94,9 @@ def to_picture(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Pi
 
 
 def enlargement(height: int, width: int) -> int:
-    """The whole number of times that an image must grow for its shorter side to reach :data:`SIDE` pixels."""
+    """The whole number of times that an image must grow for its shorter side to reach :data:`SIDE`
+    pixels.
+    """
     return max(1, -(-SIDE // min(height, width)))
 
 

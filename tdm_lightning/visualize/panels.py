@@ -22,21 +22,26 @@ Panels = dict[str, Image.Image]
 
 
 def panels(model: TokenReducedViT, image: Tensor | Image.Image, layer: int = -1) -> Panels:
-    """Draw one image as three schools of token reduction see it (the panels of TDM's poster, Long et al., CVPR 2023).
+    """Draw one image as three schools of token reduction see it (the panels of TDM's poster, Long
+    et al., CVPR 2023).
 
     - ``original``;
-    - ``importance``: the patches that were ever judged inattentive are blank, by the roles in the trace;
-    - ``diversity``: all patches, clustered by density peaks into as many groups as ``reduced`` has tokens, one colour each. The
-      features are those of the unreduced model after the same block;
-    - ``reduced``: what the model did. Merged groups show their mean colour within white borders, patches with a token of
-      their own are shown as they are, dropped ones are blank, parked ones pale.
+    - ``importance``: the patches that were ever judged inattentive are blank, by the roles in the
+      trace;
+    - ``diversity``: all patches, clustered by density peaks into as many groups as ``reduced`` has
+      tokens, one colour each. The features are those of the unreduced model after the same block;
+    - ``reduced``: what the model did. Merged groups show their mean colour within white borders,
+      patches with a token of their own are shown as they are, dropped ones are blank, parked ones
+      pale.
 
-    Then ``block 4`` and so on, for each reducing layer: ``reduced`` up to there, blocks counted from 1 as the papers do.
-    Where nothing was reduced there is only the original; a method that ranks nothing by importance has no such panel.
+    Then ``block 4`` and so on, for each reducing layer: ``reduced`` up to there, blocks counted
+    from 1 as the papers do. Where nothing was reduced there is only the original; a method that
+    ranks nothing by importance has no such panel.
 
     Args:
         model: a reduced model; its mode and gradients are left alone.
-        image: a normalised image, C×H×W, or any PIL image, which is transformed by timm's data config of the model.
+        image: a normalised image, C×H×W, or any PIL image, which is transformed by timm's data
+            config of the model.
         layer: which of the reducing layers ``importance``, ``diversity`` and ``reduced`` show.
 
     Returns:
@@ -75,11 +80,16 @@ def strip(picture: Picture, trace: Trace, grid: tuple[int, int]) -> Panels:
     Returns:
         Pictures by the block's name, ``block 4`` for index 3.
     """
-    return {f"block {layer.index + 1}": Image.fromarray(draw_layer(picture, layer, grid)) for layer in trace.layers}
+    return {
+        f"block {layer.index + 1}": Image.fromarray(draw_layer(picture, layer, grid))
+        for layer in trace.layers
+    }
 
 
 def draw_layer(picture: Picture, layer: LayerTrace, grid: tuple[int, int]) -> Picture:
-    """The accumulated reduction after one layer, for the first image of its trace; see :func:`panels`."""
+    """The accumulated reduction after one layer, for the first image of its trace; see
+    :func:`panels`.
+    """
     return fill_groups(picture, _map(layer.assignment, grid), _map(layer.role, grid) == Role.PARKED)
 
 
@@ -90,12 +100,18 @@ def inattentive(trace: Trace, layer: int, grid: tuple[int, int]) -> Mask:
     """
     roles = [_map(seen.role, grid) for seen in trace.layers]
     until = roles[: range(len(roles))[layer] + 1]
-    return np.any([np.isin(role, (Role.CLUSTERED, Role.DROPPED)) for role in until], axis=0) | (until[-1] == Role.PARKED)
+    return np.any([np.isin(role, (Role.CLUSTERED, Role.DROPPED)) for role in until], axis=0) | (
+        until[-1] == Role.PARKED
+    )
 
 
-def _schools(vit: Any, batch: Tensor, trace: Trace, picture: Picture, grid: tuple[int, int], layer: int) -> Panels:
+def _schools(
+    vit: Any, batch: Tensor, trace: Trace, picture: Picture, grid: tuple[int, int], layer: int
+) -> Panels:
     if not -len(trace.layers) <= layer < len(trace.layers):
-        raise ValueError(f"layer must choose one of the {len(trace.layers)} reducing layers, got {layer}")
+        raise ValueError(
+            f"layer must choose one of the {len(trace.layers)} reducing layers, got {layer}"
+        )
     shown = trace.layers[layer]
     drawn = {}
     if shown.importance is not None:

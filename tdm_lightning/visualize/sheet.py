@@ -17,8 +17,11 @@ from tdm_lightning.vit import TokenReducedViT
 Row = Mapping[str, Image.Image]
 
 
-def arrange(rows: Sequence[Row], side: int = SIDE, titles: Mapping[str, str] | None = None) -> Image.Image:
-    """Rows of panels on one white sheet; a row's names stand above it where they differ from those of the row before.
+def arrange(
+    rows: Sequence[Row], side: int = SIDE, titles: Mapping[str, str] | None = None
+) -> Image.Image:
+    """Rows of panels on one white sheet; a row's names stand above it where they differ from those
+    of the row before.
 
     Args:
         rows: panels by name.
@@ -40,7 +43,9 @@ def arrange(rows: Sequence[Row], side: int = SIDE, titles: Mapping[str, str] | N
         x, top = gap, y + (line if list(row) != before else 0)
         for name, panel in scaled.items():
             if top > y:
-                written.append((x + panel.width // 2, y + line // 2, (titles or {}).get(name, name)))
+                written.append(
+                    (x + panel.width // 2, y + line // 2, (titles or {}).get(name, name))
+                )
             placed.append((x, top, panel))
             x += panel.width + gap
         right, before = max(right, x), list(row)
@@ -93,9 +98,11 @@ def visualize_images(
     side: int = SIDE,
     together: bool = False,
 ) -> list[Path]:
-    """Draw :func:`~tdm_lightning.visualize.panels` of image files, each to a PNG: the schools in a row, the layers below.
+    """Draw :func:`~tdm_lightning.visualize.panels` of image files, each to a PNG: the schools in a
+    row, the layers below.
 
-    Images go through timm's evaluation transform for the model. Everything is checked before anything is written.
+    Images go through timm's evaluation transform for the model. Everything is checked before
+    anything is written.
 
     Args:
         paths: image files.
@@ -118,25 +125,44 @@ def visualize_images(
         open_image(path)
     folder = make_folder(out_dir)
     if together:
-        return [save_schools(folder / "panels.png", [open_image(path) for path in paths], model, layer, side)]
+        return [
+            save_schools(
+                folder / "panels.png", [open_image(path) for path in paths], model, layer, side
+            )
+        ]
     names = _distinct([Path(path).stem for path in paths])
     return [
-        save_panels(folder / f"{name}_panels.png", split_rows(panels(model, open_image(path), layer)), side, titles(model))
+        save_panels(
+            folder / f"{name}_panels.png",
+            split_rows(panels(model, open_image(path), layer)),
+            side,
+            titles(model),
+        )
         for name, path in zip(names, paths, strict=True)
     ]
 
 
 def save_schools(
-    path: str | Path, images: Sequence[Image.Image], model: TokenReducedViT, layer: int = -1, side: int = SIDE
+    path: str | Path,
+    images: Sequence[Image.Image],
+    model: TokenReducedViT,
+    layer: int = -1,
+    side: int = SIDE,
 ) -> Path:
-    """Draw several images on one sheet of few colours, the schools of each in a row; arguments as above."""
+    """Draw several images on one sheet of few colours, the schools of each in a row; arguments as
+    above.
+    """
     rows = [split_rows(panels(model, image, layer))[0] for image in images]
     return save_panels(path, rows, side, titles(model), colours=256)
 
 
 def titles(model: TokenReducedViT) -> dict[str, str]:
     """What to print over the panels of a model, where that is not their name."""
-    return {"importance": "importance-based", "diversity": "diversity-based", "reduced": type(model.strategy).__name__}
+    return {
+        "importance": "importance-based",
+        "diversity": "diversity-based",
+        "reduced": type(model.strategy).__name__,
+    }
 
 
 def split_rows(drawn: Panels) -> list[Panels]:
@@ -159,7 +185,9 @@ def make_folder(path: str | Path) -> Path:
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ValueError(f"cannot write to the folder {str(folder)!r}: {reason}; choose another") from error
+        raise ValueError(
+            f"cannot write to the folder {str(folder)!r}: {reason}; choose another"
+        ) from error
     return folder
 
 

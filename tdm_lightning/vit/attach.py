@@ -24,29 +24,39 @@ _ViT = VisionTransformer | Eva | Beit | VisionTransformerRelPos | NaFlexVit
 
 
 @overload
-def attach(model: _ViT, strategy: Strategy | Sequence[Strategy], path: None = None) -> TokenReducedViT: ...
+def attach(
+    model: _ViT, strategy: Strategy | Sequence[Strategy], path: None = None
+) -> TokenReducedViT: ...
 @overload
-def attach(model: nn.Module, strategy: Strategy | Sequence[Strategy], path: str | None = None) -> Any: ...
-def attach(model: nn.Module, strategy: Strategy | Sequence[Strategy], path: str | None = None) -> Any:
-    """Wrap a timm ViT so that it reduces its tokens. The ViT and its parameters are shared, not copied or changed.
+def attach(
+    model: nn.Module, strategy: Strategy | Sequence[Strategy], path: str | None = None
+) -> Any: ...
+def attach(
+    model: nn.Module, strategy: Strategy | Sequence[Strategy], path: str | None = None
+) -> Any:
+    """Wrap a timm ViT so that it reduces its tokens. The ViT and its parameters are shared, not
+    copied or changed.
 
-    A ViT inside a larger model, such as a detector's backbone or the tower of a CLIP model, is replaced in its place by the
-    reduced one, which answers to the same methods.
+    A ViT inside a larger model, such as a detector's backbone or the tower of a CLIP model, is
+    replaced in its place by the reduced one, which answers to the same methods.
 
     Args:
-        model: any model of timm's ViT classes: ``VisionTransformer`` (DeiT, DINOv2, CLIP, hybrids, …), ``Eva`` (EVA-02, DINOv3,
-            PE), ``Beit``, ``VisionTransformerRelPos``, ``NaFlexVit``; or a module that holds one, which is changed in place.
-        strategy: a token-reduction method, or a list of one and of methods that act on the weights, ``[SViTE(), TDM()]``. One
-            with parameters or masks of its own can be attached once.
-        path: where the ViT hangs in a larger model, such as ``"visual.trunk"``; may be left out where there is only one.
+        model: any model of timm's ViT classes: ``VisionTransformer`` (DeiT, DINOv2, CLIP, hybrids,
+            …), ``Eva`` (EVA-02, DINOv3, PE), ``Beit``, ``VisionTransformerRelPos``,
+            ``NaFlexVit``; or a module that holds one, which is changed in place.
+        strategy: a token-reduction method, or a list of one and of methods that act on the weights,
+            ``[SViTE(), TDM()]``. One with parameters or masks of its own can be attached once.
+        path: where the ViT hangs in a larger model, such as ``"visual.trunk"``; may be left out
+            where there is only one.
 
     Returns:
         The reduced model; the timm model is its ``vit``. Of a larger model: that model itself.
 
     Raises:
-        TypeError: if the model cannot be reduced (the message says why), or an argument is of the wrong kind.
-        ValueError: if the model is reduced already, the strategy's settings do not fit it, or a larger model holds no ViT at
-            ``path``, or several (the message lists their paths).
+        TypeError: if the model cannot be reduced (the message says why), or an argument is of the
+            wrong kind.
+        ValueError: if the model is reduced already, the strategy's settings do not fit it, or a
+            larger model holds no ViT at ``path``, or several (the message lists their paths).
 
     >>> import timm, torch, tdm_lightning as tdm
     >>> vit = timm.create_model("test_vit", img_size=96)
@@ -55,8 +65,12 @@ def attach(model: nn.Module, strategy: Strategy | Sequence[Strategy], path: str 
     [36, 18, 18, 9, 9, 9]
     """
     if isinstance(model, type) or not isinstance(model, nn.Module):
-        raise TypeError(f"attach() takes a timm model, got {model!r}; make one with timm.create_model(name)")
-    vit = find_vit(model, path) if path or find_vits(model) else model  # a model without any is told why it is none
+        raise TypeError(
+            f"attach() takes a timm model, got {model!r}; make one with timm.create_model(name)"
+        )
+    vit = (
+        find_vit(model, path) if path or find_vits(model) else model
+    )  # a model without any is told why it is none
     reduced = _reduced(vit, stacked(strategy))
     if vit is model:
         return reduced
@@ -67,21 +81,23 @@ def attach(model: nn.Module, strategy: Strategy | Sequence[Strategy], path: str 
 def _reduced(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
     if isinstance(vit, TokenReducedViT):
         raise ValueError(
-            f"this model is reduced already, by {type(vit.strategy).__name__}; attach to the timm model, `model.vit`, or take "
-            f"the strategy off with detach() first"
+            f"this model is reduced already, by {type(vit.strategy).__name__}; attach to the timm"
+            " model, `model.vit`, or take the strategy off with detach() first"
         )
     _check_reducible(vit)
     if strategy.absolute_positions_only and family_of(vit).places(vit):
         raise TypeError(
-            f"{type(strategy).__name__} lets tokens run that stand nowhere on the grid, and the blocks of {type(vit).__name__} "
-            f"ask where a token is (RoPE or relative position bias); take a model with absolute positions, or another strategy"
+            f"{type(strategy).__name__} lets tokens run that stand nowhere on the grid, and the"
+            f" blocks of {type(vit).__name__} ask where a token is (RoPE or relative position"
+            " bias); take a model with absolute positions, or another strategy"
         )
     if strategy.selects_rows:
         _check_rows(vit, strategy)
     owned = next(strategy.parameters(), None)
     if owned is not None:
         raise ValueError(
-            f"this {type(strategy).__name__} is attached already and owns parameters; make a new one for another model"
+            f"this {type(strategy).__name__} is attached already and owns parameters; make a new"
+            " one for another model"
         )
     strategy.bind(vit, patch_count(vit))
     return TokenReducedViT(vit, strategy)
@@ -92,24 +108,33 @@ def detach(model: nn.Module, path: str | None = None) -> nn.Module:
 
     Args:
         model: what :func:`attach` returned, or any module that holds it.
-        path: where the reduced ViT hangs in a larger model; may be left out where there is only one.
+        path: where the reduced ViT hangs in a larger model; may be left out where there is only
+            one.
 
     Returns:
         The timm model. Of a larger model: that model itself.
 
     Raises:
         TypeError: if there is no reduced model.
-        ValueError: if a larger model has no such path, or holds several reduced models (the message lists their paths).
+        ValueError: if a larger model has no such path, or holds several reduced models (the message
+            lists their paths).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"detach() takes what attach() returned, got {model!r}")
-    reduced = {name: vit for name, vit in find_vits(model, path).items() if isinstance(vit, TokenReducedViT)}
+    reduced = {
+        name: vit
+        for name, vit in find_vits(model, path).items()
+        if isinstance(vit, TokenReducedViT)
+    }
     where = type(model).__name__ + (f".{path}" if path else "")
     if not reduced:
-        raise TypeError(f"detach() takes what attach() returned, got a {where} in which nothing is attached")
+        raise TypeError(
+            f"detach() takes what attach() returned, got a {where} in which nothing is attached"
+        )
     if len(reduced) > 1:
         raise ValueError(
-            f"found {len(reduced)} reduced models in {where}: {', '.join(map(repr, reduced))}; say which by its path"
+            f"found {len(reduced)} reduced models in {where}: {', '.join(map(repr, reduced))}; say"
+            " which by its path"
         )
     (found,) = reduced.values()
     if found is model:
@@ -133,10 +158,13 @@ def _check_rows(vit: Any, strategy: Strategy) -> None:
     for block in vit.blocks:
         attention = getattr(block, "attn", None)
         if not adapter_for(block, class_rows(vit)).selects_rows or type(attention) is not Attention:
-            kind = type(block).__name__ + ("" if attention is None else f" with {type(attention).__name__}")
+            kind = type(block).__name__ + (
+                "" if attention is None else f" with {type(attention).__name__}"
+            )
             raise TypeError(
-                f"{type(strategy).__name__} computes chosen rows of a block, which takes timm's Block with its Attention; this "
-                f"model's is {kind}. Take a model with plain blocks, or another strategy such as EViT or TDM"
+                f"{type(strategy).__name__} computes chosen rows of a block, which takes timm's"
+                f" Block with its Attention; this model's is {kind}. Take a model with plain"
+                " blocks, or another strategy such as EViT or TDM"
             )
 
 
@@ -146,5 +174,8 @@ def _reason(vit: Any) -> str:
     if any("Window" in kind for kind in inner):
         return "its attention runs in windows, which need every patch in its place"
     if not hasattr(vit, "blocks"):
-        return "it has no sequence of transformer blocks (`blocks`); only Vision Transformers hold tokens to reduce"
+        return (
+            "it has no sequence of transformer blocks (`blocks`); only Vision Transformers hold"
+            " tokens to reduce"
+        )
     return f"it is none of timm's ViT classes {', '.join(kind.__name__ for kind in VIT_CLASSES)}"

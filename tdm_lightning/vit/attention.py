@@ -88,7 +88,9 @@ def _repeated(rows: Tensor, groups: int, heads: int) -> Tensor:
 
 
 def full_attention(attn: Any, h: Tensor, tokens: Tokens) -> Tensor:
-    """Attention as timm has it, or, under a policy or for chosen rows, its explicit form; from B×T×C to B×T×C or B×Q×C."""
+    """Attention as timm has it, or, under a policy or for chosen rows, its explicit form; from
+    B×T×C to B×T×C or B×Q×C.
+    """
     if tokens.queries is not None:
         _require_plain(attn, "computing some rows only")
         return _attention_of_rows(attn, h, tokens.queries, tokens)
@@ -107,10 +109,15 @@ def rotary_attention(attn: Any, h: Tensor, tokens: Tokens, rope: Tensor | None) 
     """Attention with rotary positions, as timm has it; B×T×C."""
     if tokens.policy is not None or tokens.queries is not None:
         _require_plain(attn, "a policy or a choice of rows")
-    if getattr(attn, "q_bias", None) is not None and not attn.qkv_bias_separate and is_quantized(attn.qkv):
+    if (
+        getattr(attn, "q_bias", None) is not None
+        and not attn.qkv_bias_separate
+        and is_quantized(attn.qkv)
+    ):
         raise UnsupportedBlock(
-            f"timm's {type(attn).__name__} multiplies by the weight of its qkv layer, which a quantised layer keeps packed; "
-            f"leave the qkv layers as they are, by naming the layers to quantise, or set qkv_bias_separate of every attention"
+            f"timm's {type(attn).__name__} multiplies by the weight of its qkv layer, which a"
+            " quantised layer keeps packed; leave the qkv layers as they are, by naming the layers"
+            " to quantise, or set qkv_bias_separate of every attention"
         )
     return attn(h, rope=rope, attn_mask=tokens.key_bias)
 
@@ -125,9 +132,14 @@ def biased_attention(attn: Any, h: Tensor, tokens: Tokens, bias: Tensor | None) 
     if getattr(attn, "q_bias", None) is None:
         qkv = attn.qkv(h)
     else:
-        qkv = F.linear(h, linear_weight(attn.qkv), torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
+        qkv = F.linear(
+            h, linear_weight(attn.qkv), torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        )
     q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    q_norm, k_norm = norm_or_none(getattr(attn, "q_norm", None)), norm_or_none(getattr(attn, "k_norm", None))
+    q_norm, k_norm = (
+        norm_or_none(getattr(attn, "q_norm", None)),
+        norm_or_none(getattr(attn, "k_norm", None)),
+    )
     q, k = q if q_norm is None else q_norm(q), k if k_norm is None else k_norm(k)
     drop = attn.attn_drop.p if attn.training else 0.0
     x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop, scale=attn.scale)
@@ -135,7 +147,9 @@ def biased_attention(attn: Any, h: Tensor, tokens: Tokens, bias: Tensor | None) 
 
 
 def own_bias(attn: Any, shared: Tensor | None) -> Tensor | None:
-    """The relative position bias of an attention on the whole grid, 1×H×T0×T0, the model's shared one included."""
+    """The relative position bias of an attention on the whole grid, 1×H×T0×T0, the model's
+    shared one included.
+    """
     if isinstance(attn, BeitAttention):
         if attn.relative_position_bias_table is None:
             return shared
@@ -146,8 +160,9 @@ def own_bias(attn: Any, shared: Tensor | None) -> Tensor | None:
 def _require_plain(attn: nn.Module, what: str) -> None:
     if type(attn) is not Attention:
         raise UnsupportedBlock(
-            f"{what} needs timm's Attention, and this model has {type(attn).__name__}; take a model with plain attention, or "
-            f"a strategy that needs neither policy nor chosen rows (EViT, TDM)"
+            f"{what} needs timm's Attention, and this model has {type(attn).__name__}; take a model"
+            " with plain attention, or a strategy that needs neither policy nor chosen rows (EViT,"
+            " TDM)"
         )
 
 
@@ -158,16 +173,27 @@ def _attention_of_rows(attn: Any, h: Tensor, rows: Tensor, tokens: Tokens) -> Te
     width = weight.shape[0] // 3
     q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
     q = F.linear(asking, weight[:width], q_bias).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-    k, v = F.linear(h, weight[width:], kv_bias).unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    k, v = (
+        F.linear(h, weight[width:], kv_bias)
+        .unflatten(-1, (2, attn.num_heads, -1))
+        .permute(2, 0, 3, 1, 4)
+    )
     drop = attn.attn_drop.p if attn.training else 0.0
     x = F.scaled_dot_product_attention(
-        attn.q_norm(q), attn.k_norm(k), v, attn_mask=tokens.key_bias, dropout_p=drop, scale=attn.scale
+        attn.q_norm(q),
+        attn.k_norm(k),
+        v,
+        attn_mask=tokens.key_bias,
+        dropout_p=drop,
+        scale=attn.scale,
     )
     return _projected(attn, x, asking)
 
 
 def _projected(attn: Any, x: Tensor, asking: Tensor) -> Tensor:
-    """What timm's Attention does behind its softmax: norm, gate and output projection of B×H×T×d."""
+    """What timm's Attention does behind its softmax: norm, gate and output projection of
+    B×H×T×d.
+    """
     x = attn.norm(x.transpose(1, 2).flatten(2))
     gate = getattr(attn, "gate", None)
     if gate is not None:

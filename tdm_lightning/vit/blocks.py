@@ -1,8 +1,8 @@
 """One small adapter per timm block family: run its attention half, observe it, run its MLP half.
 
-An adapter calls the block's own modules and never re-implements their arithmetic, so LayerScale, drop-path, QK norm, gates
-and inner norms stay timm's. Calling a block's parts fires no forward hook on the block; ``TokenReducedViT.taps`` stands in
-for those.
+An adapter calls the block's own modules and never re-implements their arithmetic, so LayerScale,
+drop-path, QK norm, gates and inner norms stay timm's. Calling a block's parts fires no forward hook
+on the block; ``TokenReducedViT.taps`` stands in for those.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from timm.models import vision_transformer as timm_vit
 from timm.models import vision_transformer_relpos as timm_relpos
 from torch import Tensor, nn
 
-from tdm_lightning.ops import QueryKey, class_row, linear_bias, linear_weight, mean_keys, received_attention
+from tdm_lightning.ops import (
+    QueryKey,
+    class_row,
+    linear_bias,
+    linear_weight,
+    mean_keys,
+    received_attention,
+)
 from tdm_lightning.tokens import Observed, Tokens
 from tdm_lightning.vit.attention import (
     BIASED,
@@ -52,7 +59,9 @@ class BlockAdapter:
         self.index = index
 
     def attend(self, block: Any, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
-        """The tokens after the attention residual, B×T×C, and the inputs of the block's attentions, each B×T×C."""
+        """The tokens after the attention residual, B×T×C, and the inputs of the block's
+        attentions, each B×T×C.
+        """
         raise TypeError(f"{type(self).__name__} must override attend()")
 
     def projections(self, block: Any, tokens: Tokens) -> list[QueryKey]:
@@ -67,7 +76,9 @@ class BlockAdapter:
         """The tokens after the MLP residual, B×T×C."""
         raise TypeError(f"{type(self).__name__} must override feed_forward()")
 
-    def observe(self, block: Any, tokens: Tokens, inputs: list[Tensor], x: Tensor, needs: frozenset[str]) -> Observed:
+    def observe(
+        self, block: Any, tokens: Tokens, inputs: list[Tensor], x: Tensor, needs: frozenset[str]
+    ) -> Observed:
         """What a strategy asked to see; with several attentions in parallel, their mean.
 
         Args:
@@ -89,7 +100,9 @@ class BlockAdapter:
         return Observed(importance, seen[0][1].heads, keys, normed)
 
     def _importance(self, h: Tensor, qk: QueryKey, bias: Tensor | None, prefix: int) -> Tensor:
-        paired = bias is not None and bias.shape[-2] > 1  # a bias for each pair of tokens, not for each key alone
+        paired = (
+            bias is not None and bias.shape[-2] > 1
+        )  # a bias for each pair of tokens, not for each key alone
         if self.class_rows:
             bias = bias[:, :, : self.class_rows] if paired else bias  # type: ignore[index]
             return class_row(h, qk, self.class_rows, bias).mean(dim=(1, 2))[:, prefix:]
@@ -97,7 +110,9 @@ class BlockAdapter:
         return received_attention(h, qk, prefix, bias)
 
     def rope(self, tokens: Tokens) -> Tensor | None:
-        """Rotary embeddings of the patch tokens, broadcast to B×H×N×D; ``None`` in models without."""
+        """Rotary embeddings of the patch tokens, broadcast to B×H×N×D; ``None`` in models
+        without.
+        """
         if tokens.geometry is None or not tokens.geometry.rope:
             return None
         table = tokens.geometry.rope[self.index]
@@ -108,14 +123,18 @@ class BlockAdapter:
         return table[:, tokens.position].transpose(0, 1)
 
     def bias(self, attn: Any, tokens: Tokens) -> Tensor | None:
-        """What is added to the attention logits: the tokens' own bias, and that of their relative positions."""
+        """What is added to the attention logits: the tokens' own bias, and that of their relative
+        positions.
+        """
         if not isinstance(attn, BIASED):
             return tokens.key_bias
         table = own_bias(attn, None if tokens.geometry is None else tokens.geometry.bias)
         if table is None:
             return tokens.key_bias
         if tokens.position is not None:
-            prefix = torch.arange(tokens.prefix, device=table.device).expand(tokens.position.shape[0], -1)
+            prefix = torch.arange(tokens.prefix, device=table.device).expand(
+                tokens.position.shape[0], -1
+            )
             place = torch.cat((prefix, tokens.position + tokens.prefix), dim=1)
             table = table[0][:, place.unsqueeze(2), place.unsqueeze(1)].transpose(0, 1)
         table = table.to(tokens.x.dtype)
@@ -147,12 +166,16 @@ class PreNorm(BlockAdapter):
 
 
 class PreNormGamma(BlockAdapter):
-    """The blocks of ``Eva`` and ``Beit``: as :class:`PreNorm`, with layer scales that are the block's own or missing."""
+    """The blocks of ``Eva`` and ``Beit``: as :class:`PreNorm`, with layer scales that are the
+    block's own or missing.
+    """
 
     def attend(self, block: Any, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
         """See :meth:`BlockAdapter.attend`."""
         h = block.norm1(tokens.x)
-        return tokens.x + block.drop_path1(_scaled(self.attention(block.attn, h, tokens), block.gamma_1)), [h]
+        return tokens.x + block.drop_path1(
+            _scaled(self.attention(block.attn, h, tokens), block.gamma_1)
+        ), [h]
 
     def feed_forward(self, block: Any, x: Tensor) -> Tensor:
         """See :meth:`BlockAdapter.feed_forward`."""
@@ -168,7 +191,9 @@ class ResPost(BlockAdapter):
 
     def attend(self, block: Any, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
         """See :meth:`BlockAdapter.attend`."""
-        return tokens.x + block.drop_path1(block.norm1(self.attention(block.attn, tokens.x, tokens))), [tokens.x]
+        return tokens.x + block.drop_path1(
+            block.norm1(self.attention(block.attn, tokens.x, tokens))
+        ), [tokens.x]
 
     def normed(self, block: Any, x: Tensor) -> Tensor:
         """No norm stands before this MLP."""
@@ -180,15 +205,26 @@ class ResPost(BlockAdapter):
 
 
 class ParallelScaling(BlockAdapter):
-    """``ParallelScalingBlock`` (ViT-22B): attention and MLP side by side, so reduction comes after the block."""
+    """``ParallelScalingBlock`` (ViT-22B): attention and MLP side by side, so reduction comes after
+    the block.
+    """
 
     def attend(self, block: Any, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
-        """Run the whole block; its attention's input is formed again only where :meth:`observe` wants it."""
+        """Run the whole block; its attention's input is formed again only where :meth:`observe`
+        wants it.
+        """
         if tokens.policy is not None:
-            raise UnsupportedBlock(f"training with a policy needs timm's Attention; {type(block).__name__} has its own")
-        return block(tokens.x, **({} if tokens.key_bias is None else {"attn_mask": tokens.key_bias})), []
+            raise UnsupportedBlock(
+                f"training with a policy needs timm's Attention; {type(block).__name__} has its own"
+            )
+        return (
+            block(tokens.x, **({} if tokens.key_bias is None else {"attn_mask": tokens.key_bias})),
+            [],
+        )
 
-    def observe(self, block: Any, tokens: Tokens, inputs: list[Tensor], x: Tensor, needs: frozenset[str]) -> Observed:
+    def observe(
+        self, block: Any, tokens: Tokens, inputs: list[Tensor], x: Tensor, needs: frozenset[str]
+    ) -> Observed:
         """See :meth:`BlockAdapter.observe`."""
         return super().observe(block, tokens, [block.in_norm(tokens.x)], x, needs)
 
@@ -201,7 +237,14 @@ class ParallelScaling(BlockAdapter):
         q_bias, k_bias = (None, None) if bias is None else (bias[q], bias[k])
         return [
             QueryKey(
-                weight[q], q_bias, weight[k], k_bias, heads, block.scale, norm_or_none(block.q_norm), norm_or_none(block.k_norm)
+                weight[q],
+                q_bias,
+                weight[k],
+                k_bias,
+                heads,
+                block.scale,
+                norm_or_none(block.q_norm),
+                norm_or_none(block.k_norm),
             )
         ]
 
@@ -262,9 +305,16 @@ def adapter_for(block: Any, class_rows: int, index: int = 0) -> BlockAdapter:
     adapter = _ADAPTERS.get(type(block))
     if adapter is None:
         known = ", ".join(cls.__name__ for cls in _ADAPTERS)
-        raise UnsupportedBlock(f"its blocks are {type(block).__module__}.{type(block).__name__}; supported are {known}")
-    for module in [getattr(block, "attn", None), *(branch.attn for branch in getattr(block, "attns", ()))]:
+        raise UnsupportedBlock(
+            f"its blocks are {type(block).__module__}.{type(block).__name__}; supported are {known}"
+        )
+    for module in [
+        getattr(block, "attn", None),
+        *(branch.attn for branch in getattr(block, "attns", ())),
+    ]:
         if module is not None and not isinstance(module, KNOWN):
             known = ", ".join(cls.__name__ for cls in KNOWN)
-            raise UnsupportedBlock(f"its attention is {type(module).__name__}; supported are {known}")
+            raise UnsupportedBlock(
+                f"its attention is {type(module).__name__}; supported are {known}"
+            )
     return adapter(class_rows, index)

@@ -1,6 +1,8 @@
-"""What differs between timm's ViT classes in front of their blocks: embedding, positions, image sizes.
+"""What differs between timm's ViT classes in front of their blocks: embedding, positions, image
+sizes.
 
-A family calls the model's own modules. Everything behind it, the blocks' adapters and the head, is told apart elsewhere.
+A family calls the model's own modules. Everything behind it, the blocks' adapters and the head, is
+told apart elsewhere.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ class Family:
     """timm's ``VisionTransformer``: absolute positions only, added in front of the first block."""
 
     def embed(self, vit: Any, images: Tensor) -> tuple[Tensor, Geometry | None]:
-        """Tokens B×T×C in front of the first block, and what later blocks want to know of positions.
+        """Tokens B×T×C in front of the first block, and what later blocks want to know of
+        positions.
 
         Args:
             vit: the timm model.
@@ -33,7 +36,9 @@ class Family:
         return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images)))), None
 
     def places(self, vit: Any) -> bool:
-        """Whether the blocks ask where a token is, beyond what was added to it in front of the first."""
+        """Whether the blocks ask where a token is, beyond what was added to it in front of the
+        first.
+        """
         return False
 
     def pools_prefix(self, vit: Any) -> bool:
@@ -61,15 +66,18 @@ class Family:
 
     def channels(self, vit: Any) -> int:
         """Number of image channels."""
-        # In hybrid models the patches are made of a convolutional network's features: its first layer sees the image.
-        first = next(layer for layer in self.embedding(vit).modules() if isinstance(layer, nn.Conv2d))
+        # In hybrid models the patches are made of a convolutional network's features: its first
+        # layer sees the image.
+        first = next(
+            layer for layer in self.embedding(vit).modules() if isinstance(layer, nn.Conv2d)
+        )
         return first.in_channels
 
     def class_rows(self, vit: Any) -> int:
         """Number of leading tokens whose attention measures importance.
 
-        The class token, and the distillation token of distilled models, because both feed the classifier; register tokens do
-        not. 0 for a model without a class token.
+        The class token, and the distillation token of distilled models, because both feed the
+        classifier; register tokens do not. 0 for a model without a class token.
         """
         if getattr(vit, "cls_token", None) is None:
             return 0
@@ -79,28 +87,36 @@ class Family:
         """Raise ``ValueError`` for images that the model cannot take."""
         channels, embed = self.channels(vit), self.embedding(vit)
         if images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(f"images must have shape B×{channels}×H×W for this model, got {tuple(images.shape)}")
+            raise ValueError(
+                f"images must have shape B×{channels}×H×W for this model, got {tuple(images.shape)}"
+            )
         height, width = images.shape[-2:]
         expected = getattr(embed, "img_size", None)
         if getattr(embed, "strict_img_size", False) and expected is not None:
             if (height, width) != tuple(expected):
                 raise ValueError(
-                    f"images must be {expected[0]}×{expected[1]} for this model, got {height}×{width}; resize "
-                    f"them, or create the timm model with img_size=… or dynamic_img_size=True"
+                    f"images must be {expected[0]}×{expected[1]} for this model, got"
+                    f" {height}×{width}; resize them, or create the timm model with img_size=… or"
+                    " dynamic_img_size=True"
                 )
             return  # a model's own size may leave a margin that is no whole patch
         patch = embed.patch_size
         if height < patch[0] or width < patch[1]:
-            raise ValueError(f"an image of {height}×{width} is smaller than one patch, {patch[0]}×{patch[1]}")
+            raise ValueError(
+                f"an image of {height}×{width} is smaller than one patch, {patch[0]}×{patch[1]}"
+            )
         if not getattr(embed, "dynamic_img_pad", False) and (height % patch[0] or width % patch[1]):
             raise ValueError(
-                f"images must be a multiple of the patch size {patch[0]}×{patch[1]} for this model, got "
-                f"{height}×{width}; resize them, or create the timm model with dynamic_img_pad=True"
+                f"images must be a multiple of the patch size {patch[0]}×{patch[1]} for this model,"
+                f" got {height}×{width}; resize them, or create the timm model with"
+                " dynamic_img_pad=True"
             )
 
 
 class EvaFamily(Family):
-    """``Eva`` (EVA-02, DINOv3, Perception Encoder): rotary positions (RoPE), the same in every block or one table per block."""
+    """``Eva`` (EVA-02, DINOv3, Perception Encoder): rotary positions (RoPE), the same in every
+    block or one table per block.
+    """
 
     def places(self, vit: Any) -> bool:
         """See :meth:`Family.places`."""
@@ -138,7 +154,9 @@ class BeitFamily(Family):
 
 
 class RelPosFamily(Family):
-    """``VisionTransformerRelPos``: a relative position bias, from a table or a small network, and no absolute position."""
+    """``VisionTransformerRelPos``: a relative position bias, from a table or a small network, and
+    no absolute position.
+    """
 
     def places(self, vit: Any) -> bool:
         """See :meth:`Family.places`."""
@@ -154,7 +172,9 @@ class RelPosFamily(Family):
 
 
 class NaFlexFamily(Family):
-    """``NaFlexVit`` on whole images of any size; with or without RoPE. Its packed patch sequences are not reduced."""
+    """``NaFlexVit`` on whole images of any size; with or without RoPE. Its packed patch sequences
+    are not reduced.
+    """
 
     def places(self, vit: Any) -> bool:
         """See :meth:`Family.places`."""
@@ -213,7 +233,9 @@ def family_of(vit: nn.Module) -> Family:
 
 
 def class_rows(vit: nn.Module) -> int:
-    """Number of leading tokens whose attention measures importance, see :meth:`Family.class_rows`."""
+    """Number of leading tokens whose attention measures importance, see
+    :meth:`Family.class_rows`.
+    """
     return family_of(vit).class_rows(vit)
 
 

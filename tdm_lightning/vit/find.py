@@ -11,22 +11,26 @@ from torch import Tensor, nn
 from tdm_lightning.vit.families import VIT_CLASSES
 from tdm_lightning.vit.wrapper import Tap, TokenReducedViT
 
-#: Called with a block's index, from 0, the tokens after it, B×T×C, prefix tokens first, and which rows of them are no padding,
-#: B×T, bool, or ``None``: all.
+#: Called with a block's index, from 0, the tokens after it, B×T×C, prefix tokens first, and which
+#: rows of them are no padding, B×T, bool, or ``None``: all.
 See = Callable[[int, Tensor, Tensor | None], None]
 
 
 def find_vit(module: nn.Module, path: str | None = None) -> nn.Module:
-    """The one ViT inside a module: a reduced model, or a plain timm ViT (see :data:`~tdm_lightning.vit.families.VIT_CLASSES`).
+    """The one ViT inside a module: a reduced model, or a plain timm ViT (see
+    :data:`~tdm_lightning.vit.families.VIT_CLASSES`).
 
-    A reduced model stands for the timm model inside it, also where that hangs on the module a second time.
+    A reduced model stands for the timm model inside it, also where that hangs on the module a
+    second time.
 
     Args:
         module: any module, such as a LightningModule.
-        path: where to look, as ``module.get_submodule`` takes it, for a module that holds several (student and teacher, say).
+        path: where to look, as ``module.get_submodule`` takes it, for a module that holds several
+            (student and teacher, say).
 
     Raises:
-        ValueError: if there is none, or several and no path says which; the message lists their paths.
+        ValueError: if there is none, or several and no path says which; the message lists their
+            paths.
 
     >>> import timm
     >>> type(find_vit(nn.ModuleDict({"encoder": timm.create_model("test_vit")}))).__name__
@@ -37,9 +41,14 @@ def find_vit(module: nn.Module, path: str | None = None) -> nn.Module:
         return next(iter(found.values()))
     where = type(module).__name__ + (f".{path}" if path else "")
     if not found:
-        raise ValueError(f"found no ViT in {where}: expected one timm ViT, or what attach() returns, among its submodules")
+        raise ValueError(
+            f"found no ViT in {where}: expected one timm ViT, or what attach() returns, among its"
+            " submodules"
+        )
     paths = ", ".join(f"{name!r} ({type(inner).__name__})" for name, inner in found.items())
-    raise ValueError(f"found {len(found)} ViTs in {where}, expected one: {paths}; say which by its path")
+    raise ValueError(
+        f"found {len(found)} ViTs in {where}, expected one: {paths}; say which by its path"
+    )
 
 
 def find_vits(module: nn.Module, path: str | None = None) -> dict[str, nn.Module]:
@@ -56,14 +65,22 @@ def find_vits(module: nn.Module, path: str | None = None) -> dict[str, nn.Module
     inside = {".".join(filter(None, (start, name))): inner for name, inner in root.named_modules()}
     reduced = {name: inner for name, inner in inside.items() if isinstance(inner, TokenReducedViT)}
     covered = {id(inner) for model in reduced.values() for inner in model.modules()}
-    plain = {name: inner for name, inner in inside.items() if isinstance(inner, VIT_CLASSES) and id(inner) not in covered}
+    plain = {
+        name: inner
+        for name, inner in inside.items()
+        if isinstance(inner, VIT_CLASSES) and id(inner) not in covered
+    }
     return {**reduced, **plain}
 
 
 def replace_submodule(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put one submodule in the place of another, wherever that hangs; other reduced models keep theirs."""
+    """Put one submodule in the place of another, wherever that hangs; other reduced models keep
+    theirs.
+    """
     for parent in [inner for inner in module.modules() if not isinstance(inner, TokenReducedViT)]:
-        for name, child in list(parent._modules.items()):  # under each of its names, which named_children() would not give
+        for name, child in list(
+            parent._modules.items()
+        ):  # under each of its names, which named_children() would not give
             if child is old:
                 setattr(parent, name, new)
 
@@ -75,13 +92,17 @@ def inner_vit(model: nn.Module) -> Any:
 
 @contextmanager
 def tap_blocks(vit: nn.Module, see: See) -> Iterator[None]:
-    """Show ``see`` the tokens after each block of every pass inside the context; the hooks are removed with it.
+    """Show ``see`` the tokens after each block of every pass inside the context; the hooks are
+    removed with it.
 
-    The taps of a reduced model and the blocks of a plain one give the same tokens in the same place. Code that was compiled
-    before does not know of the hooks and shows nothing; copies of the model show nothing either.
+    The taps of a reduced model and the blocks of a plain one give the same tokens in the same
+    place. Code that was compiled before does not know of the hooks and shows nothing; copies of the
+    model show nothing either.
     """
     points: Any = vit.taps if isinstance(vit, TokenReducedViT) else vit.blocks
-    handles = [point.register_forward_hook(_hook(point, see, index)) for index, point in enumerate(points)]
+    handles = [
+        point.register_forward_hook(_hook(point, see, index)) for index, point in enumerate(points)
+    ]
     try:
         yield
     finally:

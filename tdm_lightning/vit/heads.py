@@ -20,12 +20,15 @@ def needs_sizes(vit: Any) -> bool:
     return getattr(vit, "global_pool", "token") in ("avg", "avgmax", "max", "map", "prr")
 
 
-def forward_head(vit: Any, features: Tensor, size: Tensor | None = None, pre_logits: bool = False) -> Tensor:
+def forward_head(
+    vit: Any, features: Tensor, size: Tensor | None = None, pre_logits: bool = False
+) -> Tensor:
     """The head of the timm model on reduced tokens.
 
-    Average pooling becomes the mean over *patches*, that is over tokens weighted by ``size``; attention pooling adds
-    ``log(size)`` to the logits, which equals letting each token appear ``size`` times. A token of size 0 is padding and counts
-    nowhere. Class-token pooling needs no sizes.
+    Average pooling becomes the mean over *patches*, that is over tokens weighted by ``size``;
+    attention pooling adds ``log(size)`` to the logits, which equals letting each token appear
+    ``size`` times. A token of size 0 is padding and counts nowhere. Class-token pooling needs no
+    sizes.
 
     Args:
         vit: the timm model.
@@ -46,11 +49,14 @@ def forward_head(vit: Any, features: Tensor, size: Tensor | None = None, pre_log
         pooled = vit.attn_pool(x, attn_mask=weight.log().to(x.dtype)[:, None, None, :])
         pooled = vit.head_drop(vit.fc_norm(pooled))
         return pooled if pre_logits else vit.head(pooled)
-    share = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)  # an image may have lost all of its patches
+    share = weight / weight.sum(dim=1, keepdim=True).clamp(
+        min=1
+    )  # an image may have lost all of its patches
     pooled = (x * share.to(x.dtype).unsqueeze(-1)).sum(dim=1, keepdim=True)
     if vit.global_pool in ("avgmax", "max"):
         largest = x.masked_fill((weight == 0).unsqueeze(-1), -torch.inf).amax(dim=1, keepdim=True)
         pooled = largest if vit.global_pool == "max" else 0.5 * (pooled + largest)
-    # Present the pooled feature as the only patch: whatever else the model's head does stays its own.
+    # Present the pooled feature as the only patch: whatever else the model's head does stays its
+    # own.
     only = pooled if whole else torch.cat((features[:, :prefix], pooled), dim=1)
     return vit.forward_head(only, pre_logits=pre_logits)

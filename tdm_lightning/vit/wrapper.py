@@ -18,29 +18,36 @@ from tdm_lightning.vit import heads
 from tdm_lightning.vit.blocks import adapter_for
 from tdm_lightning.vit.families import class_rows, family_of, grid_size
 
-#: Called with a stage's name and the block's index after each stage of a pass; for counters and clocks.
+#: Called with a stage's name and the block's index after each stage of a pass; for counters and
+#: clocks.
 Watch = Callable[[str, int], None]
 
 
 class Tap(nn.Identity):
-    """Where monitors listen: called after each block with its tokens and ``Tokens.valid``; gives the tokens back."""
+    """Where monitors listen: called after each block with its tokens and ``Tokens.valid``; gives
+    the tokens back.
+    """
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """The tokens as they are, B×T×C; ``valid``, B×T, bool, says which are no padding, ``None``: all."""
+        """The tokens as they are, B×T×C; ``valid``, B×T, bool, says which are no padding,
+        ``None``: all.
+        """
         return x
 
 
 class TokenReducedViT(nn.Module, Shareable):
-    """A timm Vision Transformer that reduces its tokens as it goes. Made by :func:`tdm_lightning.attach`.
+    """A timm Vision Transformer that reduces its tokens as it goes. Made by
+    :func:`tdm_lightning.attach`.
 
-    It behaves as the timm model does: ``forward``, ``forward_features``, ``forward_head``, ``forward_intermediates``, and
-    what timm's optimizers and training tools ask for.
+    It behaves as the timm model does: ``forward``, ``forward_features``, ``forward_head``,
+    ``forward_intermediates``, and what timm's optimizers and training tools ask for.
 
     Attributes:
         vit: the timm model, untouched.
         strategy: what happens between its layers.
-        taps: one identity module per block, called with the tokens after that block, B×T×C, and which of them are no padding.
-            Register forward hooks here: the blocks' own hooks do not fire, because their halves are run one by one.
+        taps: one identity module per block, called with the tokens after that block, B×T×C, and
+            which of them are no padding. Register forward hooks here: the blocks' own hooks do not
+            fire, because their halves are run one by one.
     """
 
     def __init__(self, vit: Any, strategy: Strategy) -> None:
@@ -48,8 +55,11 @@ class TokenReducedViT(nn.Module, Shareable):
         self.vit: Any = vit
         self.strategy = strategy
         self.taps = nn.ModuleList(Tap() for _ in vit.blocks)
-        self._adapters = [adapter_for(block, class_rows(vit), index) for index, block in enumerate(vit.blocks)]
-        # A model that is ready for inference stays so, though the strategy is new; parts of it that were frozen stay frozen.
+        self._adapters = [
+            adapter_for(block, class_rows(vit), index) for index, block in enumerate(vit.blocks)
+        ]
+        # A model that is ready for inference stays so, though the strategy is new; parts of it that
+        # were frozen stay frozen.
         self.training = vit.training
         strategy.train(vit.training)
         self.taps.train(vit.training)
@@ -60,8 +70,9 @@ class TokenReducedViT(nn.Module, Shareable):
         Args:
             images: B×3×H×W.
             trace: also follow every patch.
-            watch: called after each stage with its name (``embed``, ``begin``, ``before_block``, ``attention``,
-                ``after_attention``, ``mlp``, ``after_block``, ``finish``, ``head``) and the block's index (-1 outside blocks).
+            watch: called after each stage with its name (``embed``, ``begin``, ``before_block``,
+                ``attention``, ``after_attention``, ``mlp``, ``after_block``, ``finish``, ``head``)
+                and the block's index (-1 outside blocks).
 
         Returns:
             Logits, features, sizes, the strategy's own tensors, and the trace if asked for.
@@ -88,11 +99,15 @@ class TokenReducedViT(nn.Module, Shareable):
         return output.logits, output.trace
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Tokens after the final norm, B×T×C. For average pooling :meth:`forward_head` also wants ``run(images).size``."""
+        """Tokens after the final norm, B×T×C. For average pooling :meth:`forward_head` also wants
+        ``run(images).size``.
+        """
         tokens, _, _ = self._encode(images)
         return self.vit.norm(tokens.x)
 
-    def forward_head(self, features: Tensor, size: Tensor | None = None, pre_logits: bool = False) -> Tensor:
+    def forward_head(
+        self, features: Tensor, size: Tensor | None = None, pre_logits: bool = False
+    ) -> Tensor:
         """The timm head on reduced tokens; see :func:`tdm_lightning.vit.heads.forward_head`."""
         return heads.forward_head(self.vit, features, size, pre_logits)
 
@@ -108,15 +123,17 @@ class TokenReducedViT(nn.Module, Shareable):
     ) -> Any:
         """Dense features of chosen blocks, as timm's method of that name gives them.
 
-        Every original patch gets the feature of the token that holds it after that block, zero where it was dropped, in the
-        original order: B×C×H×W or B×N0×C whatever the strategy did.
+        Every original patch gets the feature of the token that holds it after that block, zero
+        where it was dropped, in the original order: B×C×H×W or B×N0×C whatever the strategy
+        did.
 
         Args:
             images: B×3×H×W.
             indices: the last n blocks, chosen ones, or all.
             return_prefix_tokens: pair every map with its prefix tokens.
             norm: apply the final norm to the maps.
-            stop_early: end the pass behind the last wanted block; the final features are then those that it leaves.
+            stop_early: end the pass behind the last wanted block; the final features are then those
+                that it leaves.
             output_fmt: ``"NCHW"`` or ``"NLC"``.
             intermediates_only: leave out the final features.
 
@@ -129,15 +146,20 @@ class TokenReducedViT(nn.Module, Shareable):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         wanted, last = feature_take_indices(
-            len(self.vit.blocks), indices if indices is None or isinstance(indices, int) else list(indices)
+            len(self.vit.blocks),
+            indices if indices is None or isinstance(indices, int) else list(indices),
         )
-        tokens, _, states = self._encode(images, trace=True, keep=frozenset(wanted), last=last if stop_early else None)
+        tokens, _, states = self._encode(
+            images, trace=True, keep=frozenset(wanted), last=last if stop_early else None
+        )
         height, width = images.shape[-2:]
         grid = grid_size(self.vit, (height, width))
         maps: list[Any] = []
         for state in states:
             assert state.source is not None
-            dense = unmerge(state.whole(self.vit.norm(state.held) if norm else state.held), state.source)
+            dense = unmerge(
+                state.whole(self.vit.norm(state.held) if norm else state.held), state.source
+            )
             if output_fmt == "NCHW":
                 dense = dense.transpose(1, 2).unflatten(2, grid).contiguous()
             if return_prefix_tokens and self.num_prefix_tokens:
@@ -165,7 +187,9 @@ class TokenReducedViT(nn.Module, Shareable):
             norm: apply the final norm.
         """
         shape = "NCHW" if reshape else "NLC"
-        return self.forward_intermediates(images, n, return_prefix_tokens, norm, output_fmt=shape, intermediates_only=True)
+        return self.forward_intermediates(
+            images, n, return_prefix_tokens, norm, output_fmt=shape, intermediates_only=True
+        )
 
     def _encode(
         self,
@@ -175,14 +199,18 @@ class TokenReducedViT(nn.Module, Shareable):
         keep: frozenset[int] = frozenset(),
         last: int | None = None,
     ) -> tuple[Tokens, list[Any], list[Tokens]]:
-        """Blocks, all or up to ``last``: the final tokens, the token counts after each block, the tokens after ``keep``."""
+        """Blocks, all or up to ``last``: the final tokens, the token counts after each block, the
+        tokens after ``keep``.
+        """
         watch = watch or _unwatched
         tokens = self._embed(images, trace)
         watch("embed", -1)
         tokens = self.strategy.begin(tokens)
         watch("begin", -1)
         counts, kept = [], []
-        remat = self.vit.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting()
+        remat = (
+            self.vit.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting()
+        )
         for index in range(len(self.vit.blocks) if last is None else last + 1):
             if remat:
                 tokens = checkpoint(self._block, index, tokens, watch, use_reentrant=False)
@@ -191,7 +219,11 @@ class TokenReducedViT(nn.Module, Shareable):
             x = self.taps[index](tokens.x, tokens.valid)
             if x is not tokens.x:  # a hook gave another
                 tokens = tokens.replace(x=x)
-            counts.append(tokens.whole(tokens.valid_patches.sum(dim=1)) if self.strategy.adaptive and trace else tokens.count)
+            counts.append(
+                tokens.whole(tokens.valid_patches.sum(dim=1))
+                if self.strategy.adaptive and trace
+                else tokens.count
+            )
             if index in keep:
                 kept.append(tokens)
         tokens = self.strategy.finish(tokens)
@@ -227,9 +259,18 @@ class TokenReducedViT(nn.Module, Shareable):
         size = torch.ones(batch, patches, device=x.device) if sized else None
         source = torch.arange(patches, device=x.device).expand(batch, -1) if trace else None
         readout = heads.rows_read(vit)
-        return Tokens(x, prefix, depth=len(vit.blocks), readout=readout, size=size, source=source, geometry=geometry)
+        return Tokens(
+            x,
+            prefix,
+            depth=len(vit.blocks),
+            readout=readout,
+            size=size,
+            source=source,
+            geometry=geometry,
+        )
 
-    # What timm's tools ask of a model. Parameter names carry the prefix of the attribute they hang on.
+    # What timm's tools ask of a model. Parameter names carry the prefix of the attribute they hang
+    # on.
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that must not decay, for timm's optimizer factory."""
@@ -238,7 +279,9 @@ class TokenReducedViT(nn.Module, Shareable):
         return {f"vit.{name}" for name in names} | {f"strategy.{name}" for name in own}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Timm's layer grouping, for layer-wise learning-rate decay; a strategy's own parameters join the last group."""
+        """Timm's layer grouping, for layer-wise learning-rate decay; a strategy's own parameters
+        join the last group.
+        """
         groups = self.vit.group_matcher(coarse=coarse)
         return {name: _prefixed(pattern) for name, pattern in groups.items()}
 
@@ -308,6 +351,7 @@ def _unwatched(stage: str, index: int) -> None:
 def _prefixed(pattern: Any) -> Any:
     """Timm's group patterns, ``^blocks…`` and the like, for names that begin with ``vit.``."""
     if isinstance(pattern, str):
-        # A caret binds only the first of several alternatives, in timm's own patterns too: anchor each.
+        # A caret binds only the first of several alternatives, in timm's own patterns too: anchor
+        # each.
         return "|".join(rf"^vit\.{part.lstrip('^')}" for part in pattern.split("|"))
     return [(_prefixed(item[0]), item[1]) for item in pattern]

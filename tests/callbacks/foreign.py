@@ -16,7 +16,9 @@ class Foreign(LightningModule):
         self.encoder = encoder
 
     def _loss(self, batch):
-        images, labels = (batch["pixels"], batch["label"]) if isinstance(batch, dict) else (batch[1], batch[0])
+        images, labels = (
+            (batch["pixels"], batch["label"]) if isinstance(batch, dict) else (batch[1], batch[0])
+        )
         return F.cross_entropy(self.encoder(images), labels)
 
     def training_step(self, batch, batch_idx):
@@ -34,7 +36,14 @@ class Foreign(LightningModule):
 
 def small_vit(**changes):
     torch.manual_seed(0)
-    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 3}
+    settings = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 4,
+        "num_heads": 2,
+        "num_classes": 3,
+    }
     return VisionTransformer(**{**settings, **changes})
 
 

@@ -24,7 +24,9 @@ def measured(tmp_path, encoder, form="tuple", **settings):
 def test_plain_and_keep_rate_1_agree_and_a_lower_one_differs(tmp_path, form):
     vit = small_vit()
     plain = measured(tmp_path, vit, form)
-    assert measured(tmp_path, tdm.attach(vit, tdm.TDM(1.0, layers=(1, 2))), form) == pytest.approx(plain, rel=1e-5)
+    assert measured(tmp_path, tdm.attach(vit, tdm.TDM(1.0, layers=(1, 2))), form) == pytest.approx(
+        plain, rel=1e-5
+    )
     reduced = measured(tmp_path, tdm.attach(vit, tdm.TDM(0.7, layers=(1, 2))), form)
     assert reduced[0] == pytest.approx(plain[0], rel=1e-5)
     assert all(less < 0.9 * more for less, more in zip(reduced[1:], plain[1:], strict=True))
@@ -48,7 +50,11 @@ def test_score_is_that_of_the_patch_tokens(tmp_path):
 def updates(monkeypatch):
     """Batch sizes of all updates of the metric."""
     seen, update = [], DiversityScore.update
-    monkeypatch.setattr(DiversityScore, "update", lambda self, z, valid=None: seen.append(len(z)) or update(self, z, valid))
+    monkeypatch.setattr(
+        DiversityScore,
+        "update",
+        lambda self, z, valid=None: seen.append(len(z)) or update(self, z, valid),
+    )
     return seen
 
 
@@ -60,7 +66,9 @@ def test_listens_to_few_batches(tmp_path, updates):
 
 def test_several_loaders_share_one_score(tmp_path, updates):
     run = trainer(tmp_path, DiversityMonitor(max_batches=2))
-    run.validate(Foreign(small_vit()), [loader(), loader(6, batch_size=2, form="dict")], verbose=False)
+    run.validate(
+        Foreign(small_vit()), [loader(), loader(6, batch_size=2, form="dict")], verbose=False
+    )
     assert updates == [4] * 2 * 4 + [2] * 2 * 4
     assert set(run.callback_metrics) == {f"diversity/val/block_0{block}" for block in range(4)}
 
@@ -71,7 +79,10 @@ def test_logs_prints_and_plots_every_stage(tmp_path, capsys):
     net = Foreign(tdm.attach(small_vit(), tdm.EViT(0.5, layers=(1,))))
     run.fit(net, loader(), loader())
     assert "diversity/train/block_03" in (tmp_path / "metrics.csv").read_text()
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"diversity_train.png", "diversity_val.png"}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        "diversity_train.png",
+        "diversity_val.png",
+    }
     run.test(net, loader(), verbose=False)
     assert (tmp_path / "plots" / "diversity_test.png").stat().st_size > 5000
     printed = capsys.readouterr().out
@@ -95,7 +106,13 @@ def test_no_hook_stays(tmp_path):
 def test_other_callbacks_passes_do_not_count(tmp_path, first):
     model = tdm.attach(small_vit(), tdm.TDM(0.5, layers=(1,)))
     alone = measured(tmp_path, model)
-    monitor, others = DiversityMonitor(), [FLOPsMonitor(), TokenVisualizer(3, dir=str(tmp_path / "pictures"))]
+    monitor, others = (
+        DiversityMonitor(),
+        [
+            FLOPsMonitor(),
+            TokenVisualizer(3, dir=str(tmp_path / "pictures")),
+        ],
+    )
     callbacks = [monitor, *others] if first == 0 else [*others, monitor]
     trainer(tmp_path, *callbacks).validate(Foreign(model), loader(), verbose=False)
     assert monitor.scores["val"] == alone

@@ -16,7 +16,9 @@ def costs(tmp_path, encoder, size=32, form="tuple", *callbacks):
     monitor = FLOPsMonitor()
     run = trainer(tmp_path, monitor, *callbacks)
     run.test(Foreign(encoder), loader(form=form, size=size), verbose=False)
-    assert {name: value.item() for name, value in run.callback_metrics.items()} == pytest.approx(monitor.costs)
+    assert {name: value.item() for name, value in run.callback_metrics.items()} == pytest.approx(
+        monitor.costs
+    )
     return monitor.costs
 
 
@@ -56,7 +58,9 @@ def test_logs_every_epoch_while_the_keep_rate_warms_up(tmp_path, capsys):
 
 
 class Half(Strategy):
-    """Keeps the patches above the mean attention, as many as the neediest image of the batch has."""
+    """Keeps the patches above the mean attention, as many as the neediest image of the batch
+    has.
+    """
 
     adaptive = True
 
@@ -69,16 +73,26 @@ class Half(Strategy):
         score = observed.importance
         keep = int((score > score.mean(1, keepdim=True)).sum(1).max())
         order = rank_order(score)
-        assignment = torch.full_like(order, -1).scatter(1, order[:, :keep], torch.arange(keep).expand(len(score), -1))
-        return tokens.reduced(1, Reduction(gather_tokens(tokens.patches, order[:, :keep]), assignment, assignment), score)
+        assignment = torch.full_like(order, -1).scatter(
+            1, order[:, :keep], torch.arange(keep).expand(len(score), -1)
+        )
+        return tokens.reduced(
+            1,
+            Reduction(gather_tokens(tokens.patches, order[:, :keep]), assignment, assignment),
+            score,
+        )
 
 
 def test_adaptive_strategies_are_counted_on_images(tmp_path, capsys):
     model = tdm.attach(small_vit(), Half()).eval()
     found = costs(tmp_path, model)
     reports = [mac_report(model, images=images) for _, images in loader()]
-    assert found["flops/gmacs"] * 1e9 == pytest.approx(sum(report.backbone for report in reports) / 3)
-    assert found["tokens/block_03"] == pytest.approx(sum(report.blocks[3].tokens for report in reports) / 3)
+    assert found["flops/gmacs"] * 1e9 == pytest.approx(
+        sum(report.backbone for report in reports) / 3
+    )
+    assert found["tokens/block_03"] == pytest.approx(
+        sum(report.blocks[3].tokens for report in reports) / 3
+    )
     assert 0 < found["flops/reduction"] < 0.5
     assert capsys.readouterr().out.count("GMACs per image") == 1
 

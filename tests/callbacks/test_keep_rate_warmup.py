@@ -10,7 +10,8 @@ from torch.utils.data import IterableDataset
 import tdm_lightning as tdm
 from tests.callbacks.foreign import Foreign, loader, small_vit, trainer
 
-#: ``adjust_keep_rate`` of the official EViT: iteration and keep rate, 5 iterations an epoch, falling in epochs 2 to 7.
+#: ``adjust_keep_rate`` of the official EViT: iteration and keep rate, 5 iterations an epoch,
+#: falling in epochs 2 to 7.
 OFFICIAL = {
     0: 1,
     3: 1,
@@ -40,7 +41,9 @@ class Rates(Callback):
         return module.encoder.strategy.current_keep_rate
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.train[trainer.current_epoch * trainer.num_training_batches + batch_idx] = self.rate(module)
+        self.train[trainer.current_epoch * trainer.num_training_batches + batch_idx] = self.rate(
+            module
+        )
 
     def on_validation_batch_start(self, trainer, module, *args):
         if trainer.sanity_checking:
@@ -61,7 +64,9 @@ def test_a_run_has_the_official_rates(tmp_path):
     run = trainer(tmp_path, KeepRateWarmup(2, 6), rates, max_epochs=10)
     run.fit(net, loader(10, batch_size=2), loader(2))
     assert {step: rates.train[step] for step in OFFICIAL} == OFFICIAL
-    assert rates.val == {epoch: rates.train[5 * epoch + 4] for epoch in range(10)}, "validation uses the current rate"
+    assert rates.val == {epoch: rates.train[5 * epoch + 4] for epoch in range(10)}, (
+        "validation uses the current rate"
+    )
     assert rates.sanity == [1.0]
     assert net.encoder.strategy.current_keep_rate is None
     run.test(net, loader(2), verbose=False)
@@ -72,7 +77,9 @@ def test_accumulated_gradients_change_nothing(tmp_path):
     seen = []
     for steps in (1, 3):
         rates = Rates()
-        run = trainer(tmp_path, KeepRateWarmup(0, 2), rates, max_epochs=3, accumulate_grad_batches=steps)
+        run = trainer(
+            tmp_path, KeepRateWarmup(0, 2), rates, max_epochs=3, accumulate_grad_batches=steps
+        )
         run.fit(module(), loader(10, batch_size=2))
         seen.append(rates.train)
     assert seen[0] == seen[1]
@@ -85,7 +92,9 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path):
     run = trainer(tmp_path, KeepRateWarmup(1, 3), first, max_epochs=2)
     run.fit(module(), loader())
     run.save_checkpoint(tmp_path / "two.ckpt")
-    trainer(tmp_path, KeepRateWarmup(1, 3), second, max_epochs=5).fit(module(), loader(), ckpt_path=tmp_path / "two.ckpt")
+    trainer(tmp_path, KeepRateWarmup(1, 3), second, max_epochs=5).fit(
+        module(), loader(), ckpt_path=tmp_path / "two.ckpt"
+    )
     assert min(second.train) == 6
     assert first.train | second.train == whole.train
 
@@ -108,9 +117,9 @@ def test_a_loader_without_length_steps_once_per_epoch(tmp_path):
 
     rates = Rates()
     batches = torch.utils.data.DataLoader(Stream(), batch_size=2)
-    rates.on_train_batch_end = lambda trainer, module, *args: rates.train.setdefault(trainer.current_epoch, []).append(
-        rates.rate(module)
-    )
+    rates.on_train_batch_end = lambda trainer, module, *args: rates.train.setdefault(
+        trainer.current_epoch, []
+    ).append(rates.rate(module))
     trainer(tmp_path, KeepRateWarmup(0, 2), rates, max_epochs=3).fit(module(), batches)
     assert rates.train == {0: [1.0, 1.0], 1: [cosine_keep_rate(0.7, 0.5)] * 2, 2: [0.7, 0.7]}
 
@@ -128,7 +137,9 @@ def test_nothing_to_warm_up(tmp_path, encoder, message):
         trainer(tmp_path, KeepRateWarmup()).fit(Foreign(encoder), loader())
 
 
-@pytest.mark.parametrize(("settings", "error"), [((-1, 5), ValueError), ((0, 0), ValueError), ((1.5, 5), TypeError)])
+@pytest.mark.parametrize(
+    ("settings", "error"), [((-1, 5), ValueError), ((0, 0), ValueError), ((1.5, 5), TypeError)]
+)
 def test_wrong_settings(settings, error):
     with pytest.raises(error):
         KeepRateWarmup(*settings)

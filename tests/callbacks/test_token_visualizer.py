@@ -19,7 +19,9 @@ def test_pictures_of_validation_and_test(tmp_path, form):
     run = trainer(tmp_path, TokenVisualizer(num_images=3, every_n_epochs=2), max_epochs=4)
     net = Foreign(tdm.attach(small_vit(), tdm.TDM(0.5, layers=(1, 2))))
     run.fit(net, loader(), loader(batch_size=2, form=form))
-    assert names(tmp_path / "tokens") == [f"val_epoch00{epoch}_{index}.png" for epoch in (1, 3) for index in range(3)]
+    assert names(tmp_path / "tokens") == [
+        f"val_epoch00{epoch}_{index}.png" for epoch in (1, 3) for index in range(3)
+    ]
     run.test(net, loader(form=form), verbose=False)
     run.validate(net, loader(form=form), verbose=False)
     later = [name for name in names(tmp_path / "tokens") if "epoch" not in name]
@@ -44,7 +46,9 @@ def test_pictures_show_the_images_as_they_were(tmp_path):
 
 def test_half_precision_weights(tmp_path):
     net = Foreign(tdm.attach(small_vit(), tdm.TDM(0.5, layers=(1,))))
-    trainer(tmp_path, TokenVisualizer(1), precision="bf16-true").validate(net, loader(), verbose=False)
+    trainer(tmp_path, TokenVisualizer(1), precision="bf16-true").validate(
+        net, loader(), verbose=False
+    )
     assert names(tmp_path / "tokens") == ["val_0.png"]
 
 

@@ -19,7 +19,12 @@ from tests.localsets import NAMES, make_image_folder, make_parquet, make_table, 
 
 
 def make_data(root: Path, location: Any, **options: Any) -> ImageNetDataModule:
-    settings = {"model": "test_vit", "model_kwargs": {"img_size": 32}, "batch_size": 4, "num_workers": 0}
+    settings = {
+        "model": "test_vit",
+        "model_kwargs": {"img_size": 32},
+        "batch_size": 4,
+        "num_workers": 0,
+    }
     location = str(location) if isinstance(location, Path) else location
     return ImageNetDataModule(location, cache_dir=str(root / "cache"), **{**settings, **options})
 
@@ -32,7 +37,9 @@ def test_a_place_that_does_not_exist(tmp_path: Path, name: str) -> None:
 
 def test_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty'.*no images, .parquet.*laid out SPLIT/CLASS/IMAGE"):
+    with pytest.raises(
+        ValueError, match=r"empty'.*no images, .parquet.*laid out SPLIT/CLASS/IMAGE"
+    ):
         make_data(tmp_path, tmp_path / "empty").setup("fit")
 
 
@@ -44,7 +51,9 @@ def test_a_folder_without_files_of_the_given_format(tmp_path: Path) -> None:
 def test_one_class_in_training_and_others_in_validation(tmp_path: Path) -> None:
     make_image_folder(tmp_path / "set", classes=1, splits=("train",))
     make_image_folder(tmp_path / "set", classes=3, splits=("validation",))
-    with pytest.raises(ValueError, match=r"different classes: 'validation' has 'bee', 'cat', which .*'ant'.* lacks"):
+    with pytest.raises(
+        ValueError, match=r"different classes: 'validation' has 'bee', 'cat', which .*'ant'.* lacks"
+    ):
         make_data(tmp_path, tmp_path / "set").setup("fit")
 
 
@@ -56,9 +65,13 @@ def test_one_class_in_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_missing_columns_name_those_there_are(tmp_path: Path, streaming: bool) -> None:
     root = make_webdataset(tmp_path / "set")
-    with pytest.raises(ValueError, match=r"no image column 'image'; its columns are 'jpg', 'cls'.*set image_column"):
+    with pytest.raises(
+        ValueError, match=r"no image column 'image'; its columns are 'jpg', 'cls'.*set image_column"
+    ):
         make_data(tmp_path, root, streaming=streaming).setup("fit")
-    with pytest.raises(ValueError, match=r"no label column 'label'; its columns are 'jpg', 'cls'.*set label_column"):
+    with pytest.raises(
+        ValueError, match=r"no label column 'label'; its columns are 'jpg', 'cls'.*set label_column"
+    ):
         make_data(tmp_path, root, image_column="jpg", streaming=streaming).setup("fit")
     with pytest.raises(ValueError, match="no label column 'label'"):
         _ = make_data(tmp_path, root, image_column="jpg", streaming=streaming).num_classes
@@ -66,7 +79,9 @@ def test_missing_columns_name_those_there_are(tmp_path: Path, streaming: bool) -
 
 def test_a_missing_split_names_those_there_are(tmp_path: Path) -> None:
     root = make_parquet(tmp_path / "set")
-    with pytest.raises(ValueError, match=r"no split 'val'; its splits are 'train', 'validation'.*val_holdout"):
+    with pytest.raises(
+        ValueError, match=r"no split 'val'; its splits are 'train', 'validation'.*val_holdout"
+    ):
         make_data(tmp_path, root, val_split="val").setup("fit")
     with pytest.raises(ValueError, match="no images to evaluate on: set val_split or test_split"):
         make_data(tmp_path, root, val_split=None).setup("test")
@@ -75,9 +90,14 @@ def test_a_missing_split_names_those_there_are(tmp_path: Path) -> None:
 def test_labels_that_are_no_classes(tmp_path: Path) -> None:
     table = make_table().remove_columns("label")
     table.add_column("label", list(NAMES[:3]) * 6).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(TypeError, match=r"'label' must hold classes as integers or ClassLabel, but holds string; .*encode"):
+    with pytest.raises(
+        TypeError,
+        match=r"'label' must hold classes as integers or ClassLabel, but holds string; .*encode",
+    ):
         make_data(tmp_path, tmp_path / "train.parquet").setup("fit")
-    with pytest.raises(TypeError, match="'label' must hold images, encoded bytes or paths, but holds ClassLabel"):
+    with pytest.raises(
+        TypeError, match="'label' must hold images, encoded bytes or paths, but holds ClassLabel"
+    ):
         make_data(tmp_path, make_parquet(tmp_path / "set"), image_column="label").setup("fit")
 
 
@@ -85,7 +105,9 @@ def test_labels_that_are_no_classes(tmp_path: Path) -> None:
 def test_labels_out_of_range(tmp_path: Path, label: int | None) -> None:
     table = make_table(named=False).remove_columns("label")
     table.add_column("label", [0, 1, label] * 6).to_parquet(tmp_path / "test.parquet")
-    data = make_data(tmp_path, {"test": str(tmp_path / "test.parquet")}, test_split="test", num_classes=3)
+    data = make_data(
+        tmp_path, {"test": str(tmp_path / "test.parquet")}, test_split="test", num_classes=3
+    )
     data.setup("test")
     with pytest.raises(ValueError, match=rf"holds the label {label}, but labels must lie in 0…2"):
         list(data.test_dataloader())
@@ -107,11 +129,15 @@ def test_a_file_that_is_not_of_its_format(tmp_path: Path) -> None:
 
 
 def gated() -> GatedRepoError:
-    return GatedRepoError("401 Client Error", response=SimpleNamespace(status_code=401, headers={}, request=None))  # type: ignore[arg-type]
+    return GatedRepoError(
+        "401 Client Error", response=SimpleNamespace(status_code=401, headers={}, request=None)
+    )  # type: ignore[arg-type]
 
 
 def gated_as_datasets_raises_it() -> DatasetNotFoundError:
-    error = DatasetNotFoundError("Dataset 'ILSVRC/imagenet-1k' is a gated dataset on the Hub. You must be authenticated.")
+    error = DatasetNotFoundError(
+        "Dataset 'ILSVRC/imagenet-1k' is a gated dataset on the Hub. You must be authenticated."
+    )
     error.__cause__ = gated()
     return error
 
@@ -120,18 +146,32 @@ def gated_as_datasets_raises_it() -> DatasetNotFoundError:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (gated(), r"'ILSVRC/imagenet-1k' is gated.*https://huggingface.co/datasets/ILSVRC/imagenet-1k.*hf auth login"),
+        (
+            gated(),
+            (
+                r"'ILSVRC/imagenet-1k' is"
+                r" gated.*https://huggingface.co/datasets/ILSVRC/imagenet-1k.*hf auth login"
+            ),
+        ),
         (gated_as_datasets_raises_it(), r"is gated.*accept its terms at .*hf auth login"),
         (
             DatasetNotFoundError("Dataset 'x' doesn't exist on the Hub."),
             "nor a data set you can see",
         ),
-        (OfflineModeIsEnabled("Cannot reach"), r"hub cannot be reached \(Cannot reach\); check the network"),
-        (ConnectionError("Couldn't reach 'x' on the Hub"), r"hub cannot be reached .*check the network, or give a local path"),
+        (
+            OfflineModeIsEnabled("Cannot reach"),
+            r"hub cannot be reached \(Cannot reach\); check the network",
+        ),
+        (
+            ConnectionError("Couldn't reach 'x' on the Hub"),
+            r"hub cannot be reached .*check the network, or give a local path",
+        ),
     ],
     ids=["gated", "gated by datasets", "unknown", "offline", "unreachable"],
 )
-def test_what_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, function: str, error: Exception, expected: str) -> None:
+def test_what_the_hub_refuses(
+    monkeypatch: pytest.MonkeyPatch, function: str, error: Exception, expected: str
+) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise error
 
@@ -141,14 +181,21 @@ def test_what_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, function: str, er
         data.prepare_data() if function == "load_dataset" else data.num_classes
 
 
-def test_a_name_that_is_nowhere_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_name_that_is_nowhere_without_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"'nobody/nothing' is neither a file .* nor in the cache.*check the network"):
+    with pytest.raises(
+        ValueError,
+        match=r"'nobody/nothing' is neither a file .* nor in the cache.*check the network",
+    ):
         make_data(tmp_path, "nobody/nothing").prepare_data()
 
 
-def test_the_description_of_a_set_on_the_hub_tells_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_description_of_a_set_on_the_hub_tells_the_classes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Builder:
         info = make_table().info
 
@@ -176,7 +223,10 @@ def test_a_corrupt_image_is_reported_and_left_out_of_evaluation(tmp_path: Path) 
     data = make_data(tmp_path, corrupt_set(tmp_path / "set", 5), max_corrupt_images=1)
     data.setup("validate")
     loader = data.val_dataloader()
-    with pytest.warns(UserWarning, match=r"image 5 of split 'validation' cannot be decoded .*skipped; 1 of at most 1"):
+    with pytest.warns(
+        UserWarning,
+        match=r"image 5 of split 'validation' cannot be decoded .*skipped; 1 of at most 1",
+    ):
         labels = torch.cat([labels for _, labels in loader])
     assert labels.tolist() == [label for index, label in enumerate([0, 1, 2] * 6) if index != 5]
     assert sum(len(labels) for _, labels in loader) == 17  # met again, but counted once
@@ -190,19 +240,29 @@ def test_a_batch_without_an_image_is_left_out(tmp_path: Path) -> None:
 
 
 def test_training_takes_the_next_image_instead(tmp_path: Path) -> None:
-    data = make_data(tmp_path, corrupt_set(tmp_path / "set", 4, 5, 17), batch_size=18, augment=False)
+    data = make_data(
+        tmp_path, corrupt_set(tmp_path / "set", 4, 5, 17), batch_size=18, augment=False
+    )
     data.setup("fit")
     with pytest.warns(UserWarning, match="image 17 of split 'train'"):
         ((images, labels),) = data.train_dataloader()
     assert images.shape[0] == 18
-    assert labels.bincount().tolist() == [9, 5, 4]  # 4 and 5 became 6, and 17 became 0: all of class 0
+    assert labels.bincount().tolist() == [
+        9,
+        5,
+        4,
+    ]  # 4 and 5 became 6, and 17 became 0: all of class 0
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_corrupt_images(tmp_path: Path, streaming: bool, workers: int) -> None:
     data = make_data(
-        tmp_path, corrupt_set(tmp_path / "set", 1, 3, 8), max_corrupt_images=2, streaming=streaming, num_workers=workers
+        tmp_path,
+        corrupt_set(tmp_path / "set", 1, 3, 8),
+        max_corrupt_images=2,
+        streaming=streaming,
+        num_workers=workers,
     )
     data.setup("validate")
     with warnings.catch_warnings():
@@ -214,7 +274,10 @@ def test_too_many_corrupt_images(tmp_path: Path, streaming: bool, workers: int) 
 def test_nothing_but_corrupt_images(tmp_path: Path) -> None:
     data = make_data(tmp_path, corrupt_set(tmp_path / "set", *range(18)), max_corrupt_images=100)
     data.setup("fit")
-    with pytest.warns(UserWarning, match="skipped"), pytest.raises(ValueError, match="none of the 18 images of split 'train'"):
+    with (
+        pytest.warns(UserWarning, match="skipped"),
+        pytest.raises(ValueError, match="none of the 18 images of split 'train'"),
+    ):
         list(data.train_dataloader())
 
 
@@ -225,7 +288,9 @@ def test_a_stream_skips_and_names_the_file(tmp_path: Path) -> None:
     data.setup("validate")
     loader = data.val_dataloader()
     for _ in range(2):
-        with pytest.warns(UserWarning, match=r"image \d+ of worker 0's stream, .*3.jpg, .*; 1 of at most 10"):
+        with pytest.warns(
+            UserWarning, match=r"image \d+ of worker 0's stream, .*3.jpg, .*; 1 of at most 10"
+        ):
             assert sum(len(labels) for _, labels in loader) == 17
 
 
@@ -243,7 +308,10 @@ def test_a_stream_skips_and_names_the_file(tmp_path: Path) -> None:
         ({"crop_pct": 1.5}, r"crop_pct must lie in \(0, 1\]"),
         ({"val_holdout": 1.0}, r"val_holdout must lie in \[0, 1\)"),
         ({"streaming": True, "val_holdout": 0.1}, "val_holdout picks images by index"),
-        ({"streaming": True, "repeated_augmentation": 3}, "repeated_augmentation picks images by index"),
+        (
+            {"streaming": True, "repeated_augmentation": 3},
+            "repeated_augmentation picks images by index",
+        ),
         ({"model": "test_vot"}, "timm has no model 'test_vot'; similar names: test_"),
         ({"model_kwargs": {"in_chans": 4}}, "3 or 1 channels, but in_chans is 4"),
     ],

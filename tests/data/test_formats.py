@@ -11,15 +11,33 @@ import torch
 from torch import Tensor
 
 from tdm_lightning import ImageNetDataModule
-from tests.localsets import COLOURS, NAMES, make_arrow, make_image_folder, make_parquet, make_table, make_webdataset
+from tests.localsets import (
+    COLOURS,
+    NAMES,
+    make_arrow,
+    make_image_folder,
+    make_parquet,
+    make_table,
+    make_webdataset,
+)
 
-MAKERS = {"imagefolder": make_image_folder, "parquet": make_parquet, "arrow": make_arrow, "webdataset": make_webdataset}
+MAKERS = {
+    "imagefolder": make_image_folder,
+    "parquet": make_parquet,
+    "arrow": make_arrow,
+    "webdataset": make_webdataset,
+}
 COLUMNS = {"webdataset": {"image_column": "jpg", "label_column": "cls"}}
 
 
 def make_data(root: Path, location: Any, **options: Any) -> ImageNetDataModule:
     """The data module with small batches, in this process, for a tiny model."""
-    settings = {"model": "test_vit", "model_kwargs": {"img_size": 32}, "batch_size": 4, "num_workers": 0}
+    settings = {
+        "model": "test_vit",
+        "model_kwargs": {"img_size": 32},
+        "batch_size": 4,
+        "num_workers": 0,
+    }
     location = str(location) if isinstance(location, Path) else location
     return ImageNetDataModule(location, cache_dir=str(root / "cache"), **{**settings, **options})
 
@@ -32,10 +50,21 @@ def classes_seen(images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 @pytest.mark.parametrize("format", MAKERS)
-def test_every_format_gives_every_image_with_its_label(tmp_path: Path, format: str, streaming: bool) -> None:
+def test_every_format_gives_every_image_with_its_label(
+    tmp_path: Path, format: str, streaming: bool
+) -> None:
     root = MAKERS[format](tmp_path / "set")
-    known = 3 if streaming and format == "webdataset" else None  # a stream of plain integers does not tell
-    data = make_data(tmp_path, root, streaming=streaming, num_classes=known, augment=False, **COLUMNS.get(format, {}))
+    known = (
+        3 if streaming and format == "webdataset" else None
+    )  # a stream of plain integers does not tell
+    data = make_data(
+        tmp_path,
+        root,
+        streaming=streaming,
+        num_classes=known,
+        augment=False,
+        **COLUMNS.get(format, {}),
+    )
     assert data.num_classes == 3
     assert data.label_names == (None if format == "webdataset" else list(NAMES[:3]))
     data.prepare_data()
@@ -51,7 +80,9 @@ def test_every_format_gives_every_image_with_its_label(tmp_path: Path, format: s
         assert labels.bincount().tolist() == [6, 6, 6]
         assert torch.equal(classes_seen(images), labels)
     labels = torch.cat([labels for _, labels in data.train_dataloader()])
-    assert len(labels) == (18 if streaming else 16)  # the last batch of two is left out where the size is known
+    assert len(labels) == (
+        18 if streaming else 16
+    )  # the last batch of two is left out where the size is known
 
 
 @pytest.mark.parametrize("format", MAKERS)
@@ -94,9 +125,9 @@ def test_columns_of_plain_bytes_or_paths(tmp_path: Path, column: str) -> None:
     from datasets import Dataset
 
     values = [file.read_bytes() if column == "bytes" else str(file) for file in files]
-    Dataset.from_dict({"picture": values, "kind": [NAMES.index(file.parent.name) for file in files]}).to_parquet(
-        tmp_path / "train.parquet"
-    )
+    Dataset.from_dict(
+        {"picture": values, "kind": [NAMES.index(file.parent.name) for file in files]}
+    ).to_parquet(tmp_path / "train.parquet")
     data = make_data(
         tmp_path,
         tmp_path / "train.parquet",
@@ -114,7 +145,9 @@ def test_columns_of_plain_bytes_or_paths(tmp_path: Path, column: str) -> None:
 
 def test_prediction_needs_no_labels(tmp_path: Path) -> None:
     make_table().remove_columns("label").to_parquet(tmp_path / "test.parquet")
-    data = make_data(tmp_path, {"test": str(tmp_path / "test.parquet")}, test_split="test", num_classes=3)
+    data = make_data(
+        tmp_path, {"test": str(tmp_path / "test.parquet")}, test_split="test", num_classes=3
+    )
     assert data.label_names is None
     data.setup("predict")
     batches = list(data.predict_dataloader())
@@ -143,22 +176,37 @@ def test_wordnet_folders_are_named_in_words(tmp_path: Path) -> None:
     for split in root.iterdir():
         (split / "ant").rename(split / "n01440764")
         (split / "bee").rename(split / "n01443537")
-    assert make_data(tmp_path, root).label_names == ["tench, Tinca tinca", "goldfish, Carassius auratus"]
+    assert make_data(tmp_path, root).label_names == [
+        "tench, Tinca tinca",
+        "goldfish, Carassius auratus",
+    ]
 
 
 def test_digits_are_real_stratified_and_always_the_same() -> None:
     pytest.importorskip("sklearn")
     from sklearn.datasets import load_digits
 
-    options = {"model": "test_vit", "model_kwargs": {"img_size": 8, "in_chans": 1}, "crop_pct": 1.0, "num_workers": 0}
+    options = {
+        "model": "test_vit",
+        "model_kwargs": {"img_size": 8, "in_chans": 1},
+        "crop_pct": 1.0,
+        "num_workers": 0,
+    }
     sets = []
     for seed in (0, 1):
-        data = ImageNetDataModule("digits", test_split="test", augment=False, seed=seed, batch_size=100, **options)
+        data = ImageNetDataModule(
+            "digits", test_split="test", augment=False, seed=seed, batch_size=100, **options
+        )
         assert data.num_classes == 10
         assert data.label_names == [str(digit) for digit in range(10)]
         data.setup("fit")
         data.setup("test")
-        sets.append([torch.cat([images for images, _ in loader]) for loader in (data.val_dataloader(), data.test_dataloader())])
+        sets.append(
+            [
+                torch.cat([images for images, _ in loader])
+                for loader in (data.val_dataloader(), data.test_dataloader())
+            ]
+        )
         assert [len(part) for part in sets[-1]] == [180, 360]
         assert len(data.train_dataloader().dataset) == 1257
     labels = torch.cat([labels for _, labels in data.test_dataloader()])

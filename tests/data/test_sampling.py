@@ -1,4 +1,6 @@
-"""Which images each process and worker sees, in which order; and the data module inside a Trainer."""
+"""Which images each process and worker sees, in which order; and the data module inside a
+Trainer.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,26 @@ from torch import Tensor, nn
 from tdm_lightning import ImageNetDataModule
 from tdm_lightning.data.images import ImageDataset, ImageStream
 from tdm_lightning.data.sampling import RepeatedAugmentation, stream_size
-from tdm_lightning.data.transforms import eval_transform, image_mode, resolve_config, train_transform
+from tdm_lightning.data.transforms import (
+    eval_transform,
+    image_mode,
+    resolve_config,
+    train_transform,
+)
 from tests.localsets import make_arrow, make_parquet, make_table
 from tests.trainers import QUIET
 
 
 def make_data(root: Path, location: Any, **options: Any) -> ImageNetDataModule:
-    settings = {"model": "test_vit", "model_kwargs": {"img_size": 32}, "batch_size": 4, "num_workers": 0}
-    return ImageNetDataModule(str(location), cache_dir=str(root / "cache"), **{**settings, **options})
+    settings = {
+        "model": "test_vit",
+        "model_kwargs": {"img_size": 32},
+        "batch_size": 4,
+        "num_workers": 0,
+    }
+    return ImageNetDataModule(
+        str(location), cache_dir=str(root / "cache"), **{**settings, **options}
+    )
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -41,17 +55,23 @@ def test_repeated_augmentation(processes: int) -> None:
 
 
 def test_repeated_augmentation_through_the_loader(tmp_path: Path) -> None:
-    data = make_data(tmp_path, make_parquet(tmp_path / "set"), repeated_augmentation=3, batch_size=6)
+    data = make_data(
+        tmp_path, make_parquet(tmp_path / "set"), repeated_augmentation=3, batch_size=6
+    )
     data.setup("fit")
     batches = list(data.train_dataloader())
     assert [len(labels) for _, labels in batches] == [6, 6, 6]
     for images, labels in batches:
         assert labels[0] == labels[1] == labels[2]
-        assert not torch.equal(images[0], images[1])  # copies of an image, each augmented differently
+        assert not torch.equal(
+            images[0], images[1]
+        )  # copies of an image, each augmented differently
 
 
 def numbered(count: int, shards: int, split: str | None = "train") -> IterableDataset:
-    """A stream of rows that carry their number, whose description tells its size if ``split`` is given."""
+    """A stream of rows that carry their number, whose description tells its size if ``split`` is
+    given.
+    """
     stream = Dataset.from_dict({"image": list(range(count))}).to_iterable_dataset(num_shards=shards)
     if split is not None:
         stream.info.splits = SplitDict({split: SplitInfo(name=split, num_examples=count)})
@@ -73,11 +93,21 @@ class Numbers:
         return row["image"]
 
 
-def stream_loader(stream: IterableDataset, rank: int = 0, processes: int = 1, training: bool = True, **options: Any) -> Any:
+def stream_loader(
+    stream: IterableDataset,
+    rank: int = 0,
+    processes: int = 1,
+    training: bool = True,
+    **options: Any,
+) -> Any:
     """The data module's loader of a stream in one of several processes."""
-    data = ImageNetDataModule("digits", streaming=True, **{"batch_size": 4, "num_workers": 0, **options})
+    data = ImageNetDataModule(
+        "digits", streaming=True, **{"batch_size": 4, "num_workers": 0, **options}
+    )
     limit = options.pop("limit", 1.0)
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=processes, limit_train_batches=limit, current_epoch=0)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(
+        global_rank=rank, world_size=processes, limit_train_batches=limit, current_epoch=0
+    )  # type: ignore[assignment]
     return data._stream_loader("train" if training else "val", stream, Numbers())  # type: ignore[arg-type]
 
 
@@ -96,7 +126,9 @@ def test_processes_get_equally_many_batches_of_a_stream(shards: int, workers: in
 
 
 def test_evaluation_sees_every_image_of_a_stream_once() -> None:
-    loaders = [stream_loader(numbered(50, 5), rank, 2, training=False, num_workers=2) for rank in range(2)]
+    loaders = [
+        stream_loader(numbered(50, 5), rank, 2, training=False, num_workers=2) for rank in range(2)
+    ]
     numbers = [label for loader in loaders for _, labels in loader for label in labels.tolist()]
     assert sorted(numbers) == list(range(50))
 
@@ -120,15 +152,21 @@ def test_a_stream_of_unknown_size() -> None:
     with pytest.raises(TypeError, match="no length"):
         len(loader)
     assert sorted(torch.cat([labels for _, labels in loader]).tolist()) == list(range(50))
-    with pytest.raises(ValueError, match=r"does not tell how many images.*set trainer.limit_train_batches"):
+    with pytest.raises(
+        ValueError, match=r"does not tell how many images.*set trainer.limit_train_batches"
+    ):
         stream_loader(stream, 0, 2)
 
 
 def test_a_stream_of_unknown_size_goes_on_as_long_as_processes_need() -> None:
     data = ImageNetDataModule("digits", streaming=True, batch_size=4, num_workers=0)
-    data.trainer = SimpleNamespace(global_rank=0, world_size=2, limit_train_batches=20, current_epoch=0)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(
+        global_rank=0, world_size=2, limit_train_batches=20, current_epoch=0
+    )  # type: ignore[assignment]
     batches = iter(data._stream_loader("train", numbered(50, 5, split=None), Numbers()))  # type: ignore[arg-type]
-    assert len([next(batches) for _ in range(20)]) == 20  # 80 images of the 25 that this process has
+    assert (
+        len([next(batches) for _ in range(20)]) == 20
+    )  # 80 images of the 25 that this process has
 
 
 class Probe(LightningModule):
@@ -176,7 +214,13 @@ def test_in_a_trainer(tmp_path: Path, streaming: bool) -> None:
 
 def test_hyperparameters_reload(tmp_path: Path) -> None:
     data = make_data(tmp_path, make_parquet(tmp_path / "set"), crop_pct=0.875)
-    trainer = Trainer(accelerator="cpu", fast_dev_run=True, logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        fast_dev_run=True,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(Probe(), data)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     again = ImageNetDataModule.load_from_checkpoint(tmp_path / "run.ckpt")
@@ -205,18 +249,27 @@ def test_the_centre_crop_keeps_the_share_asked_for() -> None:
     from PIL import Image
 
     picture = Image.new("L", (64, 64))
-    picture.paste(255, (0, 0, 5, 64))  # a white edge of 5 of 64 pixels, which a crop of 0.875 cuts off but for one
+    picture.paste(
+        255, (0, 0, 5, 64)
+    )  # a white edge of 5 of 64 pixels, which a crop of 0.875 cuts off but for one
     for share, white in ((1.0, 5), (0.875, 1)):
-        config = {**resolve_config("test_vit", {"img_size": 64, "in_chans": 1}, share), "interpolation": "nearest"}
+        config = {
+            **resolve_config("test_vit", {"img_size": 64, "in_chans": 1}, share),
+            "interpolation": "nearest",
+        }
         pixels = eval_transform(config)(picture)[0]
         assert int((pixels[32] > 0).sum()) == pytest.approx(white, abs=1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_recipe_of_deit_never_fails(channels: int) -> None:
-    picture = make_table(classes=1, per_class=1)[0]["image"].convert("L" if channels == 1 else "RGB")
+    picture = make_table(classes=1, per_class=1)[0]["image"].convert(
+        "L" if channels == 1 else "RGB"
+    )
     config = resolve_config("test_vit", {"img_size": 16, "in_chans": channels})
-    transform = train_transform(config, auto_augment="rand-m10-mstd0.5-inc1", re_prob=0.25)  # 10: posterize to 0 bits
+    transform = train_transform(
+        config, auto_augment="rand-m10-mstd0.5-inc1", re_prob=0.25
+    )  # 10: posterize to 0 bits
     for _ in range(150):
         assert transform(picture).shape == (channels, 16, 16)
 
