@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tdm_lightning.errors import SettingError
+
 
 def first_images(batch: Any) -> Tensor:
     """The images of a batch, B×C×H×W: its first floating-point tensor of four dimensions, in
@@ -18,7 +20,7 @@ def first_images(batch: Any) -> Tensor:
     for leaf in _leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim == 4 and leaf.is_floating_point():
             return leaf
-    raise ValueError(
+    raise SettingError(
         f"found no images in a batch of type {type(batch).__name__}: expected a floating-point"
         " tensor B×C×H×W, alone or inside tuples, lists and dicts"
     )

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tdm_lightning.callbacks.batches import first_images, is_sampled
 from torch import Tensor, nn
 
-from tdm_lightning.checks import check_count
+from tdm_lightning.core.checks import check_count
 from tdm_lightning.flops import ImageCosts, image_costs, mac_report
 from tdm_lightning.vit import TokenReducedViT
 from tdm_lightning.vit.families import grid_size

@@ -7,9 +7,9 @@ from typing import Any
 from tdm_lightning.callbacks.flops_monitor import cost
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tdm_lightning.checks import check_count
+from tdm_lightning.core.checks import check_count
 from tdm_lightning.metrics import Norm
-from tdm_lightning.recorder import DiversityRecorder
+from tdm_lightning.metrics.recorder import DiversityRecorder
 from tdm_lightning.vit.find import find_vit
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from tdm_lightning.checks import check_count
+from tdm_lightning.core.checks import check_count
+from tdm_lightning.errors import SettingTypeError
 from tdm_lightning.vit import TokenReducedViT
 from tdm_lightning.vit.find import find_vit
 
@@ -97,13 +98,13 @@ class KeepRateWarmup(Callback):
     def _strategy(self, pl_module: LightningModule) -> Any:
         model = find_vit(pl_module, self.vit)
         if not isinstance(model, TokenReducedViT):
-            raise TypeError(
+            raise SettingTypeError(
                 "KeepRateWarmup needs a ViT that reduces its tokens, but"
                 f" {type(pl_module).__name__} holds a plain {type(model).__name__}; attach a"
                 " strategy to it, or leave this callback out"
             )
         if not hasattr(model.strategy, "keep_rate"):
-            raise TypeError(
+            raise SettingTypeError(
                 f"KeepRateWarmup anneals a keep rate, and {type(model.strategy).__name__} has none;"
                 " leave this callback out"
             )

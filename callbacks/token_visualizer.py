@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tdm_lightning.callbacks.batches import first_images
 from tdm_lightning.callbacks.output import check_folder, output_folder
 
-from tdm_lightning.checks import check_count
+from tdm_lightning.core.checks import check_count
 from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.visualize.panels import panels
 from tdm_lightning.visualize.sheet import arrange, save_panels, split_rows, titles

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from tdm_lightning import checkpoints, export, flops, metrics, sparsity
 from tdm_lightning.budget import solve_keep_rate
+from tdm_lightning.core.tokens import Output, Role, Tokens, Trace
+from tdm_lightning.mergers import TokenMerger
+from tdm_lightning.sparsity import Structured, SViTE, Unstructured
 from tdm_lightning.strategies import (
     DPCKNN,
     IARED2,
@@ -25,18 +28,15 @@ from tdm_lightning.strategies import (
     SPViT,
     Stack,
     Strategy,
-    SViTE,
-    TokenMerger,
     ToMe,
     TopK,
 )
-from tdm_lightning.tokens import Output, Role, Tokens, Trace
 from tdm_lightning.version import __version__
 from tdm_lightning.vit import TokenReducedViT, attach, detach
 
 if TYPE_CHECKING:
     from tdm_lightning.data import ImageNetDataModule
-    from tdm_lightning.module import TokenReductionClassifier
+    from tdm_lightning.training import TokenReductionClassifier
 
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "SViTE",
     "Stack",
     "Strategy",
+    "Structured",
     "ToMe",
     "TokenMerger",
     "TokenReducedViT",
@@ -63,6 +64,7 @@ __all__ = [
     "Tokens",
     "TopK",
     "Trace",
+    "Unstructured",
     "__version__",
     "attach",
     "checkpoints",
@@ -75,7 +77,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "TokenReductionClassifier": "tdm_lightning.module",
+    "TokenReductionClassifier": "tdm_lightning.training",
     "ImageNetDataModule": "tdm_lightning.data",
 }
 

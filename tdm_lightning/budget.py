@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.flops import macs_with
 from tdm_lightning.strategies.base import Dial, Strategy
 from tdm_lightning.vit import TokenReducedViT
@@ -44,7 +45,7 @@ def solve_keep_rate(
     0.701
     """
     if "keep_rate" not in strategy.config()["init_args"]:
-        raise TypeError(f"{type(strategy).__name__} has no keep rate to solve for")
+        raise SettingTypeError(f"{type(strategy).__name__} has no keep rate to solve for")
     dial = strategy.keep_rate_dial(round(1 / resolution))
     return cast(Any, _turned(model, dial, gmacs, input_size, total)).keep_rate
 
@@ -77,7 +78,7 @@ def at_budget(
     vit: Any = _timm_model(model)
     dial = strategy.dial(len(vit.blocks), patch_count(vit))
     if dial is None:
-        raise TypeError(
+        raise SettingTypeError(
             f"{type(strategy).__name__} has no keep rate or other setting that alone decides what"
             " it costs, so none can be solved for; take one that has (SPViT: with"
             " fixed_count=True)"
@@ -90,7 +91,7 @@ def _turned(
 ) -> Strategy:
     """The last setting within the budget."""
     if not gmacs > 0:  # also refuses NaN
-        raise ValueError(
+        raise SettingError(
             f"gmacs must be a positive number of 10⁹ multiply-accumulates, got {gmacs!r}"
         )
     vit, budget = _timm_model(model), gmacs * 1e9
@@ -112,7 +113,7 @@ def _turned(
         return dial.at(dial.steps)
     name = type(dial.at(dial.steps)).__name__
     if not fits(1):
-        raise ValueError(
+        raise SettingError(
             f"{name} cannot meet {gmacs} GMACs: its cheapest setting costs {cost(1) / 1e9:.3f};"
             " reduce in earlier layers or take a smaller model"
         )
@@ -123,7 +124,7 @@ def _turned(
     try:
         cost(low)
     except ValueError as error:
-        raise ValueError(f"{name} cannot meet {gmacs} GMACs: {error}") from None
+        raise SettingError(f"{name} cannot meet {gmacs} GMACs: {error}") from None
     return dial.at(low)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tdm_lightning.errors import SettingError
 from tdm_lightning.ops.linear import check_not_quantized
 from tdm_lightning.sparsity.extract import Parts, kept_parts, shrink
 from tdm_lightning.strategies.base import Strategy
@@ -223,7 +224,7 @@ def _prepared(
     check_not_quantized(model, "count the multiply-accumulates")
     if images is None:
         if isinstance(model, TokenReducedViT) and model.strategy.adaptive:
-            raise ValueError(
+            raise SettingError(
                 f"{type(model.strategy).__name__} keeps another number of tokens for each image:"
                 " pass images=… to count some"
             )
@@ -280,7 +281,7 @@ def step_flops(model: TokenReducedViT, shape: tuple[int, ...]) -> int:
         ValueError: for an adaptive strategy.
     """
     if model.strategy.adaptive:
-        raise ValueError(
+        raise SettingError(
             f"{type(model.strategy).__name__} keeps another number of tokens for each image: a"
             " shape does not tell"
         )

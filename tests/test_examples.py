@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[1] / ".github/examples"
+FOLDER = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(autouse=True)

@@ -55,7 +55,6 @@ def test_wheel_holds_every_package(built):
     sources |= {
         f"tdm_lightning/{path.relative_to(ROOT).as_posix()}"
         for folder in ("callbacks", "configs")
-        # fmt: skip
         for pattern in ("*.py", "*.yaml")
         for path in (ROOT / folder).rglob(pattern)
     }

@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from tdm_lightning.errors import FileError
+
 _SCALAR = np.float64(0).__reduce__()[0]
 #: Classes that official files pickle beside their weights. None of them runs code when built.
 _SAFE: list[Any] = [
@@ -45,16 +47,16 @@ def read_file(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         wanted = f" (it asks for {found.group(1)})" if found else ""
-        raise ValueError(
+        raise FileError(
             f"{path} was not loaded: it holds more than tensors and plain values{wanted}, and"
             " unpickling that could run code; ask its authors for a .safetensors file"
         ) from error
     except (SafetensorError, EOFError, RuntimeError) as error:
-        raise ValueError(
+        raise FileError(
             f"{path} is not a readable checkpoint; is the download complete? ({error})"
         ) from error
     if not isinstance(content, Mapping):
-        raise ValueError(
+        raise FileError(
             f"{path} holds a {type(content).__name__}; expected a dictionary of weights"
         )
     return content

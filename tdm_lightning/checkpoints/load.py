@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tdm_lightning.checkpoints.files import read_file
 from tdm_lightning.checkpoints.layouts import LAYOUTS, Layout, Weights
-from tdm_lightning.checks import check_choice
+from tdm_lightning.core.checks import check_choice
+from tdm_lightning.errors import FileError, SettingTypeError
 from tdm_lightning.vit import TokenReducedViT
 
 Grid = tuple[int, int]
@@ -75,7 +76,7 @@ def load_official(
     """
     vit: Any = model.vit if isinstance(model, TokenReducedViT) else model
     if not isinstance(vit, nn.Module) or not hasattr(vit, "patch_embed"):
-        raise TypeError(
+        raise SettingTypeError(
             "load_official() takes a timm Vision Transformer, plain or reduced, got a"
             f" {type(model).__name__}"
         )
@@ -85,7 +86,7 @@ def load_official(
     elif isinstance(path_or_state_dict, (str, os.PathLike)):
         origin, content = str(path_or_state_dict), read_file(path_or_state_dict)
     else:
-        raise TypeError(f"expected a path or a state dict, got {path_or_state_dict!r}")
+        raise SettingTypeError(f"expected a path or a state dict, got {path_or_state_dict!r}")
     layout, weights = _translated(_weights(content, which, origin), origin)
     grids = _fit_position_grid(weights, vit)
 
@@ -178,13 +179,13 @@ def _weights(content: Mapping[str, Any], which: str, origin: str) -> Weights:
     elif not any(isinstance(value, Tensor) for value in content.values()):
         found = content.get(which, {})
         if not isinstance(found, Mapping) or not found:
-            raise ValueError(
+            raise FileError(
                 f"{origin} has no weights under {which!r}; its keys are"
                 f" {_listed(content) or 'none'}"
             )
     strange = [name for name, value in found.items() if not isinstance(value, Tensor)]
     if strange:
-        raise ValueError(f"{origin} holds entries that are no tensors: {_listed(strange)}")
+        raise FileError(f"{origin} holds entries that are no tensors: {_listed(strange)}")
     prefix = "module." if all(name.startswith("module.") for name in found) else ""
     return {name.removeprefix(prefix): value for name, value in found.items()}
 
@@ -194,7 +195,7 @@ def _translated(weights: Weights, origin: str) -> tuple[Layout, Weights]:
         if layout.recognises(weights):
             return layout, layout.translate(weights)
     known = ", ".join(layout.name for layout in LAYOUTS)
-    raise ValueError(
+    raise FileError(
         f"{origin} is not of a known layout ({known}); its weights are {_listed(weights, most=5)}"
     )
 
@@ -259,7 +260,7 @@ def _check_fit(
         lines.append(
             "The file holds layers of a token-reduction method: attach that method before loading."
         )
-    raise ValueError("\n".join(lines))
+    raise FileError("\n".join(lines))
 
 
 def _kind(weights: Mapping[str, Tensor]) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 import timm
 import torch
 
-from tdm_lightning.checks import check_choice
+from tdm_lightning.core.checks import check_choice
+from tdm_lightning.errors import SettingError
 from tdm_lightning.version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,17 +30,17 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(
+        raise SettingError(
             f"device must be 'auto', 'cpu', 'cuda' or the like, got {name!r}"
         ) from None
     if device.type not in {known.type for known in here}:
-        raise ValueError(
+        raise SettingError(
             f"there is no {device.type} device here (torch {torch.__version__}); use device=auto or"
             " device=cpu"
         )
     count = 1 if device.type == "cpu" else torch.accelerator.device_count()
     if device.index is not None and device.index >= count:
-        raise ValueError(
+        raise SettingError(
             f"device {name!r} does not exist: there are {count} of its kind, counted from 0"
         )
     return device

@@ -13,7 +13,10 @@ from torch import nn
 
 from tdm_lightning.budget import at_budget
 from tdm_lightning.checkpoints import load_official
-from tdm_lightning.configurable import arguments_line
+from tdm_lightning.core.configurable import arguments_line
+from tdm_lightning.errors import SettingError
+from tdm_lightning.mergers import TokenMerger
+from tdm_lightning.sparsity import SViTE
 from tdm_lightning.sparsity.extract import as_extracted
 from tdm_lightning.strategies import (
     DPCKNN,
@@ -27,8 +30,6 @@ from tdm_lightning.strategies import (
     SPViT,
     Stack,
     Strategy,
-    SViTE,
-    TokenMerger,
     ToMe,
     TopK,
 )
@@ -99,7 +100,7 @@ def make_vit(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models('*vit*')"
-        raise ValueError(f"timm has no model {name!r}; {hint}")
+        raise SettingError(f"timm has no model {name!r}; {hint}")
     return timm.create_model(name, **arguments)
 
 

@@ -10,7 +10,6 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from tdm_lightning.checks import check_count
 from tdm_lightning.compare.accuracy import top1
 from tdm_lightning.compare.environment import choose_device, choose_dtype, surroundings
 from tdm_lightning.compare.memory import peak_bytes, saved_bytes
@@ -18,6 +17,8 @@ from tdm_lightning.compare.methods import Method, make_method, make_plain
 from tdm_lightning.compare.runtime import Run, check_runs, check_runtime, runner, runtime_name
 from tdm_lightning.compare.table import Row, Spread
 from tdm_lightning.compare.timing import Round, interleaved_rounds, own_share, seconds
+from tdm_lightning.core.checks import check_count
+from tdm_lightning.errors import SettingError
 from tdm_lightning.flops import ImageCosts, count_macs, default_input_size, image_costs
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.vit import TokenReducedViT
@@ -62,7 +63,7 @@ class Plan:
         check_count(self.seed, "seed", least=0)
         check_runtime(self.runtime, choose_device(self.device), choose_dtype(self.dtype))
         if self.training and self.runtime != "eager":
-            raise ValueError(
+            raise SettingError(
                 f"training steps are timed with runtime=eager, not {self.runtime}; leave one of the"
                 " two out"
             )
@@ -302,7 +303,7 @@ def _runner(method: Method, runtime: str) -> Run:
     try:
         return runner(method.model, runtime)
     except ValueError as error:
-        raise ValueError(
+        raise SettingError(
             f"{method.name} cannot be timed with runtime={runtime}: {error}"
         ) from error
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdm_lightning.checks import check_choice
+from tdm_lightning.core.checks import check_choice
+from tdm_lightning.errors import SettingError
 from tdm_lightning.export import check_static, write_onnx
 
 RUNTIMES = ("eager", "compile", "onnx")
@@ -28,7 +29,7 @@ def check_runtime(runtime: str, device: torch.device, dtype: torch.dtype) -> str
     if check_choice(runtime, RUNTIMES, "runtime") == "onnx" and (
         device.type != "cpu" or dtype != torch.float32
     ):
-        raise ValueError(
+        raise SettingError(
             f"runtime=onnx runs on the CPU in float32, not on {device} in {dtype}; use device=cpu"
             " and dtype=float32"
         )

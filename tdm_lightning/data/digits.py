@@ -6,6 +6,8 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL.Image import fromarray
 
+from tdm_lightning.errors import DataError
+
 _TEST, _VALIDATION = 360, 180  # a fifth and a tenth of the images
 _SEED = 0  # fixed: runs with different seeds are compared on the same test images
 
@@ -21,7 +23,7 @@ def load_digits_splits() -> DatasetDict:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ValueError(
+        raise DataError(
             "dataset 'digits' needs scikit-learn: pip install 'tdm-lightning[quickstart]'"
         ) from error
     bunch = load_digits()

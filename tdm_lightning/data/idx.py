@@ -10,6 +10,8 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL.Image import fromarray
 
+from tdm_lightning.errors import DataError
+
 _SPLITS = {"train": "train", "test": "t10k"}
 _IMAGES, _LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
 
@@ -47,10 +49,10 @@ def read_idx(path: Path) -> np.ndarray:
     # big-endian sizes, the elements.
     head = 4 + 4 * content[3] if len(content) > 3 else 4
     if content[:3] != b"\0\0\x08" or len(content) < head:
-        raise ValueError(f"{str(path)!r} is no IDX file of bytes")
+        raise DataError(f"{str(path)!r} is no IDX file of bytes")
     shape = np.frombuffer(content[4:head], dtype=">u4")
     if len(content) - head != shape.prod():
-        raise ValueError(
+        raise DataError(
             f"{str(path)!r} should hold {shape.prod()} bytes after its head and holds"
             f" {len(content) - head}"
         )
@@ -60,7 +62,7 @@ def read_idx(path: Path) -> np.ndarray:
 def _split(folder: Path, prefix: str) -> Dataset:
     images, labels = (read_idx(_found(folder, f"{prefix}-{kind}")) for kind in (_IMAGES, _LABELS))
     if len(images) != len(labels):
-        raise ValueError(
+        raise DataError(
             f"{str(folder)!r} holds {len(images)} images and {len(labels)} labels under {prefix}-*"
         )
     names = [str(index) for index in range(int(labels.max()) + 1)]
@@ -74,6 +76,4 @@ def _found(folder: Path, name: str) -> Path:
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
-    raise ValueError(
-        f"{str(folder)!r} has neither {name} nor {name}.gz, which format 'idx' expects"
-    )
+    raise DataError(f"{str(folder)!r} has neither {name} nor {name}.gz, which format 'idx' expects")

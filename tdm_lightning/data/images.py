@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from tdm_lightning.core.randomness import seeded
 from tdm_lightning.data.sampling import worker_share
 from tdm_lightning.data.transforms import Transform
-from tdm_lightning.randomness import seeded
+from tdm_lightning.errors import DataError, SettingTypeError
 
 Sample = tuple[Tensor, int]
 Labelled = tuple[Image.Image, int]
@@ -38,7 +39,7 @@ def decode(value: Any, mode: str) -> Image.Image:
         OSError, SyntaxError, ValueError, EOFError: if it cannot be decoded.
     """
     if value is None:
-        raise ValueError("there is no image")
+        raise DataError("there is no image")
     if isinstance(value, str):
         value = {"path": value}
     elif isinstance(value, bytes):
@@ -78,7 +79,7 @@ class RowReader:
             return _NO_LABEL
         label = row[self.label_column]
         if label is None or label < 0 or (self.classes is not None and label >= self.classes):
-            raise ValueError(
+            raise DataError(
                 f"column {self.label_column!r} holds the label {label}, but labels must lie in"
                 f" 0…{(self.classes or 1) - 1}; splits without labels can only be predicted;"
                 " num_classes sets the number of classes"
@@ -113,7 +114,7 @@ class CorruptImages:
         total = int(self.counts.sum())
         message = f"image {where} of split {self.split!r} cannot be decoded ({error})"
         if total > self.limit:
-            raise ValueError(
+            raise DataError(
                 f"{message}; corrupt images so far: {total}, max_corrupt_images: {self.limit}; "
                 "repair the data, or raise max_corrupt_images to skip more"
             ) from error
@@ -188,7 +189,7 @@ class ImageDataset(Pass, Dataset[Sample | None]):
                     return None
             else:
                 return self.reader.transform(image), self.reader.label(row)
-        raise ValueError(
+        raise DataError(
             f"none of the {len(self)} images of split {self.corrupt.split!r} can be decoded"
         )
 
@@ -229,7 +230,7 @@ class ImageStream(Pass, IterableDataset[Sample]):
 
     def __len__(self) -> int:
         if self.batches is None:
-            raise TypeError("a stream of unknown size has no length")
+            raise SettingTypeError("a stream of unknown size has no length")
         return self.batches * self.batch_size
 
     def begin_pass(self, number: int) -> None:
@@ -257,7 +258,7 @@ class ImageStream(Pass, IterableDataset[Sample]):
                 empty = False
                 yield image
             if empty:
-                raise ValueError(f"a pass over split {self.corrupt.split!r} gave no image")
+                raise DataError(f"a pass over split {self.corrupt.split!r} gave no image")
 
     def _once(self, worker: int) -> Iterator[Labelled]:
         for position, row in enumerate(self.stream):

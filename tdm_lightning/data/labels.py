@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from datasets import ClassLabel, Features, Image, Value
 from timm.data import ImageNetInfo
 
+from tdm_lightning.errors import DataError, SettingTypeError
+
 _RAW_IMAGES = ("binary", "large_binary", "string", "large_string")
 
 
@@ -24,7 +26,7 @@ def check_columns(features: Features, image_column: str, label_column: str | Non
     """
     for column, kind in ((image_column, "image"), (label_column, "label")):
         if column is not None and column not in features:
-            raise ValueError(
+            raise DataError(
                 f"the data set has no {kind} column {column!r}; "
                 f"its columns are {', '.join(map(repr, features))}: set {kind}_column"
             )
@@ -33,7 +35,7 @@ def check_columns(features: Features, image_column: str, label_column: str | Non
     if not (
         isinstance(image, Image) or raw or (isinstance(image, Value) and image.dtype in _RAW_IMAGES)
     ):
-        raise TypeError(
+        raise SettingTypeError(
             f"column {image_column!r} must hold images, encoded bytes or paths, but holds"
             f" {_described(image)}"
         )
@@ -41,7 +43,7 @@ def check_columns(features: Features, image_column: str, label_column: str | Non
         return
     label = features[label_column]
     if not isinstance(label, Value) or "int" not in label.dtype:
-        raise TypeError(
+        raise SettingTypeError(
             f"column {label_column!r} must hold classes as integers or ClassLabel, but holds"
             f" {_described(label)}; datasets' class_encode_column turns names into classes"
         )
@@ -89,12 +91,12 @@ def check_classes(
     seen = set(train)
     unseen = set(other) - seen
     if unseen:
-        raise ValueError(
+        raise DataError(
             f"the splits have different classes: {split!r} has {named(unseen)}, which the training"
             f" split (with {named(seen)}) lacks; every class needs training images"
         )
     if len(seen) < 2:
-        raise ValueError(
+        raise DataError(
             f"all training images have one class, {named(seen)}; expected at least two (in a"
             " folder: one subfolder per class)"
         )

@@ -11,7 +11,8 @@ import datasets
 import torch
 from lightning.pytorch import LightningDataModule
 
-from tdm_lightning.checks import check_count
+from tdm_lightning.core.checks import check_count
+from tdm_lightning.core.randomness import run_seed
 from tdm_lightning.data.images import CorruptImages, ImageDataset, ImageStream, RowReader, collate
 from tdm_lightning.data.labels import check_classes, check_columns, class_names
 from tdm_lightning.data.loader import ImageLoader
@@ -31,7 +32,7 @@ from tdm_lightning.data.transforms import (
     resolve_config,
     train_transform,
 )
-from tdm_lightning.randomness import run_seed
+from tdm_lightning.errors import DataError
 
 
 class ImageNetDataModule(LightningDataModule):
@@ -161,14 +162,14 @@ class ImageNetDataModule(LightningDataModule):
         if num_classes is not None:
             check_count(num_classes, "num_classes")
         if not 0 <= val_holdout < 1:
-            raise ValueError(
+            raise DataError(
                 f"val_holdout must lie in [0, 1), a share of the training images, got {val_holdout}"
             )
         if crop_pct is not None and not 0 < crop_pct <= 1:
-            raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
+            raise DataError(f"crop_pct must lie in (0, 1], got {crop_pct}")
         if streaming and (val_holdout or repeated_augmentation):
             what = "val_holdout" if val_holdout else "repeated_augmentation"
-            raise ValueError(
+            raise DataError(
                 f"{what} picks images by index, which a stream does not have: set {what}=0 or"
                 " streaming=false"
             )
@@ -211,7 +212,7 @@ class ImageNetDataModule(LightningDataModule):
         rows = choose_split(self._splits, hp.train_split)
         check_columns(features_of(rows), hp.image_column, hp.label_column)
         if not isinstance(rows, datasets.Dataset):
-            raise ValueError(
+            raise DataError(
                 f"a stream does not tell how many classes column {hp.label_column!r} has: set"
                 " num_classes"
             )
@@ -294,7 +295,7 @@ class ImageNetDataModule(LightningDataModule):
             return hp.train_split
         split = hp.val_split if part == "val" or hp.test_split is None else hp.test_split
         if split is None:
-            raise ValueError("there are no images to evaluate on: set val_split or test_split")
+            raise DataError("there are no images to evaluate on: set val_split or test_split")
         return split
 
     # Loaders
@@ -367,7 +368,7 @@ class ImageNetDataModule(LightningDataModule):
         size = stream_size(rows, hp.train_split) if training else None
         limited = self.trainer is not None and isinstance(self.trainer.limit_train_batches, int)
         if training and size is None and processes > 1 and not limited:
-            raise ValueError(
+            raise DataError(
                 "the description of this stream does not tell how many images it has, so the"
                 " processes could not stop together: set trainer.limit_train_batches to the number"
                 " of batches per epoch, or streaming=false"

@@ -9,6 +9,7 @@ from datasets import Features
 
 from tdm_lightning.data.labels import check_columns
 from tdm_lightning.data.sources import Splits
+from tdm_lightning.errors import DataError
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -25,7 +26,7 @@ def choose_split(splits: Splits, split: str) -> Rows:
         ValueError: if there is none of that name.
     """
     if split not in splits:
-        raise ValueError(
+        raise DataError(
             f"the data set has no split {split!r}; its splits are {', '.join(map(repr, splits))}:"
             " set train_split, val_split and test_split, or val_holdout to validate on a part of"
             " the training images"
@@ -50,7 +51,7 @@ def encoded(rows: Rows, split: str, image_column: str, label_column: str | None)
     features = features_of(rows)
     check_columns(features, image_column, label_column)
     if isinstance(rows, datasets.Dataset) and len(rows) == 0:
-        raise ValueError(f"split {split!r} of the data set is empty")
+        raise DataError(f"split {split!r} of the data set is empty")
     rows = rows.select_columns(
         [image_column] if label_column is None else [image_column, label_column]
     )
@@ -74,7 +75,7 @@ def hold_out(
     try:
         halves = rows.train_test_split(share, stratify_by_column=by_class, seed=seed)
     except ValueError as error:
-        raise ValueError(
+        raise DataError(
             f"val_holdout={share} of {len(rows)} images cannot hold the same share of every class:"
             f" {error}"
         ) from error

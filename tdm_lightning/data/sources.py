@@ -14,9 +14,10 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub.errors import GatedRepoError
 
-from tdm_lightning.checks import check_choice
+from tdm_lightning.core.checks import check_choice
 from tdm_lightning.data.digits import load_digits_splits
 from tdm_lightning.data.idx import is_idx_file, load_idx_splits
+from tdm_lightning.errors import DataError
 
 Location: TypeAlias = str | list[str] | dict[str, str | list[str]]
 Splits: TypeAlias = DatasetDict | IterableDatasetDict
@@ -64,7 +65,7 @@ def load_splits(
     try:
         return load_dataset(format, **files, **options)
     except (DatasetsError, OSError, ValueError) as error:
-        raise ValueError(
+        raise DataError(
             f"cannot read {location!r} as {format}: {error.__cause__ or error}"
         ) from error
 
@@ -104,7 +105,7 @@ def detect_format(location: Location) -> str:
             if known is not None and not Path(file).name.startswith("metadata."):
                 return known
     found = ", ".join(map(repr, patterns))
-    raise ValueError(
+    raise DataError(
         f"{found}: no images, .parquet, .arrow, .tar or IDX files there; a folder of images is laid"
         f" out {_LAYOUT}"
     )
@@ -115,7 +116,7 @@ _LAYOUT = "SPLIT/CLASS/IMAGE, such as train/cat/1.jpg and validation/cat/2.jpg"
 
 def _folder(location: Location) -> str:
     if not isinstance(location, str):
-        raise ValueError(f"format 'idx' takes one folder, got {location!r}")
+        raise DataError(f"format 'idx' takes one folder, got {location!r}")
     return location
 
 
@@ -158,7 +159,7 @@ def _matches(pattern: str) -> Iterable[str]:
     files = sorted(glob(path, recursive=True))
     if not files:
         what = "no file matches this pattern" if has_magic(pattern) else "no such file or folder"
-        raise ValueError(
+        raise DataError(
             f"{pattern!r}: {what}; expected a folder, .parquet, .arrow or .tar files, or a name on"
             " the hub"
         )
@@ -185,7 +186,7 @@ def _files_by_split(folder: str, format: str) -> dict[str, list[str]]:
     """
     suffixes = [suffix for suffix, known in _SUFFIXES.items() if known == format]
     if not any(Path(file).suffix in suffixes for file in _matches(folder)):
-        raise ValueError(
+        raise DataError(
             f"{folder!r}: no {' or '.join(suffixes)} files there, which format {format!r} expects"
         )
     patterns = sanitize_patterns(get_data_patterns(folder))
@@ -215,11 +216,11 @@ def _ask_hub(
 ) -> Any:
     """Load from the hub; a refusal says how to mend it."""
     if not isinstance(location, str):
-        raise ValueError(f"format 'hub' takes the name of one data set, got {location!r}")
+        raise DataError(f"format 'hub' takes the name of one data set, got {location!r}")
     try:
         return function(location, name, **options)
     except (DatasetsError, OSError) as error:  # the hub's own errors are OSErrors
-        raise ValueError(_refusal(error, location)) from error
+        raise DataError(_refusal(error, location)) from error
 
 
 def _refusal(error: Exception, name: str) -> str:

@@ -13,6 +13,8 @@ from timm.data.auto_augment import posterize
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
+from tdm_lightning.errors import DataError
+
 Transform = Callable[[Image], Tensor]
 _MODES = {1: "L", 3: "RGB"}
 
@@ -46,7 +48,7 @@ def resolve_config(
     size = kwargs.get("img_size") or (height, width)
     height, width = (size, size) if isinstance(size, int) else size
     if channels not in _MODES:
-        raise ValueError(
+        raise DataError(
             "images are read as RGB or grey, so a model takes 3 or 1 channels, but in_chans is"
             f" {channels}"
         )
@@ -60,7 +62,7 @@ def _pretrained_cfg(model: str) -> dict[str, Any]:
     cfg = get_pretrained_cfg(model)
     if cfg is None:
         near = ", ".join(timm.list_models(f"*{model.split('_')[0]}*")[:5])
-        raise ValueError(
+        raise DataError(
             f"timm has no model {model!r}" + (f"; similar names: {near}, …" if near else "")
         )
     return cfg.to_dict()

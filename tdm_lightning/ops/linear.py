@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tdm_lightning.errors import SettingError
+
 
 def linear_weight(layer: Any) -> Tensor:
     """The weight of a linear layer, out×in, floating point.
@@ -53,7 +55,7 @@ def check_not_quantized(model: nn.Module, purpose: str, packed: bool = False) ->
             and is_quantized(layer)
             and not (packed and isinstance(layer.weight, Tensor))
         ):
-            raise ValueError(
+            raise SettingError(
                 f"cannot {purpose}: {name!r} is quantised, so its weight can be run but not"
                 " computed with; take the model as it was before it was quantised"
             )

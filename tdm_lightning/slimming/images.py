@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tdm_lightning.errors import SettingError, SettingTypeError
+
 
 def take_images(loader: Iterable[Any], most: int, like: Tensor) -> list[Tensor]:
     """The first images of a loader, in its batches.
@@ -25,7 +27,7 @@ def take_images(loader: Iterable[Any], most: int, like: Tensor) -> list[Tensor]:
         images = batch[0] if isinstance(batch, (list, tuple)) else batch
         if not isinstance(images, Tensor) or images.ndim != 4:
             shape = f" of shape {tuple(images.shape)}" if isinstance(images, Tensor) else ""
-            raise TypeError(
+            raise SettingTypeError(
                 "a search looks at batches of images, B×C×H×W, or pairs (images, labels); the"
                 f" loader gave a {type(images).__name__}{shape}"
             )
@@ -34,7 +36,7 @@ def take_images(loader: Iterable[Any], most: int, like: Tensor) -> list[Tensor]:
         if left <= 0:
             break
     if left == most:
-        raise ValueError(
+        raise SettingError(
             "a search needs images, and the loader has none: give it some training images"
         )
     return batches

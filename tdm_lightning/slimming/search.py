@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdm_lightning.checks import check_count
+from tdm_lightning.core.checks import check_count
+from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.slimming.error import relative_error
 from tdm_lightning.slimming.images import take_images
 from tdm_lightning.slimming.stage import Stage
@@ -110,14 +111,14 @@ def search(
         TypeError: if the model cannot compute chosen rows, or the loader gives no images.
     """
     if isinstance(bound, bool) or not isinstance(bound, Real):
-        raise TypeError(f"bound must be a number of at least 0, got {bound!r}")
+        raise SettingTypeError(f"bound must be a number of at least 0, got {bound!r}")
     if not 0 <= float(bound) < math.inf:
-        raise ValueError(
+        raise SettingError(
             f"bound must be a relative error of at least 0, got {bound!r}: below that no masks can"
             " meet it"
         )
     if not lr > 0:
-        raise ValueError(f"lr must be positive, got {lr!r}")
+        raise SettingError(f"lr must be positive, got {lr!r}")
     check_count(step, "step")
     check_count(epochs, "epochs", least=0)
 
@@ -133,7 +134,7 @@ def search(
                 if error <= bound:
                     return patches, error, block
             if patches == len(stage.later):  # all are on, so the error is 0, or there is none
-                raise ValueError(
+                raise SettingError(
                     "the model computes NaN or infinity on these images, so no bound can be met"
                 )
             patches = min(patches + step, len(stage.later))
@@ -159,7 +160,7 @@ def select(
     """
     counts = PSViT(counts=counts).schedule(len(counts), 0)
     if counts[-1]:
-        raise ValueError(
+        raise SettingError(
             "counts must end with 0, because the head reads the class token alone; got"
             f" {list(counts)}"
         )
@@ -206,7 +207,7 @@ def _walk(
 def _check_model(vit: Any) -> None:
     attach(vit, PSViT())  # refuses models whose rows cannot be chosen
     if vit.global_pool != "token" or not class_rows(vit):
-        raise ValueError(
+        raise SettingError(
             "patch slimming asks what the class token needs, but this model's head reads"
             f" global_pool={vit.global_pool!r}; take a model that classifies by its class token"
             " (global_pool='token')"

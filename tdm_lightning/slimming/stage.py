@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.slimming.error import relative_error
 from tdm_lightning.slimming.impact import attention_maps, impact_scores, influence_through
-from tdm_lightning.tokens import Tokens
 from tdm_lightning.vit.blocks import adapter_for
 from tdm_lightning.vit.families import class_rows, family_of
 

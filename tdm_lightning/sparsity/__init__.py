@@ -12,9 +12,11 @@ from tdm_lightning.sparsity.extract import (
     extract_dense,
 )
 from tdm_lightning.sparsity.structured import Structured
+from tdm_lightning.sparsity.svite import SViTE
 from tdm_lightning.sparsity.unstructured import Unstructured
 
 __all__ = [
+    "SViTE",
     "Sparsity",
     "Structured",
     "Unstructured",

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tdm_lightning.configurable import Configurable
+from tdm_lightning.core.configurable import Configurable
+from tdm_lightning.core.tokens import Observed, Tokens
+from tdm_lightning.errors import SettingError
 from tdm_lightning.sparsity.exchange import draw
-from tdm_lightning.tokens import Observed, Tokens
 
 
 class Sparsity(nn.Module, Configurable):
@@ -113,7 +114,7 @@ def gradient(weight: nn.Parameter, what: str) -> Tensor:
         ValueError: if there is none.
     """
     if weight.grad is None:
-        raise ValueError(
+        raise SettingError(
             f"an exchange of masks goes by gradients, and {what} has none: call"
             " after_optimizer_step() before the gradients are cleared, and leave the weights under"
             " masks trainable"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.sparsity.base import Sparsity
 from tdm_lightning.sparsity.structured import Structured
 
@@ -94,11 +95,11 @@ def extract_dense(model: Any) -> nn.Module:
     parts = kept_parts(model)
     if parts is None:
         _required(model)
-        raise TypeError(
+        raise SettingTypeError(
             "only whole heads and MLP units can be taken out, and these masks are of single weights"
         )
     if not all(masks.enforced(model.vit) for masks in sparsities(model)):
-        raise ValueError(
+        raise SettingError(
             "the masks are not in force: some masked weights are not zero, so the model would"
             " compute something else without them. Train it, or call"
             " tdm_lightning.sparsity.apply_masks(model); for weights that were sparse when they"
@@ -187,7 +188,7 @@ def _linear(
 def _required(model: Any) -> list[Sparsity]:
     found = sparsities(model)
     if not found:
-        raise TypeError(
+        raise SettingTypeError(
             "this takes a model with masks, such as tdm_lightning.attach(vit, SViTE()), got a"
             f" {type(model).__name__} without"
         )

@@ -12,11 +12,12 @@ from timm.layers import Attention, Mlp
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
-from tdm_lightning.checks import check_fraction
+from tdm_lightning.core.checks import check_fraction
+from tdm_lightning.core.tokens import Observed, Tokens
+from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.ops import linear_bias, linear_weight
 from tdm_lightning.sparsity.base import Sparsity, gradient
 from tdm_lightning.sparsity.exchange import exchange
-from tdm_lightning.tokens import Observed, Tokens
 
 
 class Structured(Sparsity):
@@ -68,7 +69,7 @@ class Structured(Sparsity):
             ):
                 count = int(size * share)
                 if count < 1:
-                    raise ValueError(
+                    raise SettingError(
                         f"{name}={share} of {size} leaves no {name[:-1]} in a block; at least"
                         f" {1 / size:.3g} keeps one"
                     )
@@ -108,7 +109,7 @@ class Structured(Sparsity):
                 _norms(block.mlp.fc1.weight, block.mlp.fc2.weight) > 0,
             )
             if not all(mask.any() for mask in found):
-                raise ValueError(
+                raise SettingError(
                     f"block {index} has no active head or no active unit: all of their weights are"
                     " zero"
                 )
@@ -180,7 +181,7 @@ class Structured(Sparsity):
         scores, self._scores = self._scores, {}
         for index, block in enumerate(vit.blocks):
             if index not in scores:
-                raise ValueError(
+                raise SettingError(
                     "an exchange of heads goes by a training pass that was watched: call"
                     " on_progress() before each training step and after_optimizer_step() behind it,"
                     " with the same count of steps"
@@ -233,7 +234,7 @@ def _check(block: Any) -> None:
     # model.
     inner = [getattr(attn, "gate", None), getattr(attn, "norm", None), getattr(mlp, "norm", None)]
     if not plain or any(part is not None and type(part) is not nn.Identity for part in inner):
-        raise TypeError(
+        raise SettingTypeError(
             "Structured sparsity needs blocks with timm's plain Attention and Mlp, and this"
             f" model's {type(block).__name__} holds {type(attn).__name__} and {type(mlp).__name__},"
             " a gate, or a norm between their layers; take another model, or Unstructured"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdm_lightning.checks import check_fraction
+from tdm_lightning.core.checks import check_fraction
 from tdm_lightning.sparsity.base import Sparsity, gradient
 from tdm_lightning.sparsity.density import erk_densities
 from tdm_lightning.sparsity.exchange import exchange

@@ -7,12 +7,10 @@ from tdm_lightning.strategies.dyvit import DyViT
 from tdm_lightning.strategies.evit import EViT
 from tdm_lightning.strategies.evovit import EvoViT
 from tdm_lightning.strategies.iared2 import IARED2
-from tdm_lightning.strategies.merger import TokenMerger
 from tdm_lightning.strategies.psvit import PSViT
 from tdm_lightning.strategies.random import Random
 from tdm_lightning.strategies.spvit import SPViT
 from tdm_lightning.strategies.stack import Stack
-from tdm_lightning.strategies.svite import SViTE
 from tdm_lightning.strategies.tdm import TDM
 from tdm_lightning.strategies.tome import ToMe
 from tdm_lightning.strategies.topk import TopK
@@ -28,10 +26,8 @@ __all__ = [
     "PSViT",
     "Random",
     "SPViT",
-    "SViTE",
     "Stack",
     "Strategy",
     "ToMe",
-    "TokenMerger",
     "TopK",
 ]

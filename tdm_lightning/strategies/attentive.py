@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tdm_lightning.checks import check_keep_rate, check_layers, check_layers_exist
+from tdm_lightning.core.checks import check_keep_rate, check_layers, check_layers_exist
+from tdm_lightning.core.tokens import Observed, Reduction, Tokens
+from tdm_lightning.mergers.token_merger import TokenMerger, check_merger
 from tdm_lightning.strategies.base import Strategy
-from tdm_lightning.strategies.merger import TokenMerger, check_merger
-from tdm_lightning.tokens import Observed, Reduction, Tokens
 
 
 class AttentiveStrategy(Strategy):

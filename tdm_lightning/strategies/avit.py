@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdm_lightning.checks import check_number
+from tdm_lightning.core.checks import check_number
+from tdm_lightning.core.tokens import Output, Tokens
+from tdm_lightning.errors import SettingError
 from tdm_lightning.strategies.base import Criterion, Strategy
-from tdm_lightning.tokens import Output, Tokens
 
 #: Share of the prior that lies on the blocks before its mean.
 _BEFORE_MEAN = 0.98
@@ -82,7 +83,7 @@ class AViT(Strategy):
         self.gate_center = check_number(gate_center, "gate_center", least=-math.inf)
         self.eps = check_number(eps, "eps", above=True)
         if self.eps >= 1:
-            raise ValueError(f"eps must lie in (0, 1), got {eps!r}; the official value is 0.01")
+            raise SettingError(f"eps must lie in (0, 1), got {eps!r}; the official value is 0.01")
         self.ponder_weight = check_number(ponder_weight, "ponder_weight")
         self.prior_weight = check_number(prior_weight, "prior_weight")
         self.prior_mean = check_number(prior_mean, "prior_mean", above=True)
@@ -106,7 +107,7 @@ class AViT(Strategy):
         number = r"(\d+(?:\.\d+)?)"
         found = re.search(rf"-{number}-{number}(?:\.[a-z]+)?$", PurePath(path).name)
         if found is None:
-            raise ValueError(
+            raise SettingError(
                 f"the name {PurePath(path).name!r} does not end in gate scale and center as A-ViT's"
                 " small-10-75.pth does; pass AViT(gate_scale=…, gate_center=…) with the values it"
                 " was trained with"

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from tdm_lightning.configurable import Configurable, arguments_line
-from tdm_lightning.tokens import Observed, Output, Tokens
+from tdm_lightning.core.configurable import Configurable, arguments_line
+from tdm_lightning.core.tokens import Observed, Output, Tokens
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 

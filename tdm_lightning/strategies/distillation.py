@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdm_lightning.core.tokens import Output
+from tdm_lightning.errors import SettingError
 from tdm_lightning.ops import merge_groups
-from tdm_lightning.tokens import Output
 
 
 def distillation(
@@ -71,7 +72,7 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _checked(output: Output, teacher: Output | None, initial: int, name: str) -> Output:
     if teacher is None:
-        raise ValueError(
+        raise SettingError(
             f"{name} distils from the unreduced model: pass its output as teacher, or set"
             " distill_weight=0 and token_weight=0"
         )
@@ -82,7 +83,7 @@ def _checked(output: Output, teacher: Output | None, initial: int, name: str) ->
         or length < initial
         or (batch, width) != (output.features.shape[0], output.features.shape[2])
     ):
-        raise ValueError(
+        raise SettingError(
             f"the teacher's logits {tuple(teacher.logits.shape)} and features"
             f" {tuple(teacher.features.shape)} do not fit the student's"
             f" {tuple(output.logits.shape)} and {tuple(output.features.shape)} with {initial}"

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdm_lightning.checks import check_count
+from tdm_lightning.core.checks import check_count
+from tdm_lightning.core.tokens import Reduction, Role, Tokens
 from tdm_lightning.ops import cluster_density_peaks, group_weights, merge_groups
 from tdm_lightning.strategies.staged import StagedStrategy
-from tdm_lightning.tokens import Reduction, Role, Tokens
 
 
 class DPCKNN(StagedStrategy):

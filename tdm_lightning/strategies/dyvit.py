@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdm_lightning.checks import check_choice, check_count, check_number
+from tdm_lightning.core.checks import check_choice, check_count, check_number
+from tdm_lightning.core.tokens import Output, Tokens
+from tdm_lightning.mergers.token_merger import TokenMerger, check_early_merger
 from tdm_lightning.strategies.base import Criterion
 from tdm_lightning.strategies.distillation import distillation
 from tdm_lightning.strategies.groups import paced_groups
-from tdm_lightning.strategies.merger import TokenMerger, check_early_merger
 from tdm_lightning.strategies.predictor import KeepPredictor
 from tdm_lightning.strategies.sampled import (
     merge_sampled,
@@ -23,7 +24,6 @@ from tdm_lightning.strategies.sampled import (
     start_sampling,
 )
 from tdm_lightning.strategies.staged import StagedStrategy, keep_best
-from tdm_lightning.tokens import Output, Tokens
 
 
 class DyViT(StagedStrategy):

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tdm_lightning.core.tokens import Reduction, Role
+from tdm_lightning.mergers.token_merger import TokenMerger
 from tdm_lightning.ops import gather_tokens, inverse_order, rank_order
 from tdm_lightning.strategies.attentive import AttentiveStrategy
-from tdm_lightning.strategies.merger import TokenMerger
-from tdm_lightning.tokens import Reduction, Role
 
 
 class EViT(AttentiveStrategy):

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdm_lightning.checks import check_count, check_keep_rate, check_layers, check_layers_exist
+from tdm_lightning.core.checks import check_count, check_keep_rate, check_layers, check_layers_exist
+from tdm_lightning.core.tokens import Observed, Output, Reduction, Role, Tokens
+from tdm_lightning.errors import SettingError, SettingTypeError
+from tdm_lightning.mergers.token_merger import TokenMerger, check_early_merger
 from tdm_lightning.ops import gather_tokens, group_weights, inverse_order, merge_groups, rank_order
 from tdm_lightning.strategies.base import Criterion, Strategy
-from tdm_lightning.strategies.merger import TokenMerger, check_early_merger
-from tdm_lightning.tokens import Observed, Output, Reduction, Role, Tokens
 
 
 class EvoViT(Strategy):
@@ -77,7 +78,7 @@ class EvoViT(Strategy):
         self.merger = check_early_merger(merger)
         self.layers = check_layers(layers)
         if 0 in self.layers:
-            raise ValueError(
+            raise SettingError(
                 "layers must be at least 1: before the first block there is no attention to"
                 " select by"
             )
@@ -86,7 +87,7 @@ class EvoViT(Strategy):
         self.layerwise_epochs = check_count(layerwise_epochs, "layerwise_epochs", least=0)
         self.layerwise = False
         if self.representative and merger is not None:
-            raise ValueError(
+            raise SettingError(
                 "representative=True and a merger are two ways to run for the waiting tokens;"
                 " choose one"
             )
@@ -101,11 +102,11 @@ class EvoViT(Strategy):
         depth = len(vit.blocks)
         check_layers_exist(self.layers, depth)
         if isinstance(self.tradeoff, tuple) and len(self.tradeoff) != depth:
-            raise ValueError(
+            raise SettingError(
                 f"tradeoff needs one number per block, {depth} here, got {len(self.tradeoff)}"
             )
         if vit.global_pool == "token":
-            raise ValueError(
+            raise SettingError(
                 "Evo-ViT's head averages over the patches, but this model classifies by its class"
                 " token; create the timm model with global_pool='avg'"
             )
@@ -115,7 +116,7 @@ class EvoViT(Strategy):
 
     def _make_class_head(self, vit: Any) -> None:
         if getattr(vit, "cls_token", None) is None or not vit.num_classes:
-            raise ValueError(
+            raise SettingError(
                 "class_head=True needs a model with a class token and a classifier; use"
                 " class_head=False"
             )
@@ -202,7 +203,7 @@ class EvoViT(Strategy):
     def _keep(self, n: int) -> int:
         keep = int(self.annealed(self.keep_rate) * n)
         if keep < 1:
-            raise ValueError(
+            raise SettingError(
                 f"keep_rate={self.keep_rate} leaves none of {n} tokens to update; raise it"
             )
         return keep
@@ -281,9 +282,11 @@ def _check_tradeoff(value: Any) -> float | tuple[float, ...] | None:
         return None
     numbers: Any = [value] if isinstance(value, Real) else value
     if isinstance(numbers, str) or not isinstance(numbers, Sequence):
-        raise TypeError(f"tradeoff must be a number in [0, 1] or one per block, got {value!r}")
+        raise SettingTypeError(
+            f"tradeoff must be a number in [0, 1] or one per block, got {value!r}"
+        )
     if any(isinstance(number, bool) or not isinstance(number, Real) for number in numbers):
-        raise TypeError(f"tradeoff must hold numbers in [0, 1], got {value!r}")
+        raise SettingTypeError(f"tradeoff must hold numbers in [0, 1], got {value!r}")
     if not all(0 <= number <= 1 for number in numbers):
-        raise ValueError(f"tradeoff must lie in [0, 1], got {value!r}")
+        raise SettingError(f"tradeoff must lie in [0, 1], got {value!r}")
     return float(value) if isinstance(value, Real) else tuple(map(float, numbers))

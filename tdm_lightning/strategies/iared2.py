@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tdm_lightning.checks import check_count, check_number
+from tdm_lightning.core.checks import check_count, check_number
+from tdm_lightning.core.tokens import Output, Tokens
+from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.strategies.base import Criterion, Strategy
 from tdm_lightning.strategies.interpreter import MultiHeadInterpreter
-from tdm_lightning.tokens import Output, Tokens
 
 
 class Stage(NamedTuple):
@@ -88,7 +89,9 @@ class IARED2(Strategy):
         self.groups = check_count(groups, "groups")
         self.threshold = check_number(threshold, "threshold")
         if self.threshold >= 1:
-            raise ValueError(f"threshold must lie in [0, 1), got {threshold!r}; no score exceeds 1")
+            raise SettingError(
+                f"threshold must lie in [0, 1), got {threshold!r}; no score exceeds 1"
+            )
         self.heads = None if heads is None else check_count(heads, "heads")
         self.penalty = _check_penalty(penalty)
         self.interpreter_epochs = check_count(interpreter_epochs, "interpreter_epochs")
@@ -104,13 +107,13 @@ class IARED2(Strategy):
             ValueError: if the model has no class token, or groups or heads do not divide it evenly.
         """
         if getattr(vit, "cls_token", None) is None:
-            raise ValueError(
+            raise SettingError(
                 "IA-RED² scores patches by the class token, and this model has none; take one with"
                 " a class token, or a strategy without it (DyViT, ToMe)"
             )
         depth, width = len(vit.blocks), vit.embed_dim
         if depth % self.groups:
-            raise ValueError(
+            raise SettingError(
                 f"groups={self.groups} does not divide the model's {depth} blocks evenly; choose a"
                 " divisor"
             )
@@ -118,7 +121,7 @@ class IARED2(Strategy):
             module.num_heads for module in vit.blocks[0].modules() if hasattr(module, "num_heads")
         )
         if width % heads:
-            raise ValueError(
+            raise SettingError(
                 f"heads={heads} does not divide the model's width {width} evenly; choose a divisor"
             )
         device = next(vit.parameters()).device
@@ -188,7 +191,7 @@ class IARED2(Strategy):
         if log_probability is None:
             return super().loss(output, target, criterion, teacher)
         if teacher is None:
-            raise ValueError(
+            raise SettingError(
                 "IA-RED² compares a drawn policy with the one of inference: pass"
                 " strategy.baseline(model, images) as teacher"
             )
@@ -238,7 +241,9 @@ class IARED2(Strategy):
 
 def _check_penalty(penalty: Any) -> tuple[float, ...]:
     if isinstance(penalty, str) or not isinstance(penalty, Sequence):
-        raise TypeError(f"penalty must be a sequence of numbers such as (3, 5, 8), got {penalty!r}")
+        raise SettingTypeError(
+            f"penalty must be a sequence of numbers such as (3, 5, 8), got {penalty!r}"
+        )
     if not penalty:
-        raise ValueError("penalty must hold at least one number")
+        raise SettingError("penalty must hold at least one number")
     return tuple(check_number(value, "penalty") for value in penalty)

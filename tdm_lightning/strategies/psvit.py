@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdm_lightning.checks import check_keep_rate
+from tdm_lightning.core.checks import check_keep_rate
+from tdm_lightning.core.tokens import Observed, Reduction, Role, Tokens
+from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.ops import inverse_order
 from tdm_lightning.strategies.base import Strategy
-from tdm_lightning.tokens import Observed, Reduction, Role, Tokens
 
 
 class PSViT(Strategy):
@@ -60,7 +61,7 @@ class PSViT(Strategy):
     ) -> None:
         super().__init__()
         if counts is not None and masks is not None:
-            raise ValueError(
+            raise SettingError(
                 "counts and masks both say how many patches each block computes; give one of them"
             )
         self.keep_rate = check_keep_rate(keep_rate)
@@ -77,11 +78,11 @@ class PSViT(Strategy):
                 patch is left for a head that pools them, or the strategy is attached already.
         """
         if self.kept is not None:
-            raise ValueError(
+            raise SettingError(
                 "this PSViT is attached already and owns masks; make a new one for another model"
             )
         if not isinstance(getattr(vit, "patch_drop", None), (torch.nn.Identity, type(None))):
-            raise ValueError(
+            raise SettingError(
                 "masks belong to positions, and this model drops patches by chance: use"
                 " patch_drop_rate=0"
             )
@@ -90,7 +91,7 @@ class PSViT(Strategy):
         ):  # they are read here, also where the model is made on the meta device
             kept = self._masks(len(vit.blocks), patches, vit.global_pool == "token")
         if vit.global_pool != "token" and not kept[-1].any():
-            raise ValueError(
+            raise SettingError(
                 "this model's head reads its patches, so the last block must keep at least one"
             )
         self.token_counts = tuple(kept.sum(dim=1).tolist())
@@ -116,7 +117,7 @@ class PSViT(Strategy):
     def _masks(self, depth: int, patches: int, class_head: bool) -> Tensor:
         if self.masks is not None:
             if len(self.masks) != depth or len(self.masks[0]) != patches:
-                raise ValueError(
+                raise SettingError(
                     f"masks of {len(self.masks)} blocks and {len(self.masks[0])} patches do not fit"
                     f" this model's {depth} blocks and {patches} patches; masks belong to"
                     " positions: search again with `tdm slim`, or create the timm model with the"
@@ -125,12 +126,12 @@ class PSViT(Strategy):
             return torch.tensor(self.masks, dtype=torch.bool)
         counts = self.schedule(depth, patches, class_head)
         if len(counts) != depth:
-            raise ValueError(
+            raise SettingError(
                 f"counts must hold one number per block, {depth} here, got {len(counts)}:"
                 f" {list(counts)}"
             )
         if counts[0] > patches:
-            raise ValueError(
+            raise SettingError(
                 f"counts must not exceed the model's {patches} patches, got {counts[0]} in the"
                 " first block"
             )
@@ -146,13 +147,13 @@ class PSViT(Strategy):
         """
         assert self.kept is not None
         if tokens.count != self.kept.shape[1]:
-            raise ValueError(
+            raise SettingError(
                 f"PS-ViT's masks are for {self.kept.shape[1]} patches and these images have"
                 f" {tokens.count}; masks belong to positions: resize the images, or search again at"
                 " their size with `tdm slim`"
             )
         if self.current_keep_rate is not None:
-            raise ValueError(
+            raise SettingError(
                 "PS-ViT's masks are static, so there is no keep rate to anneal: leave"
                 " KeepRateWarmup out"
             )
@@ -234,16 +235,16 @@ def _nested(masks: Tensor) -> bool:
 
 def _check_counts(counts: Any) -> tuple[int, ...]:
     if isinstance(counts, str) or not isinstance(counts, Sequence) or not counts:
-        raise TypeError(
+        raise SettingTypeError(
             f"counts must hold the patches of each block, such as [196, 140, …, 0], got {counts!r}"
         )
     if any(isinstance(count, bool) or not isinstance(count, Integral) for count in counts):
-        raise TypeError(f"counts must hold integers, got {list(counts)!r}")
+        raise SettingTypeError(f"counts must hold integers, got {list(counts)!r}")
     if min(counts) < 0:
-        raise ValueError(f"counts cannot be negative, got {list(counts)!r}")
+        raise SettingError(f"counts cannot be negative, got {list(counts)!r}")
     grown = [block for block in range(1, len(counts)) if counts[block] > counts[block - 1]]
     if grown:
-        raise ValueError(
+        raise SettingError(
             "counts must not grow, because a block can only compute patches that the block before"
             f" kept; block {grown[0]} has {counts[grown[0]]} after {counts[grown[0] - 1]}"
         )
@@ -259,12 +260,12 @@ def _check_masks(masks: Any) -> tuple[tuple[int, ...], ...]:
         or not rows
         or not all(isinstance(r, Sequence) for r in rows)
     ):
-        raise TypeError(f"{wrong}, got {type(masks).__name__}")
+        raise SettingTypeError(f"{wrong}, got {type(masks).__name__}")
     lengths = {len(row) for row in rows}
     if len(lengths) > 1 or 0 in lengths:
-        raise ValueError(f"{wrong}, of equal length; got lengths {sorted(lengths)}")
+        raise SettingError(f"{wrong}, of equal length; got lengths {sorted(lengths)}")
     if any(value not in (0, 1) for row in rows for value in row):
-        raise ValueError(f"{wrong}, got other values")
+        raise SettingError(f"{wrong}, got other values")
     for block in range(1, len(rows)):
         extra = [
             patch
@@ -272,7 +273,7 @@ def _check_masks(masks: Any) -> tuple[tuple[int, ...], ...]:
             if now > before
         ]
         if extra:
-            raise ValueError(
+            raise SettingError(
                 f"masks must be nested: block {block} keeps patch {extra[0]}, which block"
                 f" {block - 1} did not keep; what a block keeps, all blocks before it must keep"
             )

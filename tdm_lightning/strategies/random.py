@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tdm_lightning.checks import check_count
+from tdm_lightning.core.checks import check_count
+from tdm_lightning.core.tokens import Observed, Tokens
 from tdm_lightning.strategies.staged import StagedStrategy, keep_best
-from tdm_lightning.tokens import Observed, Tokens
 
 
 class Random(StagedStrategy):

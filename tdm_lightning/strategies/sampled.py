@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tdm_lightning.strategies.merger import TokenMerger
-from tdm_lightning.tokens import Output, Reduction, Tokens
+from tdm_lightning.core.tokens import Output, Reduction, Tokens
+from tdm_lightning.errors import SettingError
+from tdm_lightning.mergers.token_merger import TokenMerger
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
 
@@ -81,7 +82,7 @@ def sampled_decisions(output: Output, name: str) -> tuple[Tensor, ...]:
     """
     decisions: tuple[Tensor, ...] | None = output.carry.get("decisions")
     if decisions is None:
-        raise ValueError(
+        raise SettingError(
             f"{name}'s predictors only learn in training mode: call model.train() before the"
             " forward pass"
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdm_lightning.checks import (
+from tdm_lightning.core.checks import (
     check_choice,
     check_count,
     check_keep_rate,
@@ -17,12 +17,14 @@ from tdm_lightning.checks import (
     check_layers_exist,
     check_number,
 )
+from tdm_lightning.core.tokens import Output, Reduction, Role, Tokens
+from tdm_lightning.errors import SettingError, SettingTypeError
+from tdm_lightning.mergers.token_merger import TokenMerger, check_early_merger
 from tdm_lightning.ops import gather_tokens, inverse_order, pack, rank_order
 from tdm_lightning.ops.precision import full_precision
 from tdm_lightning.strategies.base import Criterion, Dial, Strategy
 from tdm_lightning.strategies.distillation import distillation
 from tdm_lightning.strategies.groups import paced_groups
-from tdm_lightning.strategies.merger import TokenMerger, check_early_merger
 from tdm_lightning.strategies.sampled import (
     merge_sampled,
     merged,
@@ -31,7 +33,6 @@ from tdm_lightning.strategies.sampled import (
     start_sampling,
 )
 from tdm_lightning.strategies.selector import MultiHeadSelector
-from tdm_lightning.tokens import Output, Reduction, Role, Tokens
 
 #: Shares of the patches that the official training holds its three stages to.
 _OFFICIAL = (0.617, 0.369, 0.137)
@@ -116,7 +117,7 @@ class SPViT(Strategy):
         self.merger = check_early_merger(merger)
         self.fixed_count = bool(fixed_count)
         if merger is not None and not self.fixed_count:
-            raise ValueError(
+            raise SettingError(
                 "SPViT merges down to a fixed count: with a merger, set fixed_count=True"
             )
         self.stochastic = bool(stochastic)
@@ -154,7 +155,7 @@ class SPViT(Strategy):
             module.num_heads for module in vit.blocks[0].modules() if hasattr(module, "num_heads")
         )
         if width % heads:
-            raise ValueError(
+            raise SettingError(
                 f"SPViT gives every attention head a slice of the token, and {heads} heads do not"
                 f" divide {width}"
             )
@@ -172,7 +173,7 @@ class SPViT(Strategy):
         """
         keep = int(initial * self.targets[stage])
         if keep < 1:
-            raise ValueError(
+            raise SettingError(
                 f"a target of {self.targets[stage]} leaves none of {initial} patches at layer"
                 f" {self.layers[stage]}; raise it, or let images keep their own numbers of patches"
                 " (fixed_count=False)"
@@ -371,17 +372,17 @@ def _check_targets(targets: Sequence[float] | None, layers: Sequence[int]) -> tu
             else tuple(_OFFICIAL[0] ** stage for stage in stages)
         )
     if isinstance(targets, str) or not isinstance(targets, Sequence):
-        raise TypeError(
+        raise SettingTypeError(
             f"targets must be a sequence of shares such as {_OFFICIAL}, got {targets!r}"
         )
     if len(targets) != len(layers):
-        raise ValueError(
+        raise SettingError(
             f"targets must hold one share for each of the layers {list(layers)}, got"
             f" {list(targets)}"
         )
     checked = tuple(check_keep_rate(target, "targets") for target in targets)
     if list(checked) != sorted(checked, reverse=True):
-        raise ValueError(
+        raise SettingError(
             "targets are shares of the initial patches and cannot grow from layer to layer, got"
             f" {list(targets)}"
         )

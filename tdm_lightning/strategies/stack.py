@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tdm_lightning.core.configurable import stored_name
+from tdm_lightning.core.tokens import Observed, Output, Tokens
+from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.strategies.base import Criterion, Dial, Strategy
-from tdm_lightning.tokens import Observed, Output, Tokens
 
 
 class Stack(Strategy):
@@ -37,18 +39,18 @@ class Stack(Strategy):
         self.keeps_tokens = all(map(_keeps_tokens, flat))
         poolings = {member.global_pool for member in flat} - {None}
         if len(poolings) > 1:
-            raise ValueError(
+            raise SettingError(
                 "the members want the model to pool in different ways,"
                 f" {sorted(map(str, poolings))}"
             )
         self.global_pool = next(iter(poolings), None)
 
     def config(self) -> dict[str, Any]:
-        """See :class:`~tdm_lightning.configurable.Configurable`."""
+        """See :class:`~tdm_lightning.core.configurable.Configurable`."""
         cls = type(self)
         members = [member.config() for member in self.members]
         return {
-            "class_path": f"{cls.__module__}.{cls.__qualname__}",
+            "class_path": stored_name(cls),
             "init_args": {"members": members},
         }
 
@@ -182,7 +184,7 @@ class Stack(Strategy):
             if (found := member.param_groups(model, lr, weight_decay)) is not None
         ]
         if len(groups) > 1:
-            raise ValueError(
+            raise SettingError(
                 "several members of a stack ask for optimizer groups of their own; use one of them"
             )
         return groups[0] if groups else None
@@ -220,7 +222,7 @@ def stacked(strategy: Any) -> Strategy:
     if isinstance(strategy, Strategy):
         return strategy
     if not isinstance(strategy, (list, tuple)):
-        raise TypeError(
+        raise SettingTypeError(
             "strategy must be a Strategy such as TDM(keep_rate=0.7), or a list of some, got"
             f" {strategy!r}"
         )
@@ -229,24 +231,24 @@ def stacked(strategy: Any) -> Strategy:
 
 def _flat(members: Any) -> list[Strategy]:
     if isinstance(members, str) or not isinstance(members, Sequence):
-        raise TypeError(
+        raise SettingTypeError(
             f"members must be a list of strategies such as [SViTE(), TDM()], got {members!r}"
         )
     flat: list[Strategy] = []
     for member in members:
         if not isinstance(member, Strategy):
-            raise TypeError(
+            raise SettingTypeError(
                 f"each member must be a Strategy such as TDM(keep_rate=0.7), got {member!r}"
             )
         flat += member.members if isinstance(member, Stack) else [member]
     reducing = [type(member).__name__ for member in flat if not _keeps_tokens(member)]
     if len(reducing) > 1:
-        raise ValueError(
+        raise SettingError(
             f"at most one strategy can reduce the tokens, got {', '.join(reducing)}; keep one of"
             " them"
         )
     if len({id(member) for member in flat}) < len(flat):
-        raise ValueError("the same strategy is there twice; make another one")
+        raise SettingError("the same strategy is there twice; make another one")
     return flat
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdm_lightning.checks import check_keep_rate, check_layers, check_layers_exist
+from tdm_lightning.core.checks import check_keep_rate, check_layers, check_layers_exist
+from tdm_lightning.core.tokens import Reduction, Role, Tokens
+from tdm_lightning.errors import SettingError
 from tdm_lightning.ops import gather_tokens, inverse_order, rank_order
 from tdm_lightning.strategies.base import Strategy
-from tdm_lightning.tokens import Reduction, Role, Tokens
 
 
 class StagedStrategy(Strategy):
@@ -34,7 +35,7 @@ class StagedStrategy(Strategy):
         rate = self.annealed(self.keep_rate)
         keep = int(initial * rate**stage)
         if keep < 1:
-            raise ValueError(
+            raise SettingError(
                 f"keep_rate={rate} leaves no token at layer {self.layers[stage - 1]}:"
                 f" int({initial}·{rate}^{stage}) = 0; raise the keep rate or reduce in fewer layers"
             )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tdm_lightning.mergers.token_merger import TokenMerger
 from tdm_lightning.strategies.attentive import AttentiveStrategy
-from tdm_lightning.strategies.merger import TokenMerger
 
 
 class TDM(AttentiveStrategy):

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from tdm_lightning.core.tokens import Observed, Reduction, Role, Tokens
+from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.ops import match_alternating, merge_groups
 from tdm_lightning.strategies.base import Dial, Strategy
-from tdm_lightning.tokens import Observed, Reduction, Role, Tokens
 
 
 class ToMe(Strategy):
@@ -104,7 +105,7 @@ def _check_r(r: Any) -> int | list[int] | tuple[int, float]:
     if _whole(r):
         numbers, result = [r], int(r)
     elif not isinstance(r, Sequence) or isinstance(r, str) or not len(r):
-        raise TypeError(
+        raise SettingTypeError(
             f"r must be an integer, a pair (r, inflection) or a list of integers, got {r!r}"
         )
     elif (
@@ -114,16 +115,16 @@ def _check_r(r: Any) -> int | list[int] | tuple[int, float]:
         and (isinstance(r, tuple) or not _whole(r[1]))
     ):
         if not -1 <= float(r[1]) <= 1:
-            raise ValueError(f"r's inflection must lie in [-1, 1], got {r[1]!r}")
+            raise SettingError(f"r's inflection must lie in [-1, 1], got {r[1]!r}")
         numbers, result = [r[0]], (int(r[0]), float(r[1]))
     elif all(_whole(number) for number in r):
         numbers, result = list(r), [int(number) for number in r]
     else:
-        raise TypeError(
+        raise SettingTypeError(
             f"r must be an integer, a pair (r, inflection) or a list of integers, got {r!r}"
         )
     if min(numbers) < 0:
-        raise ValueError(f"r counts tokens to merge and cannot be negative, got {r!r}")
+        raise SettingError(f"r counts tokens to merge and cannot be negative, got {r!r}")
     return result
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tdm_lightning.core.tokens import Observed, Tokens
 from tdm_lightning.strategies.staged import StagedStrategy, keep_best
-from tdm_lightning.tokens import Observed, Tokens
 
 
 class TopK(StagedStrategy):

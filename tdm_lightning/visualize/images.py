@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tdm_lightning.errors import SettingError
 from tdm_lightning.flops import default_input_size
 from tdm_lightning.visualize.draw import Picture
 from tdm_lightning.vit.find import inner_vit
@@ -48,7 +49,7 @@ def open_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
+        raise SettingError(
             f"cannot read {str(path)!r} as an image: {error}; give the path of a picture (PNG,"
             " JPEG, …)"
         ) from error

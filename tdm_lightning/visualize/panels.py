@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tdm_lightning.core.tokens import LayerTrace, Role, Trace
+from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.ops import cluster_density_peaks
-from tdm_lightning.tokens import LayerTrace, Role, Trace
 from tdm_lightning.visualize.draw import Map, Mask, Picture, fill_groups, mask_patches, tint_groups
 from tdm_lightning.visualize.images import data_config, prepare, to_picture
 from tdm_lightning.vit import TokenReducedViT
@@ -52,7 +53,9 @@ def panels(model: TokenReducedViT, image: Tensor | Image.Image, layer: int = -1)
         ValueError: if the image does not fit the model, or there is no such layer.
     """
     if not isinstance(model, TokenReducedViT):
-        raise TypeError(f"panels() draws what attach() returned, got a {type(model).__name__}")
+        raise SettingTypeError(
+            f"panels() draws what attach() returned, got a {type(model).__name__}"
+        )
     config = data_config(model)
     if isinstance(image, Image.Image):
         image, picture = prepare(image, config)
@@ -109,7 +112,7 @@ def _schools(
     vit: Any, batch: Tensor, trace: Trace, picture: Picture, grid: tuple[int, int], layer: int
 ) -> Panels:
     if not -len(trace.layers) <= layer < len(trace.layers):
-        raise ValueError(
+        raise SettingError(
             f"layer must choose one of the {len(trace.layers)} reducing layers, got {layer}"
         )
     shown = trace.layers[layer]

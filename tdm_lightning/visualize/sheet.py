@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from tdm_lightning.errors import SettingError
 from tdm_lightning.visualize.draw import WHITE
 from tdm_lightning.visualize.images import SIDE, open_image
 from tdm_lightning.visualize.panels import Panels, panels
@@ -32,7 +33,7 @@ def arrange(
         ValueError: if there is nothing to arrange.
     """
     if not any(rows):
-        raise ValueError("there are no panels to arrange")
+        raise SettingError("there are no panels to arrange")
     gap, letters = max(4, side // 28), max(11, side // 16)
     line, font = round(1.7 * letters), ImageFont.load_default(letters)
     placed: list[tuple[int, int, Image.Image]] = []
@@ -86,7 +87,7 @@ def save_panels(
     try:
         path.write_bytes(data.getvalue())
     except OSError as error:
-        raise ValueError(f"cannot write {str(path)!r}: {error}") from error
+        raise SettingError(f"cannot write {str(path)!r}: {error}") from error
     return path
 
 
@@ -120,7 +121,7 @@ def visualize_images(
         ValueError: if no image is given, one cannot be read, or the folder cannot be written.
     """
     if not paths:
-        raise ValueError("no image to draw: give the path of at least one")
+        raise SettingError("no image to draw: give the path of at least one")
     for path in paths:
         open_image(path)
     folder = make_folder(out_dir)
@@ -185,7 +186,7 @@ def make_folder(path: str | Path) -> Path:
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ValueError(
+        raise SettingError(
             f"cannot write to the folder {str(folder)!r}: {reason}; choose another"
         ) from error
     return folder

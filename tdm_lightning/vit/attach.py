@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
+from tdm_lightning.errors import SettingError, UnsupportedModelError
 from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.strategies.stack import stacked
 from tdm_lightning.vit.blocks import UnsupportedBlock, adapter_for
@@ -65,7 +66,7 @@ def attach(
     [36, 18, 18, 9, 9, 9]
     """
     if isinstance(model, type) or not isinstance(model, nn.Module):
-        raise TypeError(
+        raise UnsupportedModelError(
             f"attach() takes a timm model, got {model!r}; make one with timm.create_model(name)"
         )
     vit = (
@@ -80,13 +81,13 @@ def attach(
 
 def _reduced(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
     if isinstance(vit, TokenReducedViT):
-        raise ValueError(
+        raise SettingError(
             f"this model is reduced already, by {type(vit.strategy).__name__}; attach to the timm"
             " model, `model.vit`, or take the strategy off with detach() first"
         )
     _check_reducible(vit)
     if strategy.absolute_positions_only and family_of(vit).places(vit):
-        raise TypeError(
+        raise UnsupportedModelError(
             f"{type(strategy).__name__} lets tokens run that stand nowhere on the grid, and the"
             f" blocks of {type(vit).__name__} ask where a token is (RoPE or relative position"
             " bias); take a model with absolute positions, or another strategy"
@@ -95,7 +96,7 @@ def _reduced(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
         _check_rows(vit, strategy)
     owned = next(strategy.parameters(), None)
     if owned is not None:
-        raise ValueError(
+        raise SettingError(
             f"this {type(strategy).__name__} is attached already and owns parameters; make a new"
             " one for another model"
         )
@@ -120,7 +121,7 @@ def detach(model: nn.Module, path: str | None = None) -> nn.Module:
             lists their paths).
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"detach() takes what attach() returned, got {model!r}")
+        raise UnsupportedModelError(f"detach() takes what attach() returned, got {model!r}")
     reduced = {
         name: vit
         for name, vit in find_vits(model, path).items()
@@ -128,11 +129,11 @@ def detach(model: nn.Module, path: str | None = None) -> nn.Module:
     }
     where = type(model).__name__ + (f".{path}" if path else "")
     if not reduced:
-        raise TypeError(
+        raise UnsupportedModelError(
             f"detach() takes what attach() returned, got a {where} in which nothing is attached"
         )
     if len(reduced) > 1:
-        raise ValueError(
+        raise SettingError(
             f"found {len(reduced)} reduced models in {where}: {', '.join(map(repr, reduced))}; say"
             " which by its path"
         )
@@ -146,12 +147,12 @@ def detach(model: nn.Module, path: str | None = None) -> nn.Module:
 def _check_reducible(vit: Any) -> None:
     name, known = type(vit).__name__, isinstance(vit, VIT_CLASSES)
     if not known:
-        raise TypeError(f"cannot reduce the tokens of {name}: {_reason(vit)}")
+        raise UnsupportedModelError(f"cannot reduce the tokens of {name}: {_reason(vit)}")
     try:
         for block in vit.blocks:
             adapter_for(block, class_rows(vit))
     except UnsupportedBlock as error:
-        raise TypeError(f"cannot reduce the tokens of {name}: {error}") from None
+        raise UnsupportedModelError(f"cannot reduce the tokens of {name}: {error}") from None
 
 
 def _check_rows(vit: Any, strategy: Strategy) -> None:
@@ -161,7 +162,7 @@ def _check_rows(vit: Any, strategy: Strategy) -> None:
             kind = type(block).__name__ + (
                 "" if attention is None else f" with {type(attention).__name__}"
             )
-            raise TypeError(
+            raise UnsupportedModelError(
                 f"{type(strategy).__name__} computes chosen rows of a block, which takes timm's"
                 f" Block with its Attention; this model's is {kind}. Take a model with plain"
                 " blocks, or another strategy such as EViT or TDM"

@@ -14,9 +14,10 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tdm_lightning.core.tokens import Tokens
+from tdm_lightning.errors import UnsupportedModelError
 from tdm_lightning.ops import QueryKey, linear_bias, linear_weight, policy_softmax
 from tdm_lightning.ops.linear import is_quantized
-from tdm_lightning.tokens import Tokens
 
 #: Attentions with rotary positions, and attentions with a relative position bias.
 ROTARY = (EvaAttention, AttentionRope)
@@ -24,7 +25,7 @@ BIASED = (BeitAttention, RelPosAttention)
 KNOWN = (Attention, DiffAttention, *ROTARY, *BIASED)
 
 
-class UnsupportedBlock(TypeError):
+class UnsupportedBlock(UnsupportedModelError):
     """A block that no adapter can split; says why."""
 
 

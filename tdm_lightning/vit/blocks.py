@@ -16,6 +16,7 @@ from timm.models import vision_transformer as timm_vit
 from timm.models import vision_transformer_relpos as timm_relpos
 from torch import Tensor, nn
 
+from tdm_lightning.core.tokens import Observed, Tokens
 from tdm_lightning.ops import (
     QueryKey,
     class_row,
@@ -24,7 +25,6 @@ from tdm_lightning.ops import (
     mean_keys,
     received_attention,
 )
-from tdm_lightning.tokens import Observed, Tokens
 from tdm_lightning.vit.attention import (
     BIASED,
     KNOWN,

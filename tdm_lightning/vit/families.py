@@ -17,7 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
-from tdm_lightning.tokens import Geometry
+from tdm_lightning.core.tokens import Geometry
+from tdm_lightning.errors import SettingError, SettingTypeError
 
 Size = tuple[int, int]
 
@@ -87,14 +88,14 @@ class Family:
         """Raise ``ValueError`` for images that the model cannot take."""
         channels, embed = self.channels(vit), self.embedding(vit)
         if images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(
+            raise SettingError(
                 f"images must have shape B×{channels}×H×W for this model, got {tuple(images.shape)}"
             )
         height, width = images.shape[-2:]
         expected = getattr(embed, "img_size", None)
         if getattr(embed, "strict_img_size", False) and expected is not None:
             if (height, width) != tuple(expected):
-                raise ValueError(
+                raise SettingError(
                     f"images must be {expected[0]}×{expected[1]} for this model, got"
                     f" {height}×{width}; resize them, or create the timm model with img_size=… or"
                     " dynamic_img_size=True"
@@ -102,11 +103,11 @@ class Family:
             return  # a model's own size may leave a margin that is no whole patch
         patch = embed.patch_size
         if height < patch[0] or width < patch[1]:
-            raise ValueError(
+            raise SettingError(
                 f"an image of {height}×{width} is smaller than one patch, {patch[0]}×{patch[1]}"
             )
         if not getattr(embed, "dynamic_img_pad", False) and (height % patch[0] or width % patch[1]):
-            raise ValueError(
+            raise SettingError(
                 f"images must be a multiple of the patch size {patch[0]}×{patch[1]} for this model,"
                 f" got {height}×{width}; resize them, or create the timm model with"
                 " dynamic_img_pad=True"
@@ -229,7 +230,7 @@ def family_of(vit: nn.Module) -> Family:
         if kind in _FAMILIES:
             return _FAMILIES[kind]
     known = ", ".join(kind.__name__ for kind in VIT_CLASSES)
-    raise TypeError(f"{type(vit).__name__} is none of timm's ViT classes {known}")
+    raise SettingTypeError(f"{type(vit).__name__} is none of timm's ViT classes {known}")
 
 
 def class_rows(vit: nn.Module) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tdm_lightning.errors import SettingError
 from tdm_lightning.vit.families import VIT_CLASSES
 from tdm_lightning.vit.wrapper import Tap, TokenReducedViT
 
@@ -41,12 +42,12 @@ def find_vit(module: nn.Module, path: str | None = None) -> nn.Module:
         return next(iter(found.values()))
     where = type(module).__name__ + (f".{path}" if path else "")
     if not found:
-        raise ValueError(
+        raise SettingError(
             f"found no ViT in {where}: expected one timm ViT, or what attach() returns, among its"
             " submodules"
         )
     paths = ", ".join(f"{name!r} ({type(inner).__name__})" for name, inner in found.items())
-    raise ValueError(
+    raise SettingError(
         f"found {len(found)} ViTs in {where}, expected one: {paths}; say which by its path"
     )
 
@@ -61,7 +62,7 @@ def find_vits(module: nn.Module, path: str | None = None) -> dict[str, nn.Module
     try:
         root = module.get_submodule(start)
     except AttributeError as error:
-        raise ValueError(f"{type(module).__name__} has no submodule {start!r}: {error}") from None
+        raise SettingError(f"{type(module).__name__} has no submodule {start!r}: {error}") from None
     inside = {".".join(filter(None, (start, name))): inner for name, inner in root.named_modules()}
     reduced = {name: inner for name, inner in inside.items() if isinstance(inner, TokenReducedViT)}
     covered = {id(inner) for model in reduced.values() for inner in model.modules()}

@@ -10,10 +10,11 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tdm_lightning.core.tokens import Observed, Output, Tokens, Trace
+from tdm_lightning.errors import SettingError
+from tdm_lightning.hub import Shareable
 from tdm_lightning.ops import unmerge
-from tdm_lightning.sharing import Shareable
 from tdm_lightning.strategies.base import Strategy
-from tdm_lightning.tokens import Observed, Output, Tokens, Trace
 from tdm_lightning.vit import heads
 from tdm_lightning.vit.blocks import adapter_for
 from tdm_lightning.vit.families import class_rows, family_of, grid_size
@@ -144,7 +145,7 @@ class TokenReducedViT(nn.Module, Shareable):
             ValueError: for another ``output_fmt``.
         """
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+            raise SettingError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         wanted, last = feature_take_indices(
             len(self.vit.blocks),
             indices if indices is None or isinstance(indices, int) else list(indices),

@@ -5,10 +5,10 @@ import torch
 from tdm_lightning.callbacks import FLOPsMonitor, KeepRateWarmup
 
 import tdm_lightning as tdm
+from tdm_lightning.core.tokens import Reduction
 from tdm_lightning.flops import count_macs, mac_report
 from tdm_lightning.ops import gather_tokens, rank_order
 from tdm_lightning.strategies.base import Strategy
-from tdm_lightning.tokens import Reduction
 from tests.callbacks.foreign import Foreign, loader, small_vit, trainer
 
 

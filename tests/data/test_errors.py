@@ -15,7 +15,13 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
 
 from tdm_lightning.data import ImageNetDataModule, sources
-from tests.localsets import NAMES, make_image_folder, make_parquet, make_table, make_webdataset
+from tests.helpers.localsets import (
+    NAMES,
+    make_image_folder,
+    make_parquet,
+    make_table,
+    make_webdataset,
+)
 
 
 def make_data(root: Path, location: Any, **options: Any) -> ImageNetDataModule:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdm_lightning import ImageNetDataModule
-from tests.localsets import (
+from tests.helpers.localsets import (
     COLOURS,
     NAMES,
     make_arrow,

@@ -25,8 +25,8 @@ from tdm_lightning.data.transforms import (
     resolve_config,
     train_transform,
 )
-from tests.localsets import make_arrow, make_parquet, make_table
-from tests.trainers import QUIET
+from tests.helpers.localsets import make_arrow, make_parquet, make_table
+from tests.helpers.trainers import QUIET
 
 
 def make_data(root: Path, location: Any, **options: Any) -> ImageNetDataModule:

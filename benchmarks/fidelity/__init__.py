@@ -1,0 +1,1 @@
+"""How far methods move what a pretrained ViT makes of photographs."""

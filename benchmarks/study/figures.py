@@ -1,0 +1,306 @@
+"""The study's figures, drawn from saved results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.study.results import COSINES, Fidelity, Result
+from benchmarks.study.tables import mean_accuracy, methods_of, rates_of, runs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Colour, marker and line: red tones merge for diversity among what is important, blue ones keep
+#: what is important, green ones merge whatever is alike.
+STYLES: dict[str, tuple[str, str, str]] = {
+    "TDM": ("#c1121f", "o", "-"),
+    "TDM (6 blocks)": ("#780000", "o", ":"),
+    "EViT+TDM": ("#e76f51", "D", "--"),
+    "DyViT+TDM": ("#f4a261", "s", "--"),
+    "EViT": ("#1d4e89", "v", "-"),
+    "TopK": ("#3d85c6", "^", "-"),
+    "DyViT": ("#6fa8dc", "s", "-"),
+    "Evo-ViT": ("#674ea7", "P", "-"),
+    "SPViT": ("#0b5394", "<", "--"),
+    "SPViT+TDM": ("#d98880", "<", "--"),
+    "PS-ViT": ("#9fc5e8", "h", "--"),
+    "DPC-KNN": ("#38761d", "X", "-"),
+    "ToMe": ("#7fb069", "*", "-"),
+    "Random": ("#7f7f7f", "p", ":"),
+}
+_WIDTH = 10.0
+#: So many points below the plain model end a panel of fine-tuned accuracies; what lies lower would
+#: press all else together.
+_REACH = 30.0
+
+
+def accuracy_against_gmacs(results: Sequence[Result]) -> Figure:
+    """Accuracy against multiply-accumulates, without and after fine-tuning."""
+    figure, axes = _panels(("without fine-tuning", "after fine-tuning"), height=4.2)
+    for axis, when in zip(axes, ("before", "after"), strict=True):
+        for method, style in _drawn(results):
+            points = [
+                (next(iter(found.values())).gmacs, *_spread(found.values(), when))
+                for rate in rates_of(results)
+                if (found := runs(results, method, rate, when))
+            ]
+            _errorbar(axis, points, method, style)
+        _plain_line(axis, results, when)
+        if when == "after":
+            _end_at(axis, 100 * mean_accuracy(results, "Plain", 1.0, when) - _REACH)
+        axis.set_xlabel("GMACs per image, everything counted")
+        axis.set_ylabel("top-1 accuracy (%)")
+    _legend(figure, axes)
+    return figure
+
+
+def accuracy_per_keep_rate(results: Sequence[Result]) -> Figure:
+    """What the plain model's accuracy loses at the budget of each of TDM's keep rates, after
+    fine-tuning.
+    """
+    figure, (axis,) = _panels(("",), height=4.2, width=7.5)
+    rates = rates_of(results)
+    plain = mean_accuracy(results, "Plain", 1.0, "after")
+    base = 0.0 if math.isnan(plain) else 100 * plain
+    drawn = _drawn(results)
+    for number, (method, style) in enumerate(drawn):
+        shift = 0.6 * (
+            (number + 0.5) / len(drawn) - 0.5
+        )  # side by side, so that none hides another
+        points = []
+        for place, rate in enumerate(rates):
+            if found := runs(results, method, rate, "after"):
+                mean, below, above = _spread(found.values(), "after")
+                points.append((place + shift, mean - base, below, above))
+        _errorbar(axis, points, method, style, line=False)
+    for place in range(len(rates) - 1):
+        axis.axvline(place + 0.5, color="0.85", linewidth=0.8, zorder=0)
+    axis.axhline(0, color="black", linestyle="--", linewidth=1, zorder=1, label="Plain")
+    _end_at(axis, -_REACH if base else math.nan)
+    axis.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+    axis.set_xlabel("TDM's keep rate; every method at its GMACs")
+    axis.set_ylabel("accuracy against the plain model (points)" if base else "top-1 accuracy (%)")
+    axis.grid(axis="x", visible=False)
+    _legend(figure, [axis])
+    return figure
+
+
+def diversity_beside_accuracy(results: Sequence[Result], rate: float) -> Figure:
+    """Diversity score of the patch tokens after each block, beside the accuracy, at the budget of a
+    keep rate.
+    """
+    figure, (left, right) = _panels(
+        (f"diversity at the budget of keep rate {rate:g}", "accuracy there, after fine-tuning"),
+        height=4.2,
+    )
+    drawn = [
+        (method, style) for method, style in _drawn(results) if runs(results, method, rate, "after")
+    ]
+    plain = runs(results, "Plain", 1.0, "after")
+    for result in plain.values():
+        left.plot(_per_token(result), color="black", linestyle="--", linewidth=1.2, label="Plain")
+    for method, (colour, marker, line) in drawn:
+        result = next(iter(runs(results, method, rate, "after").values()))
+        left.plot(
+            _per_token(result),
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            markersize=5,
+            linewidth=1.4,
+            label=method,
+        )
+    left.set_xlabel("after block (from 0)")
+    left.set_ylabel("diversity score ÷ number of tokens")
+    left.set_ylim(bottom=0)
+    order = sorted(drawn, key=lambda item: mean_accuracy(results, item[0], rate, "after"))
+    end = 100 * mean_accuracy(results, "Plain", 1.0, "after") - _REACH
+    for place, (method, (colour, marker, _)) in enumerate(order):
+        mean, below, above = _spread(runs(results, method, rate, "after").values(), "after")
+        if mean < end:  # off the scale: its value stands at the edge
+            right.annotate(
+                f"← {mean:.2f}",
+                (end, place),
+                xytext=(4, -3),
+                textcoords="offset points",
+                fontsize=8,
+                color=colour,
+            )
+            continue
+        right.errorbar(
+            mean,
+            place,
+            xerr=[[below], [above]],
+            color=colour,
+            marker=marker,
+            markersize=8,
+            capsize=2,
+        )
+        right.annotate(
+            f"{mean:.2f}",
+            (mean, place),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    right.set_yticks(range(len(order)), [method for method, _ in order])
+    right.set_ylim(-0.6, len(order) - 0.3)
+    _plain_line(right, results, "after", vertical=True)
+    if not math.isnan(end):
+        right.set_xlim(left=end)
+    right.set_xlabel("top-1 accuracy (%)")
+    _legend(figure, [left])
+    return figure
+
+
+def fidelity(found: Sequence[Fidelity]) -> Figure:
+    """How alike the features and the attention of a reduced ViT are to its own unreduced, means
+    over photographs.
+    """
+    figure, axes = _panels(
+        (
+            "patch features (dropped patches count 0)",
+            "patch features, patches still held",
+            "class attention, last blocks",
+        ),
+        height=4.0,
+        width=12.5,
+    )
+    rates = sorted({one.rate for one in found}, reverse=True)
+    for axis, name in zip(axes, COSINES, strict=True):
+        for method, style in STYLES.items():
+            columns = [
+                [getattr(one, name) for one in found if (one.method, one.rate) == (method, rate)]
+                for rate in rates
+            ]
+            points = [
+                (place, fmean(values), 0.0, 0.0) for place, values in enumerate(columns) if values
+            ]
+            _errorbar(axis, points, method, style)
+        axis.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+        axis.set_xlabel("TDM's keep rate; all at its GMACs")
+    axes[0].set_ylabel("cosine with the unreduced model")
+    photographs = len({one.photograph for one in found})
+    figure.suptitle(
+        f"Fidelity to the unreduced ViT on {photographs} photographs; this is not accuracy",
+        fontsize=11,
+    )
+    _legend(figure, axes)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a PNG file; gives its path."""
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _panels(
+    titles: Sequence[str], height: float, width: float = _WIDTH
+) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = [figure.add_subplot(1, len(titles), place + 1) for place in range(len(titles))]
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _drawn(results: Sequence[Result]) -> list[tuple[str, tuple[str, str, str]]]:
+    """Methods with their styles, in the styles' order."""
+    present = set(methods_of(results))
+    return [(method, style) for method, style in STYLES.items() if method in present]
+
+
+def _spread(found: Any, when: str) -> tuple[float, float, float]:
+    """Mean in percent over seeds, and how far the lowest and the highest lie from it."""
+    values = [100 * result.accuracy[when] for result in found]
+    mean = sum(values) / len(values)
+    return mean, mean - min(values), max(values) - mean
+
+
+def _errorbar(
+    axis: Axes, points: Sequence[Any], label: str, style: tuple[str, str, str], line: bool = True
+) -> None:
+    if not points:
+        return
+    colour, marker, dashes = style
+    x, y, below, above = zip(*sorted(points), strict=True)
+    axis.errorbar(
+        x,
+        y,
+        yerr=[below, above],
+        color=colour,
+        marker=marker,
+        linestyle=dashes if line else "none",
+        linewidth=1.4,
+        markersize=8 if marker == "*" else 6,
+        markeredgecolor="white",
+        markeredgewidth=0.5,
+        elinewidth=1,
+        capsize=2,
+        label=label,
+        zorder=4 if label == "TDM" else 3,
+    )
+
+
+def _end_at(axis: Axes, end: float) -> None:
+    """End a panel from below, with the values of what lies lower at its edge; NaN: leave it as it
+    is.
+    """
+    if math.isnan(end):
+        return
+    left, right = axis.get_xlim()
+    written: list[float] = []
+    for drawn in axis.containers:
+        line, *_ = drawn
+        for x, y in zip(*line.get_data(), strict=True):
+            if y < end:
+                beside = sum(
+                    abs(x - other) < 0.06 * (right - left) for other in written
+                )  # one above the other
+                offset = (0, 4 + 11 * beside)
+                label = axis.annotate(
+                    f"↓ {y:.1f}",
+                    (x, end),
+                    xytext=offset,
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                )
+                label.set_color(line.get_color())
+                written.append(x)
+    axis.set_ylim(bottom=end)
+
+
+def _plain_line(axis: Axes, results: Sequence[Result], when: str, vertical: bool = False) -> None:
+    plain = mean_accuracy(results, "Plain", 1.0, when)
+    if not math.isnan(plain):
+        draw = axis.axvline if vertical else axis.axhline
+        draw(100 * plain, color="black", linestyle="--", linewidth=1, zorder=1, label="Plain")
+
+
+def _per_token(result: Result) -> list[float]:
+    found = zip(result.diversity["after"], result.tokens, strict=True)
+    return [score / count if count else math.nan for score, count in found]
+
+
+def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend for all panels, beside them."""
+    entries = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        list(entries.values()), list(entries), loc="outside right upper", fontsize=8, frameon=False
+    )

@@ -1,0 +1,218 @@
+"""What the study compares: methods, budgets and seeds, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tdm_lightning.errors import SettingError
+from tdm_lightning.mergers import TokenMerger
+from tdm_lightning.slimming import select
+from tdm_lightning.strategies import (
+    DPCKNN,
+    TDM,
+    DyViT,
+    EViT,
+    EvoViT,
+    PSViT,
+    Random,
+    SPViT,
+    Strategy,
+    ToMe,
+    TopK,
+)
+from tdm_lightning.vit import attach
+
+#: TDM's keep rates, whose budgets all methods get; those that matter most first.
+RATES = (0.7, 0.5, 0.3, 0.9, 0.2)
+#: Where seeds beyond the first are run.
+REPEATED_RATES = (0.7, 0.5, 0.3)
+REPEATED_METHODS = ("TDM", "EViT", "TopK", "DPC-KNN")
+SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the study's figures.
+
+    Attributes:
+        name: what it is called there.
+        make: the strategy at TDM's keep rate; where its setting is solved for, any setting will do.
+        solve: whether its setting is solved for the budget of TDM at that keep rate.
+        lr_factor: of the fine-tuning's learning rate, where the strategy's own groups slow the
+            backbone by as much.
+        note: how its fine-tuning or evaluation differs from the others'.
+        look: takes from training images what the method must know before anything else: from its
+            strategy at the budget, the trained plain ViT and the images, prepared as for
+            evaluation, it makes the strategy to evaluate.
+    """
+
+    name: str
+    make: Callable[[float], Strategy] = field(compare=False)
+    solve: bool = True
+    lr_factor: float = 1.0
+    note: str = ""
+    look: Callable[[Strategy, nn.Module, Iterable[Any]], Strategy] | None = field(
+        default=None, compare=False
+    )
+
+
+def _by_impact(strategy: Strategy, vit: nn.Module, images: Iterable[Any]) -> Strategy:
+    """PS-ViT with as many patches in each block as ``strategy`` has, those of greatest impact."""
+    counts: Any = attach(vit, strategy).strategy.token_counts
+    return PSViT(masks=select(vit, images, counts).masks.int().tolist())
+
+
+#: DyViT's recipe trains the backbone at a hundredth of its predictors' rate and freezes it for five
+#: epochs; fine-tunes as short as these would end before it thaws, so the backbone gets the rate
+#: that all methods get and the predictors ten times as much.
+_DYVIT: dict[str, Any] = {"backbone_lr_scale": 0.1, "freeze_epochs": 0}
+_DYVIT_NOTE = (
+    "distils from the plain model; predictors learn at ten times the rate, the backbone is not"
+    " frozen; random predictors before"
+)
+_SPVIT: dict[str, Any] = {"fixed_count": True, **_DYVIT}
+_SPVIT_NOTE = (
+    "targets are powers of one share, met by every image;"
+    f" {_DYVIT_NOTE.replace('predictors', 'selectors')}"
+)
+_PSVIT_NOTE = (
+    "masks by the patches' impact on 256 training images at one keep rate per block, without its"
+    " search"
+)
+_EVOVIT_NOTE = (
+    "averages the patches for a classifier that was trained on the class token, which only"
+    " fine-tuning adapts"
+)
+
+#: Six blocks, one keep rate for all, solved for the budget: as many small steps as three large ones
+#: cost. Chosen on the validation split, see :mod:`~benchmarks.study.placement`.
+_EVERY_OTHER = (0, 2, 4, 6, 8, 10)
+
+METHODS = (
+    Method("Plain", lambda rate: Strategy(), solve=False),
+    Method("TDM", TDM, solve=False),
+    Method(
+        "TDM (6 blocks)",
+        lambda rate: TDM(rate, layers=_EVERY_OTHER),
+        note="reduces after every other block instead of three, by the same share each time",
+    ),
+    Method("EViT", lambda rate: EViT()),
+    Method("TopK", lambda rate: TopK()),
+    Method("DPC-KNN", lambda rate: DPCKNN()),
+    Method("ToMe", lambda rate: ToMe()),
+    Method("Random", lambda rate: Random()),
+    Method("DyViT", lambda rate: DyViT(**_DYVIT), lr_factor=10, note=_DYVIT_NOTE),
+    Method(
+        "DyViT+TDM",
+        lambda rate: DyViT(merger=TokenMerger(), **_DYVIT),
+        lr_factor=10,
+        note=_DYVIT_NOTE,
+    ),
+    Method("Evo-ViT", lambda rate: EvoViT(), note=_EVOVIT_NOTE),
+    Method("SPViT", lambda rate: SPViT(**_SPVIT), lr_factor=10, note=_SPVIT_NOTE),
+    Method(
+        "SPViT+TDM",
+        lambda rate: SPViT(merger=TokenMerger(), **_SPVIT),
+        lr_factor=10,
+        note=_SPVIT_NOTE,
+    ),
+    Method("PS-ViT", lambda rate: PSViT(), note=_PSVIT_NOTE, look=_by_impact),
+    Method(
+        "EViT+TDM",
+        lambda rate: EViT(rate, merger=TokenMerger()),
+        solve=False,
+        note="the same computation as TDM",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method at the budget of TDM's keep rate, with a seed."""
+
+    method: Method
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Unique and stable; the name of its file."""
+        return f"{self.method.name}-{self.rate:g}-{self.seed}"
+
+
+def grid_cells(
+    methods: Sequence[str] | None = None,
+    rates: Sequence[float] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[Cell]:
+    """The grid in the order to run it: first one seed everywhere, then the others where they are
+    wanted.
+
+    Args:
+        methods: only these.
+        rates: only these of TDM's keep rates; others than :data:`RATES` may be asked for.
+        seeds: only these.
+
+    Raises:
+        ValueError: if there is no such method.
+    """
+    chosen = chosen_methods(METHODS, methods)
+    every = RATES if rates is None else tuple(rates)
+    return [
+        cell
+        for seed in (SEEDS if seeds is None else seeds)
+        for cell in _of_seed(chosen, every, seed)
+    ]
+
+
+def chosen_methods(known: Sequence[Method], names: Iterable[str] | None) -> list[Method]:
+    """The methods of these names, in the order known; ``None``: all.
+
+    Raises:
+        ValueError: if there is none of a name.
+    """
+    wanted = None if names is None else set(names)
+    unknown = sorted(wanted - {method.name for method in known}) if wanted is not None else []
+    if unknown:
+        raise SettingError(
+            f"no method {', '.join(unknown)} in the study; there are"
+            f" {', '.join(m.name for m in known)}"
+        )
+    return [method for method in known if wanted is None or method.name in wanted]
+
+
+def crossed(
+    known: Sequence[Method],
+    every: Sequence[float],
+    methods: Sequence[str] | None,
+    rates: Sequence[float] | None,
+    seeds: Sequence[int] | None,
+) -> list[Cell]:
+    """Every method at every keep rate with every seed; of ``every`` rate and with the first seed
+    where none are chosen.
+
+    Raises:
+        ValueError: if there is no such method.
+    """
+    chosen = chosen_methods(known, methods)
+    return [
+        Cell(method, rate, seed)
+        for seed in seeds or SEEDS[:1]
+        for rate in rates or every
+        for method in chosen
+    ]
+
+
+def _of_seed(methods: Sequence[Method], rates: Sequence[float], seed: int) -> Iterator[Cell]:
+    first = seed == SEEDS[0]
+    if first:
+        yield from (Cell(method, 1.0, seed) for method in methods if method.name == "Plain")
+    for rate in rates:
+        for method in methods:
+            repeated = method.name in REPEATED_METHODS and rate in REPEATED_RATES
+            if method.name != "Plain" and (first or repeated):
+                yield Cell(method, rate, seed)

@@ -1,0 +1,198 @@
+"""Finished cells as two tables: numbers to read, and which images were right."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.study.plan import Method
+from benchmarks.study.store import Record, load_cells, unpack_bits
+from tdm_lightning.compare.methods import describe
+from tdm_lightning.strategies import Strategy
+
+#: Before and after the fine-tuning.
+WHEN = ("before", "after")
+#: What :class:`Fidelity` measures.
+COSINES = ("features", "held", "attention")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One cell.
+
+    Attributes:
+        method: its name in the figures.
+        rate: TDM's keep rate whose budget it has.
+        seed: of the fine-tuning.
+        setting: the strategy's arguments; empty where it has none for this budget.
+        gmacs: 10⁹ multiply-accumulates per image, all of them.
+        gmacs_backbone: without the strategy's parameter-free work.
+        accuracy: in [0, 1], ``"before"`` and ``"after"`` fine-tuning.
+        diversity: score of the patch tokens after each block, likewise.
+        tokens: patch tokens after each block.
+        correct: which images were right, likewise, N bool.
+        facts: whatever else is known, as text.
+    """
+
+    method: str
+    rate: float
+    seed: int
+    setting: str = ""
+    gmacs: float = float("nan")
+    gmacs_backbone: float = float("nan")
+    accuracy: dict[str, float] = field(default_factory=dict)
+    diversity: dict[str, list[float]] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+    correct: dict[str, np.ndarray] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One photograph under one method.
+
+    Attributes:
+        method: its name.
+        rate: TDM's keep rate whose budget it has.
+        gmacs: 10⁹ multiply-accumulates, all of them.
+        photograph: its name.
+        features: mean cosine over patches between the dense final features of reduced and plain
+            model; 0 for dropped patches.
+        held: the same mean over those patches only that some token still holds.
+        attention: cosine between the class attentions over all patches, mean over the last blocks.
+            A token's attention is spread evenly over its patches; dropped patches get none.
+    """
+
+    method: str
+    rate: float
+    gmacs: float
+    photograph: str
+    features: float
+    held: float
+    attention: float
+
+
+def collect(folder: Path, part: str, methods: Sequence[Method]) -> list[Path]:
+    """Write ``PART.csv`` and ``PART_correct.csv`` of the finished cells in ``FOLDER/PART``; none
+    where there are no cells.
+
+    Args:
+        folder: what the study wrote to.
+        part: ``"grid"`` or ``"ablation"``.
+        methods: the order of the rows.
+    """
+    order = {method.name: place for place, method in enumerate(methods)}
+    cells = sorted(
+        load_cells(folder / part),
+        key=lambda cell: (order[cell["method"]], -cell["rate"], cell["seed"]),
+    )
+    if not cells:
+        return []
+    numbers, correct = folder / f"{part}.csv", folder / f"{part}_correct.csv"
+    _write(numbers, map(_numbers, cells))
+    _write(correct, map(_correct, cells))
+    return [numbers, correct]
+
+
+def read(folder: Path, part: str) -> list[Result]:
+    """The results in the tables of a part; none where there are no tables."""
+    numbers, correct = folder / f"{part}.csv", folder / f"{part}_correct.csv"
+    if not numbers.exists():
+        return []
+    right = {(row["method"], row["rate"], row["seed"]): row for row in _read(correct)}
+    return [_result(row, right[row["method"], row["rate"], row["seed"]]) for row in _read(numbers)]
+
+
+def write_fidelity(folder: Path, found: Sequence[Fidelity]) -> Path:
+    """Write ``fidelity.csv``."""
+    path = folder / "fidelity.csv"
+    _write(
+        path,
+        (
+            {**asdict(one), **{name: f"{getattr(one, name):.5f}" for name in COSINES}}
+            for one in found
+        ),
+    )
+    return path
+
+
+def read_fidelity(folder: Path) -> list[Fidelity]:
+    """What :func:`write_fidelity` wrote; none where there is no file."""
+    path = folder / "fidelity.csv"
+    rows = _read(path) if path.exists() else []
+    return [
+        Fidelity(**{**row, **{name: float(row[name]) for name in ("rate", "gmacs", *COSINES)}})
+        for row in rows
+    ]  # type: ignore[arg-type]
+
+
+def _numbers(cell: Record) -> dict[str, Any]:
+    setting = "" if cell["setting"] is None else describe(Strategy.from_config(cell["setting"]))[1]
+    own = {name: cell[name] for name in ("method", "rate", "seed")} | {"setting": setting}
+    costs = {name: cell.get(name, "") for name in ("gmacs", "gmacs_backbone", "gmacs_budget")}
+    scores = {f"accuracy_{when}": cell.get(f"accuracy_{when}", "") for when in WHEN}
+    lists = {
+        name: " ".join(map(str, cell.get(name, ())))
+        for name in ("tokens", *(f"diversity_{when}" for when in WHEN))
+    }
+    seconds = {
+        name: cell.get(name, "")
+        for name in ("seconds_to_solve", "seconds_to_evaluate", "seconds_to_finetune")
+    }
+    texts = {name: cell.get(name, "") for name in ("note", "reason", "images")}
+    return {
+        **own,
+        **costs,
+        **scores,
+        **lists,
+        **seconds,
+        **texts,
+        **cell["settings"],
+        **cell["environment"],
+    }
+
+
+def _correct(cell: Record) -> dict[str, Any]:
+    bits = {when: cell.get(f"correct_{when}", "") for when in WHEN}
+    return {**{name: cell[name] for name in ("method", "rate", "seed", "images")}, **bits}
+
+
+def _result(row: dict[str, str], right: dict[str, str]) -> Result:
+    row = dict(row)
+    count = int(right["images"])
+    return Result(
+        row.pop("method"),
+        float(row.pop("rate")),
+        int(row.pop("seed")),
+        row.pop("setting"),
+        float(row.pop("gmacs") or "nan"),
+        float(row.pop("gmacs_backbone") or "nan"),
+        {when: float(value) for when in WHEN if (value := row.pop(f"accuracy_{when}"))},
+        {
+            when: list(map(float, value.split()))
+            for when in WHEN
+            if (value := row.pop(f"diversity_{when}"))
+        },
+        list(map(int, row.pop("tokens").split())),
+        {when: unpack_bits(right[when], count) for when in WHEN if right[when]},
+        row,
+    )
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    rows = list(rows)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    csv.field_size_limit(2**24)
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,109 @@
+"""``tdm compare``: methods side by side on this machine."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from tdm_lightning.data import ImageNetDataModule
+from tdm_lightning.errors import SettingError
+from tdm_lightning.strategies import Strategy
+
+
+def compare(
+    model: str = "deit_small_patch16_224",
+    model_kwargs: dict[str, Any] | None = None,
+    strategies: list[Strategy] | None = None,
+    batch_size: int = 16,
+    rounds: int = 9,
+    warmup: int = 2,
+    device: str = "auto",
+    dtype: str = "float32",
+    match_gmacs: float | None = None,
+    ckpt: str | None = None,
+    data: ImageNetDataModule | None = None,
+    training: bool = False,
+    runtime: str = "eager",
+    seed: int = 0,
+    out: str = "compare",
+) -> None:
+    """Parameters, GMACs, throughput, latency, peak memory and, with weights and data, top-1 of a
+    timm ViT under each strategy.
+
+    The table is printed and saved as ``compare.md``, ``compare.csv`` and ``compare.png``. Ctrl-C
+    ends the measurement, saves what there is, and exits with code 130.
+
+    Args:
+        model: name of a timm ViT.
+        model_kwargs: passed to ``timm.create_model``, such as ``img_size``.
+        strategies: the methods; ``None``: all of the poster's, and the diversity-only ones; with
+            ``match_gmacs`` those that have a setting to solve for, with another ``runtime`` those
+            that it takes.
+        batch_size: images in a batch, for throughput and memory.
+        rounds: times that each method is timed, in turn with all others.
+        warmup: rounds before them that are not counted.
+        device: ``auto`` (the accelerator if there is one), ``cpu``, ``cuda``, ``cuda:1``, …
+        dtype: ``float32``, ``bfloat16`` or ``float16``, of weights and images.
+        match_gmacs: solve every method's keep rate, or ToMe's r, for this many 10⁹
+            multiply-accumulates per image.
+        ckpt: weights for all methods, an official checkpoint or one of ``tdm fit``; ``None``:
+            random ones, which do for speed.
+        data: images for top-1, and to time on in place of random numbers, which matters for methods
+            that decide image by image; the model they are prepared for is filled in.
+        training: also time a training step (forward and backward), which takes about three passes
+            more per round.
+        runtime: ``eager``; ``compile``, with ``torch.compile``; or ``onnx``, exported and run in
+            ONNX Runtime. The last two take no methods that decide image by image, and only tell
+            times.
+        seed: of random weights, the same for all methods, and of random images.
+        out: folder for the files.
+
+    Raises:
+        TypeError, ValueError: if a setting is wrong or does not fit the model, or the folder cannot
+            be written; nothing is measured then.
+        SystemExit: after an interrupt.
+    """
+    from tdm_lightning.compare import Plan, measure, posters_strategies, prepare
+    from tdm_lightning.compare.files import write
+    from tdm_lightning.compare.table import rich_table
+    from tdm_lightning.visualize.sheet import make_folder
+
+    plan = Plan(batch_size, rounds, warmup, device, dtype, seed, training, runtime)
+    if data is not None and ckpt is None:
+        raise SettingError(
+            "an untrained model's accuracy means nothing: give --ckpt FILE with the data"
+        )
+    if data is not None and data.hparams.model is None:
+        data = type(data)(**{**data.hparams, "model": model, "model_kwargs": model_kwargs})
+    if strategies is None:
+        strategies = posters_strategies(
+            adjustable=match_gmacs is not None, static=runtime != "eager"
+        )
+    classes = {} if data is None else {"num_classes": data.num_classes}
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        comparison = prepare(
+            model,
+            strategies,
+            plan,
+            {**classes, **(model_kwargs or {})},
+            ckpt,
+            match_gmacs,
+            progress,
+            data,
+        )
+        folder = make_folder(out)
+        measure(comparison, data, progress)
+    written = write(comparison, folder)
+    console = Console() if sys.stdout.isatty() else Console(width=240)
+    for name, value in comparison.facts.items():
+        console.print(f"{name}: {value}", markup=False, highlight=False)
+    console.print(rich_table(comparison.rows()))
+    for remark in comparison.remarks():
+        console.print(remark, markup=False, highlight=False)
+    for path in written:
+        console.print(str(path), markup=False, highlight=False)
+    if comparison.interrupted:
+        raise SystemExit(130)  # as a shell reports a program that Ctrl-C ended

@@ -1,0 +1,110 @@
+"""``tdm export``: write a reduced model for other programs and people."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tdm_lightning.cli.models import Chosen, choose_model
+from tdm_lightning.errors import SettingError
+from tdm_lightning.strategies import Strategy
+
+_ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "hub": ""}
+
+
+def export(
+    ckpt_path: str | None = None,
+    from_pretrained: str | None = None,
+    model: str = "deit_small_patch16_224",
+    model_kwargs: dict[str, Any] | None = None,
+    strategy: Strategy | list[Strategy] | None = None,
+    pretrained: bool = False,
+    checkpoint: str | None = None,
+    random_weights: bool = False,
+    format: Literal["onnx", "pt2", "hub"] = "onnx",
+    images: list[str] | None = None,
+    out: str | None = None,
+) -> Path:
+    """Write a model with its strategy as an ONNX file, a program of ``torch.export``, or a folder
+    for the Hugging Face hub.
+
+    A file takes batches of any size. It is run at several and must give the model's logits to 1e-4,
+    or it is not kept. Images in which rounding decides between tokens are left out of that and
+    counted.
+
+    Args:
+        ckpt_path: a checkpoint of ``tdm fit``; it brings model and strategy along.
+        from_pretrained: a folder or hub repository that ``save_pretrained`` or ``tdm export
+            --format hub`` wrote; likewise.
+        model: otherwise, the name of a timm ViT.
+        model_kwargs: passed to ``timm.create_model``.
+        strategy: the token-reduction method; ``None``: what was brought along, or TDM at 0.7.
+        pretrained: take timm's pretrained weights.
+        checkpoint: take the weights in this file, an official checkpoint or one of ``tdm fit``.
+        random_weights: export an untrained model all the same, to measure its speed.
+        format: ``onnx``; ``pt2`` for torch alone; ``hub`` for other users of this library and of
+            timm.
+        images: image files to compare on too.
+        out: the file, or the folder of ``hub``; ``None``: ``model.onnx``, ``model.pt2`` or
+            ``model``.
+
+    Returns:
+        What was written.
+
+    Raises:
+        TypeError, ValueError: without trained weights, for an adaptive strategy, if a setting is
+            wrong or the check fails.
+    """
+    from tdm_lightning.export import export_onnx, export_program
+
+    if not (ckpt_path or from_pretrained or pretrained or checkpoint or random_weights):
+        raise SettingError(
+            "an untrained model is of no use to others: give --ckpt_path FILE, --from_pretrained"
+            " FOLDER, --pretrained true or --checkpoint FILE, or insist with --random_weights true"
+        )
+    chosen = choose_model(
+        ckpt_path, from_pretrained, model, model_kwargs, strategy, pretrained, checkpoint
+    )
+    path = Path(out or f"model{_ENDINGS[format]}")
+    if format == "hub":
+        return _share(chosen, path)
+    logging.getLogger("onnxscript").setLevel(
+        logging.ERROR
+    )  # a line for each step that it cannot simplify
+    write = {"onnx": export_onnx, "pt2": export_program}[format]
+    written = write(chosen.model, path, _opened(chosen.model, images))
+    runtime = {"onnx": "ONNX Runtime", "pt2": "torch"}[format]
+    difference, count, ties = written.agreement
+    size = written.size / 1e6
+    print(
+        f"{path}: {size:.1f} MB; in {runtime} logits differ by at most {difference:.1e} on {count}"
+        " images"
+    )
+    if ties:
+        print(f"{ties} images left out of that: rounding decides between their tokens")
+    for kind, shapes in (("input", written.inputs), ("output", written.outputs)):
+        for name, shape in shapes.items():
+            print(f"{kind} {name}: {'×'.join(map(str, shape))}, float32")
+    return path
+
+
+def _share(chosen: Chosen, folder: Path) -> Path:
+    chosen.model.save_pretrained(folder, config=chosen.config)
+    print(
+        f"{folder}: load it with TokenReducedViT.from_pretrained(), upload it with `hf upload"
+        f" USER/NAME {folder}`"
+    )
+    return folder
+
+
+def _opened(model: nn.Module, paths: list[str] | None) -> Tensor | None:
+    if not paths:
+        return None
+    from tdm_lightning.visualize.images import data_config, open_image, prepare
+
+    config = data_config(model)
+    return torch.stack([prepare(open_image(path), config)[0] for path in paths])

@@ -1,0 +1,167 @@
+"""``tdm slim``: find the patches that each block of a trained ViT must compute."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from tdm_lightning.data import ImageNetDataModule
+from tdm_lightning.errors import SettingError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tdm_lightning.slimming import Slimmed
+
+
+def slim(
+    ckpt_path: str | None = None,
+    model: str = "deit_small_patch16_224",
+    model_kwargs: dict[str, Any] | None = None,
+    pretrained: bool = False,
+    checkpoint: str | None = None,
+    data: ImageNetDataModule | None = None,
+    bound: float = 0.02,
+    step: int = 10,
+    counts: list[int] | None = None,
+    match_gmacs: float | None = None,
+    images: int = 256,
+    epochs: int = 0,
+    lr: float = 1e-4,
+    device: str = "auto",
+    seed: int = 0,
+    out: str = "slim",
+) -> Slimmed:
+    """Patch Slimming's search on training images (PS-ViT, Tang et al., CVPR 2022): masks for every
+    block within an error bound.
+
+    The table is printed and saved as ``slim.csv``; weights and masks go to ``slim.safetensors``,
+    which ``tdm test`` and ``tdm fit`` take with ``--config strategies/psvit --model.checkpoint
+    …/slim.safetensors``. Labels are not used.
+
+    Args:
+        ckpt_path: a checkpoint of ``tdm fit``; it brings the model along. Its strategy, if any, is
+            left out.
+        model: otherwise, the name of a timm ViT.
+        model_kwargs: passed to ``timm.create_model``.
+        pretrained: take timm's pretrained weights.
+        checkpoint: take the weights in this file, an official checkpoint or one of ``tdm fit``.
+        data: images; those of the training split are used, prepared as for evaluation.
+        bound: largest relative error of each block.
+        step: patches that are switched on at a time.
+        counts: no search: patches that each block computes, chosen by their impact.
+        match_gmacs: no search: PSViT's own schedule at so many 10⁹ multiply-accumulates per
+            image, chosen by their impact.
+        images: number of images to look at.
+        epochs: how often to go through them to fine-tune a block that exceeds the bound, before
+            more of its patches are switched on; 0: never.
+        lr: learning rate of that.
+        device: ``auto`` (the accelerator if there is one), ``cpu``, ``cuda``, ``cuda:1``, …
+        seed: of the choice of images.
+        out: folder for the files.
+
+    Returns:
+        The slimmed model and what was found.
+
+    Raises:
+        TypeError, ValueError: without trained weights or data, if a setting is wrong or does not
+            fit the model, or the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    from tdm_lightning.compare.environment import choose_device
+    from tdm_lightning.slimming import search, select
+    from tdm_lightning.slimming.table import rich_table, write_csv
+    from tdm_lightning.visualize.sheet import make_folder
+
+    if counts is not None and match_gmacs is not None:
+        raise SettingError(
+            "counts and match_gmacs both say how many patches each block computes; give one of them"
+        )
+    if data is None:
+        raise SettingError(
+            "a search needs images: give --data ImageNetDataModule --data.dataset NAME_OR_FOLDER"
+        )
+    if not (ckpt_path or pretrained or checkpoint):
+        raise SettingError(
+            "an untrained model's attention means nothing: give --ckpt_path FILE, --pretrained true"
+            " or --checkpoint FILE"
+        )
+    where = choose_device(device)
+    folder = make_folder(out)
+    torch.manual_seed(seed)
+    if ckpt_path:
+        vit, model, model_kwargs = _from_run(ckpt_path)
+        data = _prepared(data, model, model_kwargs)
+    else:
+        data = _prepared(data, model, model_kwargs)
+        vit = _from_timm(
+            model, {"num_classes": data.num_classes, **(model_kwargs or {})}, pretrained, checkpoint
+        )
+    if match_gmacs is not None:
+        counts = _affordable(vit, match_gmacs)
+    data.setup("fit")
+    vit = vit.to(where)
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("blocks", total=len(vit.blocks) - 1)  # type: ignore[arg-type]
+
+        def done(block: Any) -> None:
+            progress.update(
+                task, advance=1, description=f"block {block.index}: {block.patches} patches"
+            )
+
+        if counts is None:
+            slimmed = search(vit, data.train_dataloader(), bound, step, images, epochs, lr, done)
+        else:
+            slimmed = select(vit, data.train_dataloader(), counts, images, done)
+    save_file(slimmed.model.cpu().state_dict(), folder / "slim.safetensors")
+    write_csv(slimmed, folder / "slim.csv")
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(rich_table(slimmed))
+    for name in ("slim.safetensors", "slim.csv"):
+        console.print(str(folder / name), markup=False, highlight=False)
+    return slimmed
+
+
+def _prepared(
+    data: ImageNetDataModule, model: str, model_kwargs: dict[str, Any] | None
+) -> ImageNetDataModule:
+    """The same data for the model, its training images without augmentation."""
+    return type(data)(
+        **{**data.hparams, "model": model, "model_kwargs": model_kwargs, "augment": False}
+    )
+
+
+def _from_run(path: str) -> tuple[nn.Module, str, dict[str, Any] | None]:
+    """The timm model of a checkpoint, its name, and what it was created with."""
+    from tdm_lightning.training.module import TokenReductionClassifier
+
+    module = TokenReductionClassifier.load_from_checkpoint(path, map_location="cpu")
+    return module.model.vit, module.hparams["model"], module.hparams["model_kwargs"]
+
+
+def _from_timm(
+    name: str, arguments: dict[str, Any], pretrained: bool, checkpoint: str | None
+) -> nn.Module:
+    import timm
+
+    from tdm_lightning.checkpoints import load_official
+
+    vit = timm.create_model(name, pretrained=pretrained, **arguments)
+    if checkpoint is not None:
+        load_official(vit, checkpoint)
+    return vit
+
+
+def _affordable(vit: nn.Module, gmacs: float) -> list[int]:
+    """The counts of PSViT's own schedule within a budget."""
+    from tdm_lightning.budget import at_budget
+    from tdm_lightning.strategies import PSViT
+    from tdm_lightning.vit import attach
+
+    counts: Any = attach(vit, at_budget(vit, PSViT(), gmacs)).strategy.token_counts
+    return list(counts)

@@ -1,1 +1,0 @@
-"""The library's own subcommands, one file each."""

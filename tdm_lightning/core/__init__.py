@@ -1,0 +1,1 @@
+"""What everything else speaks of: tokens, what became of them, and plain-value configuration."""

@@ -1,0 +1,127 @@
+"""Objects that can be written down as plain values and built again from them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+from tdm_lightning.errors import SettingError
+
+T = TypeVar("T", bound="Configurable")
+
+
+#: Classes of this library are stored under its own name, whichever module they live in.
+_LIBRARY = "tdm_lightning"
+
+
+def stored_name(cls: type) -> str:
+    """The name under which a class is written to files: stable for this library's classes.
+
+    ``tdm_lightning.TDM`` and its like for what this library defines, the import path for a user's.
+    """
+    if cls.__module__.partition(".")[0] == _LIBRARY:
+        return f"{_LIBRARY}.{cls.__name__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+class Configurable:
+    """Stores every ``__init__`` argument under its own name; that is all :meth:`config` needs.
+
+    The plain form is the one the command line uses, ``{"class_path": …, "init_args": {…}}``.
+    Building looks the class up among the subclasses that are already imported, so reading a file
+    never imports or runs anything that it names.
+    """
+
+    _registry: ClassVar[dict[str, type[Configurable]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Configurable._registry[f"{cls.__module__}.{cls.__qualname__}"] = cls
+
+    def config(self) -> dict[str, Any]:
+        """The arguments this object was made with, as plain values."""
+        names = [
+            name for name in inspect.signature(type(self).__init__).parameters if name != "self"
+        ]
+        return {
+            "class_path": stored_name(type(self)),
+            "init_args": {name: _plain(getattr(self, name)) for name in names},
+        }
+
+    def __repr__(self) -> str:
+        return _readable(self.config())
+
+    @classmethod
+    def known(cls) -> dict[str, type[Configurable]]:
+        """The imported subclasses by their import paths."""
+        registry = Configurable._registry.items()
+        return {path: known for path, known in registry if issubclass(known, cls)}
+
+    @classmethod
+    def from_config(cls: type[T], config: Mapping[str, Any]) -> T:
+        """Build an object from :meth:`config`'s form; a class may also be named without its module.
+
+        Raises:
+            ValueError: if the class is not an imported subclass of this one, or several bear its
+                short name.
+            TypeError: if an argument is unknown.
+        """
+        arguments = {name: _built(value) for name, value in (config.get("init_args") or {}).items()}
+        return cls._find(config["class_path"])(**arguments)  # type: ignore[return-value]
+
+    @classmethod
+    def _find(cls, path: str) -> type[Configurable]:
+        known = cls.known()
+        if path in known:
+            return known[path]
+        if path.startswith(f"{_LIBRARY}."):
+            # Modules of this library move; a path into it, also one that 0.1.0 wrote, means a name.
+            path = f"{_LIBRARY}.{path.rpartition('.')[2]}"
+        names_of = {where: (stored_name(one), one.__name__) for where, one in known.items()}
+        found = {where: known[where] for where, names in names_of.items() if path in names}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        if found:
+            raise SettingError(
+                f"{path!r} is the name of {len(found)} classes; say which by its import path:"
+                f" {', '.join(sorted(found))}"
+            )
+        names = sorted(one.__name__ for one in known.values())
+        raise SettingError(
+            f"{path!r} is not a known {cls.__name__}; known are {', '.join(names)}. If it is your"
+            " own class, import its module before loading."
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Configurable):
+        return value.config()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _built(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_built(item) for item in value]
+    return (
+        Configurable.from_config(value)
+        if isinstance(value, Mapping) and "class_path" in value
+        else value
+    )
+
+
+def arguments_line(config: Mapping[str, Any]) -> str:
+    """The arguments of :meth:`Configurable.config`'s form as in a call: ``keep_rate=0.7, layers=[3,
+    6, 9]``.
+    """
+    return ", ".join(f"{name}={_readable(value)}" for name, value in config["init_args"].items())
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, Mapping) and "class_path" in value:
+        return f"{value['class_path'].rsplit('.', 1)[-1]}({arguments_line(value)})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_readable, value))}]"
+    return repr(value)

@@ -1,0 +1,67 @@
+"""What the study's figures show of results far below the others."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.study import figures
+from benchmarks.study.results import Result
+
+ACCURACY = {
+    ("Plain", 1.0): 0.9,
+    ("TDM", 0.5): 0.88,
+    ("EViT", 0.5): 0.8,
+    ("DyViT", 0.5): 0.4,
+    ("Evo-ViT", 0.5): 0.3,
+}
+
+
+@pytest.fixture
+def results():
+    def made(method, rate, accuracy):
+        both = {"before": accuracy, "after": accuracy}
+        scores = {when: [4.0, 3.0] for when in both}
+        return Result(method, rate, 1, gmacs=0.1, accuracy=both, diversity=scores, tokens=[4, 2])
+
+    return [made(method, rate, accuracy) for (method, rate), accuracy in ACCURACY.items()]
+
+
+def texts(axis):
+    return {text.get_text(): text for text in axis.texts}
+
+
+def heights(axis):
+    return {y for line in axis.lines for y in line.get_ydata()}
+
+
+def test_fine_tuned_accuracies_end_thirty_points_below_the_plain_model(results):
+    before, after = figures.accuracy_against_gmacs(results).axes
+    assert before.get_ylim()[0] < 30
+    assert after.get_ylim()[0] == pytest.approx(60)
+    assert after.get_ylim()[1] > 90
+    assert not before.texts
+    written = texts(after)
+    assert set(written) == {"↓ 40.0", "↓ 30.0"}
+    assert written["↓ 40.0"].xyann != written["↓ 30.0"].xyann  # neither hides the other
+    assert 90 in heights(after)  # the plain model's line
+
+
+def test_losses_per_keep_rate_are_relative_to_the_plain_model(results):
+    (axis,) = figures.accuracy_per_keep_rate(results).axes
+    assert axis.get_ylim()[0] == pytest.approx(-30)
+    assert set(texts(axis)) == {"↓ -50.0", "↓ -60.0"}
+    assert {-2, -10} <= {round(y, 6) for y in heights(axis)}
+
+
+def test_the_plain_model_is_within_the_panel_beside_the_diversity(results):
+    _, axis = figures.diversity_beside_accuracy(results, 0.5).axes
+    left, right = axis.get_xlim()
+    assert left == pytest.approx(60)
+    assert right > 90
+    assert {"← 40.00", "← 30.00", "88.00", "80.00"} == set(texts(axis))
+
+
+def test_without_a_plain_model_nothing_is_cut_off(results):
+    _, axis = figures.accuracy_against_gmacs(results[1:]).axes
+    assert axis.get_ylim()[0] < 30
+    assert not axis.texts

@@ -1,0 +1,180 @@
+"""``tdm compare``: how it measures time and memory; never how fast something is."""
+
+import dataclasses
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import tdm_lightning as tdm
+from tdm_lightning.compare import memory, methods, run, timing
+from tdm_lightning.compare.table import Spread
+from tests.helpers.compares import NAME, SHAPE, STRATEGIES, Positive, reduced, table
+from tests.helpers.compares import compare as compare  # a fixture
+
+
+def test_live_tensors_of_known_size():
+    before = torch.zeros(1000)
+    with memory.LiveTensors() as live:
+        assert before.view(10, 100).t().shape == (100, 10)
+        before.add_(1)
+        assert live.peak == 0
+        x = torch.ones(1000)
+        part = x[:10]
+        x += 1
+        assert live.now == 4000
+        y = x * 2
+        assert live.now == live.peak == 8000
+        del x
+        assert live.now == 8000  # a view still holds it
+        del part
+        assert live.now == 4000
+        z = y.double()
+        assert live.now == live.peak == 12000
+        del y
+    assert live.now == 8000
+    del z
+    assert (live.now, live.peak) == (0, 12000)
+
+
+def test_peak_of_a_known_model():
+    model = nn.Sequential(nn.Linear(10, 1000), nn.Linear(1000, 10))
+    weights = 10 * 1000 + 1000 + 1000 * 10 + 10
+    assert memory.weight_bytes(model) == 4 * weights
+    assert memory.peak_bytes(model, torch.zeros(4, 10)) == 4 * (weights + 4 * 1000 + 4 * 10)
+    model[1].weight = nn.Parameter(model[0].weight.t())  # tied: one storage
+    assert memory.weight_bytes(model) == 4 * (weights - 10 * 1000)
+
+
+def test_rounds_are_interleaved_in_turning_order(monkeypatch):
+    seen = []
+
+    def seconds(model, images, passes=1):
+        seen.append((model, len(images), passes))
+        return 0.01 * model
+
+    monkeypatch.setattr(timing, "seconds", seconds)
+    monkeypatch.setattr(timing, "LEAST_SECONDS", 0.03)
+    steps = []
+    rounds = list(
+        timing.interleaved_rounds([1, 2, 3], torch.zeros(8, 1), 2, 1, lambda: steps.append(None))
+    )
+    assert [model for model, images, _ in seen if images == 8] == [1, 2, 3, 3, 2, 1, 1, 2, 3]
+    assert {images for _, images, _ in seen} == {8, 1}
+    assert {(model, passes) for model, _, passes in seen[:6]} == {(1, 1), (2, 1), (3, 1)}
+    assert {(model, passes) for model, _, passes in seen[6:]} == {(1, 3), (2, 2), (3, 1)}
+    assert len(steps) == 9
+    assert [[sample.batch for sample in samples] for samples in rounds] == 2 * [[0.01, 0.02, 0.03]]
+
+
+def test_ratios_are_taken_within_each_round():
+    plain, other = (methods.Method(name, "", nn.Linear(2, 2)) for name in ("plain", "other"))
+    found = run.Comparison(
+        run.Plan(batch_size=8, device="cpu"), [plain, other], torch.zeros(8, 2), [100, 50], {}
+    )
+    for base, ratio in ((1.0, 2.0), (10.0, 3.0), (4.0, 1.0)):
+        found.rounds.append([timing.Sample(base, base / 4), timing.Sample(base / ratio, base / 8)])
+    row = found.rows()[1]
+    assert row.speedup == Spread(1.5, 2.0, 2.5)
+    assert row.throughput.median == pytest.approx(8 / (10 / 3))  # of 16, 2.4 and 2
+    assert row.latency_speedup == Spread(2.0, 2.0, 2.0)
+    assert row.latency.median == pytest.approx(1e3 * 4 / 8)
+    assert row.mac_ratio == 2
+    assert row.efficiency == row.latency_efficiency == 1
+    assert row.reduction == 0.5
+
+
+def test_saved_for_backward_of_a_known_model():
+    model = nn.Sequential(nn.Linear(10, 1000), nn.GELU(), nn.Linear(1000, 10))
+    images = torch.zeros(4, 10)
+    # The inputs of both linear layers and of the GELU; the weights are not counted.
+    assert memory.saved_bytes(model, images) == 4 * (4 * 10 + 4 * 1000 + 4 * 1000)
+
+
+def test_a_tensor_saved_twice_counts_once_and_none_is_kept_for_it():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(10, 10, bias=False) for _ in range(20))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x) * layer(x).sigmoid()  # two layers save x
+            return x
+
+    images = torch.zeros(50, 10)
+    with memory.LiveTensors() as live:
+        saved = memory.saved_bytes(Model(), images)
+    # The input of each pair of layers, and the two factors, one of which is also what the sigmoid
+    # saves.
+    assert saved == 20 * 3 * 4 * 50 * 10
+    assert live.peak < saved / 5
+
+
+def test_reduced_tokens_save_less_for_backward():
+    vit = timm.create_model("test_vit", img_size=96)
+    images = torch.zeros(2, 3, 96, 96)
+    reduced = tdm.attach(vit, tdm.TDM(keep_rate=0.5, layers=(1, 3)))
+    assert memory.saved_bytes(reduced, images) < memory.saved_bytes(vit, images)
+
+
+def test_own_time_is_a_share_of_the_pass_and_unknown_for_a_plain_model():
+    vit = timm.create_model("test_vit", img_size=96).eval()
+    images = torch.zeros(2, 3, 96, 96)
+    assert math.isnan(timing.own_share(vit, images, 1))
+    assert (
+        0 < timing.own_share(tdm.attach(vit, tdm.TDM(keep_rate=0.5, layers=(1, 3))), images, 3) < 1
+    )
+
+
+def test_training_steps_are_timed_where_asked_for(compare, tmp_path, capsys):
+    compare("--training=true")
+    assert "training step ms" in capsys.readouterr().out
+    rows = table(tmp_path)
+    assert float(rows["plain"]["training_step_ratio_to_plain"]) == 1
+    assert all(float(row["training_step_ms"]) > 0 for row in rows.values())
+
+
+def test_training_steps_are_left_out_by_default(compare, tmp_path, capsys):
+    compare()
+    assert "training step" not in capsys.readouterr().out
+    assert table(tmp_path)["plain"]["training_step_ms"] == ""
+
+
+def test_a_timed_training_step_leaves_the_model_as_it_was():
+    model = reduced(tdm.TDM(0.5, (1,))).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert timing.step_seconds(model, torch.zeros(2, 3, 32, 32)) > 0
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_adaptive_methods_tell_their_spread(tmp_path):
+    plan = run.Plan(batch_size=3, rounds=1, warmup=0)
+    comparison = run.prepare(NAME, [Positive()], plan, SHAPE)
+    assert "without trained weights" in comparison.remarks()[0]
+    comparison.methods[1] = dataclasses.replace(comparison.methods[1], trained=True)
+    costs = comparison.alone[1]
+    assert comparison.rows()[1].macs_alone == pytest.approx(costs.macs.mean().item())
+    assert comparison.rows()[1].macs_alone_std > 0
+    assert comparison.macs[1] > costs.macs.mean()  # padding
+    assert comparison.rows()[1].single_macs == round(costs.macs[0].item())
+    assert "without trained weights" not in comparison.remarks()[0]
+    assert "Positive, image by image:" in comparison.remarks()[0]
+
+
+def test_real_images_are_timed_on(compare, tmp_path, monkeypatch):
+    vit = timm.create_model(NAME, **SHAPE)
+    torch.save({"model": vit.state_dict()}, tmp_path / "vit.pth")
+    seen = []
+    monkeypatch.setattr(run, "peak_bytes", lambda model, images: seen.append(images) or 1)
+    extra = ["--data.dataset=digits", "--data.num_workers=0", "--data.batch_size=500"]
+    compare(f"--ckpt={tmp_path / 'vit.pth'}", *extra, rounds=1, strategies=STRATEGIES[:1])
+    data = tdm.ImageNetDataModule(
+        "digits", model=NAME, model_kwargs=SHAPE, num_workers=0, batch_size=2
+    )
+    data.setup("test")
+    torch.testing.assert_close(seen[0], next(iter(data.test_dataloader()))[0])
