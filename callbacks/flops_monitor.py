@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tdm_lightning.core.checks import check_count
 from tdm_lightning.flops import ImageCosts, image_costs, mac_report
 from tdm_lightning.vit import TokenReducedViT
-from tdm_lightning.vit.families import grid_size
+from tdm_lightning.vit.adapters import grid_size
 from tdm_lightning.vit.find import find_vit
 
 

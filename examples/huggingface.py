@@ -27,7 +27,7 @@ class Classifier(torch.nn.Module):  # what the Trainer expects of a model
 
     def forward(self, pixel_values, labels):
         output = self.vit.run(pixel_values)
-        terms = self.vit.strategy.loss(output, labels, torch.nn.functional.cross_entropy)
+        terms = self.vit.objective.loss(output, labels, torch.nn.functional.cross_entropy)
         return {"loss": sum(terms.values()), "logits": output.logits}
 
 

@@ -24,7 +24,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for batch, labels in chain(loader, loader, loader):  # three epochs
     with recorder:  # listens to the pass made inside
         output = model.run(batch)
-    loss = sum(model.strategy.loss(output, labels, cross_entropy).values())
+    loss = sum(model.objective.loss(output, labels, cross_entropy).values())
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from tdm_lightning import checkpoints, export, flops, metrics, sparsity
 from tdm_lightning.budget import solve_keep_rate
-from tdm_lightning.core.tokens import Output, Role, Tokens, Trace
-from tdm_lightning.mergers import TokenMerger
+from tdm_lightning.core import ModelInfo, Output, Reduction, Role, Seen, Tokens, Trace
+from tdm_lightning.importance import Chance, ClassAttention, Importance, ReceivedAttention
+from tdm_lightning.mergers import Cluster, Drop, Fuse, Merger, PairMerger, TokenMerger
+from tdm_lightning.schedules import CountPerBlock, FewerPerBlock, RateAtBlocks, Schedule
 from tdm_lightning.sparsity import Structured, SViTE, Unstructured
 from tdm_lightning.strategies import (
     DPCKNN,
@@ -25,14 +27,17 @@ from tdm_lightning.strategies import (
     EvoViT,
     PSViT,
     Random,
+    Requirements,
     SPViT,
     Stack,
     Strategy,
+    TokenReduction,
     ToMe,
     TopK,
+    TrainingObjective,
 )
 from tdm_lightning.version import __version__
-from tdm_lightning.vit import TokenReducedViT, attach, detach
+from tdm_lightning.vit import Adapter, TokenReducedViT, attach, detach, register_adapter
 
 if TYPE_CHECKING:
     from tdm_lightning.data import ImageNetDataModule
@@ -44,26 +49,46 @@ __all__ = [
     "IARED2",
     "TDM",
     "AViT",
+    "Adapter",
+    "Chance",
+    "ClassAttention",
+    "Cluster",
+    "CountPerBlock",
+    "Drop",
     "DyViT",
     "EViT",
     "EvoViT",
+    "FewerPerBlock",
+    "Fuse",
     "ImageNetDataModule",
+    "Importance",
+    "Merger",
+    "ModelInfo",
     "Output",
     "PSViT",
+    "PairMerger",
     "Random",
+    "RateAtBlocks",
+    "ReceivedAttention",
+    "Reduction",
+    "Requirements",
     "Role",
     "SPViT",
     "SViTE",
+    "Schedule",
+    "Seen",
     "Stack",
     "Strategy",
     "Structured",
     "ToMe",
     "TokenMerger",
     "TokenReducedViT",
+    "TokenReduction",
     "TokenReductionClassifier",
     "Tokens",
     "TopK",
     "Trace",
+    "TrainingObjective",
     "Unstructured",
     "__version__",
     "attach",
@@ -72,6 +97,7 @@ __all__ = [
     "export",
     "flops",
     "metrics",
+    "register_adapter",
     "solve_keep_rate",
     "sparsity",
 ]

@@ -8,9 +8,10 @@ from torch import nn
 
 from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.flops import macs_with
-from tdm_lightning.strategies.base import Dial, Strategy
+from tdm_lightning.schedules import SearchSpace
+from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.vit import TokenReducedViT
-from tdm_lightning.vit.families import patch_count
+from tdm_lightning.vit.adapters import model_info
 
 
 def solve_keep_rate(
@@ -46,8 +47,9 @@ def solve_keep_rate(
     """
     if "keep_rate" not in strategy.config()["init_args"]:
         raise SettingTypeError(f"{type(strategy).__name__} has no keep rate to solve for")
-    dial = strategy.keep_rate_dial(round(1 / resolution))
-    return cast(Any, _turned(model, dial, gmacs, input_size, total)).keep_rate
+    size = round(1 / resolution)
+    space = SearchSpace(size, lambda step: strategy.changed(keep_rate=step / size))
+    return cast(Any, _largest(model, space, gmacs, input_size, total)).keep_rate
 
 
 def at_budget(
@@ -57,8 +59,8 @@ def at_budget(
     input_size: tuple[int, int, int] | None = None,
     total: bool = False,
 ) -> Strategy:
-    """A strategy like this one, its :meth:`~tdm_lightning.Strategy.dial` turned as far as a budget
-    allows.
+    """A strategy like this one, its largest of its :meth:`~tdm_lightning.Strategy.search_space` within
+    a budget.
 
     Args:
         model: as :func:`solve_keep_rate`, as are the other arguments and errors.
@@ -76,18 +78,23 @@ def at_budget(
     [3, 2, 2, 2, 2, 2]
     """
     vit: Any = _timm_model(model)
-    dial = strategy.dial(len(vit.blocks), patch_count(vit))
-    if dial is None:
+    info = model_info(vit)
+    space = strategy.search_space(info.depth, info.patches)
+    if space is None:
         raise SettingTypeError(
             f"{type(strategy).__name__} has no keep rate or other setting that alone decides what"
             " it costs, so none can be solved for; take one that has (SPViT: with"
             " fixed_count=True)"
         )
-    return _turned(vit, dial, gmacs, input_size, total)
+    return _largest(vit, space, gmacs, input_size, total)
 
 
-def _turned(
-    model: nn.Module, dial: Dial, gmacs: float, input_size: tuple[int, int, int] | None, total: bool
+def _largest(
+    model: nn.Module,
+    space: SearchSpace[Strategy],
+    gmacs: float,
+    input_size: tuple[int, int, int] | None,
+    total: bool,
 ) -> Strategy:
     """The last setting within the budget."""
     if not gmacs > 0:  # also refuses NaN
@@ -97,7 +104,7 @@ def _turned(
     vit, budget = _timm_model(model), gmacs * 1e9
 
     def cost(step: int) -> int:
-        return macs_with(vit, dial.at(step), input_size, total)
+        return macs_with(vit, space.candidate(step), input_size, total)
 
     def fits(step: int) -> bool:
         try:
@@ -108,16 +115,16 @@ def _turned(
             return True
 
     if (
-        cost(dial.steps) <= budget
+        cost(space.size) <= budget
     ):  # also refuses settings that do not fit the model whatever the rate
-        return dial.at(dial.steps)
-    name = type(dial.at(dial.steps)).__name__
+        return space.candidate(space.size)
+    name = type(space.candidate(space.size)).__name__
     if not fits(1):
         raise SettingError(
             f"{name} cannot meet {gmacs} GMACs: its cheapest setting costs {cost(1) / 1e9:.3f};"
             " reduce in earlier layers or take a smaller model"
         )
-    low, high = 1, dial.steps  # fits, and does not
+    low, high = 1, space.size  # fits, and does not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -125,7 +132,7 @@ def _turned(
         cost(low)
     except ValueError as error:
         raise SettingError(f"{name} cannot meet {gmacs} GMACs: {error}") from None
-    return dial.at(low)
+    return space.candidate(low)
 
 
 def _timm_model(model: nn.Module) -> nn.Module:

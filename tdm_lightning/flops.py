@@ -24,7 +24,8 @@ from tdm_lightning.errors import SettingError
 from tdm_lightning.ops.linear import check_not_quantized
 from tdm_lightning.sparsity.extract import Parts, kept_parts, shrink
 from tdm_lightning.strategies.base import Strategy
-from tdm_lightning.vit import TokenReducedViT, attach, families
+from tdm_lightning.vit import TokenReducedViT, attach
+from tdm_lightning.vit.adapters import input_size as model_input_size
 
 #: Stages of a pass in which the timm model works; all others are the strategy's own.
 _BACKBONE = ("embed", "attention", "mlp", "head", "begin", "finish")
@@ -323,7 +324,7 @@ def image_costs(model: TokenReducedViT, images: Tensor) -> ImageCosts:
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width that a timm ViT was made for."""
-    return families.input_size(model.vit if isinstance(model, TokenReducedViT) else model)
+    return model_input_size(model.vit if isinstance(model, TokenReducedViT) else model)
 
 
 def macs_with(

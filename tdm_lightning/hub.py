@@ -174,7 +174,7 @@ class Shareable(
 
 def _describe(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """The content of ``config.json``."""
-    from tdm_lightning.vit.families import input_size
+    from tdm_lightning.vit.adapters import input_size
 
     if "architecture" not in (getattr(model.vit, "pretrained_cfg", None) or {}):
         raise FileError(
@@ -283,7 +283,7 @@ def _check_rebuilt(model: Any, config: Mapping[str, Any]) -> None:
     """Refuse a description that gives another model: arguments of ``timm.create_model`` that
     nothing recorded.
     """
-    from tdm_lightning.vit.families import input_size
+    from tdm_lightning.vit.adapters import input_size
 
     remedy = (
         f"a {config['architecture']} made with {config.get('model_args', {})} is not this model;"
@@ -311,7 +311,7 @@ def _check_rebuilt(model: Any, config: Mapping[str, Any]) -> None:
 def _card(model: Any, repo_id: str, license: str | None) -> str:
     """The text of the model card."""
     from tdm_lightning.flops import mac_report
-    from tdm_lightning.vit.families import input_size
+    from tdm_lightning.vit.adapters import input_size
 
     vit, strategy = model.vit, model.strategy
     name, method = vit.pretrained_cfg["architecture"], type(strategy).__name__

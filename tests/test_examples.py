@@ -36,7 +36,7 @@ def test_loops(name):
     scores = names["recorder"].compute()
     assert len(scores) == 4
     assert all(score > 0 for score in scores)
-    assert not any(tap._forward_hooks for tap in names["model"].taps)
+    assert not any(tap._forward_hooks for tap in names["model"].hook_points)
 
 
 def test_segmentation():

@@ -63,7 +63,7 @@ class Halving(tdm.Strategy):
         super().__init__()
         self.layer = layer
 
-    def bind(self, vit, patches):
+    def bind(self, vit, info):
         self.gain = torch.nn.Parameter(torch.ones(vit.embed_dim))
 
     def after_block(self, index, tokens):

@@ -22,7 +22,7 @@ from torch import Tensor
 import tdm_lightning as tdm
 from benchmarks.study.evaluate import gathered
 from benchmarks.study.plain import Plain
-from tdm_lightning.core.tokens import Tokens
+from tdm_lightning.core import Tokens
 
 reduced = Tokens.reduced
 

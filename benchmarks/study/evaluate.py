@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdm_lightning.metrics.recorder import DiversityRecorder
 from tdm_lightning.vit import TokenReducedViT
-from tdm_lightning.vit.find import tap_blocks
+from tdm_lightning.vit.find import hook_blocks
 
 #: Images that the diversity score is the mean over, spread evenly: it takes longer than the pass
 #: itself.
@@ -76,6 +76,6 @@ def evaluate(
     def count(block: int, x: Tensor, valid: Tensor | None) -> None:
         tokens[block] = x.shape[1] - model.num_prefix_tokens
 
-    with recorder, tap_blocks(model, count):
+    with recorder, hook_blocks(model, count):
         model(images[:: max(1, len(images) // SAMPLED)][:SAMPLED].to(device))
     return Evaluation(torch.cat(correct), [score.item() for score in recorder.compute()], tokens)

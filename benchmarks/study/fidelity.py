@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from benchmarks.study.plan import METHODS, RATES, Cell, chosen_methods
 from benchmarks.study.results import Fidelity
 from benchmarks.study.run import NoSetting, solved
-from tdm_lightning.core.tokens import Observed, Tokens
+from tdm_lightning.core import Seen, Tokens
 from tdm_lightning.ops import unmerge
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.vit import TokenReducedViT, attach
@@ -61,7 +61,7 @@ class Watching(Strategy):
         """As the other."""
         return self.inner.before_block(index, tokens)
 
-    def after_attention(self, index: int, tokens: Tokens, observed: Observed) -> Tokens:
+    def after_attention(self, index: int, tokens: Tokens, seen: Seen) -> Tokens:
         """Note the attention over the tokens that the block saw."""
         if index in self.blocks:
             assert observed.importance is not None

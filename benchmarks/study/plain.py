@@ -61,9 +61,9 @@ class Plain:
         """How to make the timm model for a strategy; one that needs another pooling gets it, after
         the norm as trained.
         """
-        if strategy.global_pool is None:
+        if strategy.requires().pooling is None:
             return self.model_kwargs
-        return {**self.model_kwargs, "global_pool": strategy.global_pool, "fc_norm": False}
+        return {**self.model_kwargs, "global_pool": "avg", "fc_norm": False}
 
     def vit(self, strategy: Strategy) -> nn.Module:
         """The timm model for a strategy, with random weights: to count what it costs."""

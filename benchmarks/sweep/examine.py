@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdm_lightning.core.tokens import Reduction, Role, Tokens
+from tdm_lightning.core import Reduction, Role, Tokens
 from tdm_lightning.ops import gather_tokens, inverse_order
 from tdm_lightning.strategies import TDM, Strategy
 from tdm_lightning.vit.attach import attach
-from tdm_lightning.vit.families import family_of, patch_count
+from tdm_lightning.vit.adapters import family_of, patch_count
 
 KEEP_RATE = 0.7
 

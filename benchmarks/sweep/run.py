@@ -18,7 +18,7 @@ from benchmarks.sweep.shrink import Arguments, shrinking, shrunk_text
 from benchmarks.sweep.table import Row, append_row, read_rows, write_rows
 from tdm_lightning.errors import SettingError
 from tdm_lightning.vit.attach import attach
-from tdm_lightning.vit.families import input_size
+from tdm_lightning.vit.adapters import input_size
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,11 @@ def posters_strategies(adjustable: bool = False, static: bool = False) -> list[S
     ]
     if static:
         found = [strategy for strategy in found if not strategy.adaptive]
-    return [strategy for strategy in found if not adjustable or strategy.dial(depth=1, patches=2)]
+    return [
+        strategy
+        for strategy in found
+        if not adjustable or strategy.search_space(depth=1, patches=2)
+    ]
 
 
 def make_vit(name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -140,8 +144,8 @@ def make_method(
         TypeError: if the strategy has no setting to solve for.
     """
     title, settings = describe(strategy)
-    if strategy.global_pool is not None:
-        arguments = {"global_pool": strategy.global_pool, **arguments}
+    if strategy.requires().pooling == "patches":
+        arguments = {"global_pool": "avg", **arguments}
     try:
         vit = make_vit(name, arguments)
         if match_gmacs is not None:

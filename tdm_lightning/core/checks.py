@@ -109,3 +109,29 @@ def check_number(value: Any, name: str, least: float = 0.0, above: bool = False)
         limit = "" if least == -math.inf else f" and {'above' if above else 'at least'} {least:g}"
         raise SettingError(f"{name} must be finite{limit}, got {value!r}")
     return float(value)
+
+
+def check_counts(counts: Any, name: str, least: int = 1) -> tuple[int, ...]:
+    """Numbers of tokens, one per block, none greater than the one before it.
+
+    Raises:
+        TypeError: if it is not a sequence of integers.
+        ValueError: if one is smaller than ``least`` or they grow.
+    """
+    if isinstance(counts, str) or not isinstance(counts, Sequence) or not counts:
+        raise SettingTypeError(
+            f"{name} must hold the patches of each block, such as [196, 140, …], got {counts!r}"
+        )
+    if any(isinstance(count, bool) or not isinstance(count, Integral) for count in counts):
+        raise SettingTypeError(f"{name} must hold integers, got {list(counts)!r}")
+    if min(counts) < least:
+        least_is = "be negative" if least == 0 else f"be smaller than {least}"
+        raise SettingError(f"{name} cannot {least_is}, got {list(counts)!r}")
+    grown = [block for block in range(1, len(counts)) if counts[block] > counts[block - 1]]
+    if grown:
+        block = grown[0]
+        raise SettingError(
+            f"{name} must not grow, because a block only has patches that the block before kept;"
+            f" block {block} has {counts[block]} after {counts[block - 1]}"
+        )
+    return tuple(int(count) for count in counts)

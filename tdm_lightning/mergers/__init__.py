@@ -1,5 +1,10 @@
-"""What N tokens become when fewer may stay."""
+"""What N tokens become when fewer may stay: one file per merger."""
 
+from tdm_lightning.mergers.base import Merger
+from tdm_lightning.mergers.cluster import Cluster
+from tdm_lightning.mergers.drop import Drop
+from tdm_lightning.mergers.fuse import Fuse
+from tdm_lightning.mergers.pair_merger import PairMerger
 from tdm_lightning.mergers.token_merger import TokenMerger
 
-__all__ = ["TokenMerger"]
+__all__ = ["Cluster", "Drop", "Fuse", "Merger", "PairMerger", "TokenMerger"]

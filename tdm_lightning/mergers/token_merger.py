@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tdm_lightning.core.checks import check_choice, check_count, check_fraction
-from tdm_lightning.core.configurable import Configurable
-from tdm_lightning.core.tokens import Reduction, Role
-from tdm_lightning.errors import SettingError, SettingTypeError
+from tdm_lightning.core.reduction import Reduction, Role, Seen
+from tdm_lightning.errors import SettingError
+from tdm_lightning.mergers.base import Merger
 from tdm_lightning.ops import (
     cluster_density_peaks,
     gather_tokens,
@@ -75,37 +75,30 @@ def split_budget(
     return Split(attentive, clusters, pairs=attentive + clusters - keep)
 
 
-class TokenMerger(Configurable):
-    """Clusters the inattentive tokens and fuses similar attentive ones, down to a given total (Long
-    et al., CVPR 2023, §3.2).
+class TokenMerger(Merger):
+    """Clusters the inattentive tokens and fuses similar attentive ones, down to a given total
+    (Long et al., CVPR 2023, §3.2).
 
     The paper says *what* happens (a simplified density-peak clustering, a matching of homogeneous
     pairs, a weighted combination); it has no public code. The defaults are readings; what the
-    sources leave open is an argument. It has no parameters.
+    sources leave open is an argument.
 
     Args:
         cluster_fraction: clusters per inattentive token, in (0, 1].
-        density: kernel of the density peaks: ``"gaussian"``, ``"cutoff"`` or ``"knn"``, see
+        density: kernel of the density peaks: ``"gaussian"`` or ``"knn"``, see
             :func:`~tdm_lightning.ops.cluster_density_peaks`.
-        cutoff: quantile of the distances that the ``"cutoff"`` kernel takes as its radius, in (0,
-            1].
         neighbours: k of the ``"knn"`` kernel.
-        assignment: a token joins the ``"nearest"`` centre, or the cluster of its nearest
-            ``"denser"`` token.
-        cluster_weights: a cluster is the ``"attention"``-weighted mean of its tokens, their plain
-            ``"mean"``, or the attention-weighted ``"sum"`` without normalisation, as EViT fuses
-            (only sensible with fine-tuning).
-        matching: ``"bipartite"``, ``"greedy"`` or ``"mutual"``, see
-            :func:`~tdm_lightning.ops.match_pairs`.
+        cluster_weights: a cluster is the ``"attention"``-weighted mean of its tokens or their plain
+            ``"mean"``.
+        matching: ``"bipartite"`` or ``"greedy"``, see :func:`~tdm_lightning.ops.match_pairs`.
         match_weights: a pair becomes its ``"attention"``-weighted or its plain ``"mean"``.
-        attentive_ratio: share of the tokens that are attentive, in (0, 1]; ``None``: as many as
+        attentive_ratio: share of the tokens that is attentive, in (0, 1]; ``None``: as many as
             leave.
         features: what is compared: the residual-stream ``"tokens"``, the same under the block's
             second norm (``"normed"``), or the head-averaged ``"keys"`` of its attention.
-        proportional_attention: add log(size) of each token to the logits of its key in later blocks
-            (ToMe), so that a merged token attracts as much attention as its patches did. The paper
-            does not mention it; on by measurement: 5 and 7 points of accuracy at keep rates 0.5 and
-            0.3 without fine-tuning, 2 and 1 after it (``.github/study/ablation.md``).
+        proportional_attention: see :class:`Merger`. The paper does not mention it; on by
+            measurement: 5 and 7 points of accuracy at keep rates 0.5 and 0.3 without fine-tuning, 2
+            and 1 after it (``benchmarks/results/study/ablation.md``).
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
@@ -114,26 +107,22 @@ class TokenMerger(Configurable):
     def __init__(
         self,
         cluster_fraction: float = 0.25,
-        density: Literal["gaussian", "cutoff", "knn"] = "gaussian",
-        cutoff: float = 0.02,
+        density: Literal["gaussian", "knn"] = "gaussian",
         neighbours: int = 5,
-        assignment: Literal["nearest", "denser"] = "nearest",
-        cluster_weights: Literal["attention", "mean", "sum"] = "attention",
-        matching: Literal["bipartite", "greedy", "mutual"] = "bipartite",
+        cluster_weights: Literal["attention", "mean"] = "attention",
+        matching: Literal["bipartite", "greedy"] = "bipartite",
         match_weights: Literal["attention", "mean"] = "attention",
         attentive_ratio: float | None = None,
         features: Literal["tokens", "normed", "keys"] = "tokens",
         proportional_attention: bool = True,
     ) -> None:
         self.cluster_fraction = check_fraction(cluster_fraction, "cluster_fraction")
-        self.density = check_choice(density, ("gaussian", "cutoff", "knn"), "density")
-        self.cutoff = check_fraction(cutoff, "cutoff")
+        self.density = check_choice(density, ("gaussian", "knn"), "density")
         self.neighbours = check_count(neighbours, "neighbours")
-        self.assignment = check_choice(assignment, ("nearest", "denser"), "assignment")
         self.cluster_weights = check_choice(
-            cluster_weights, ("attention", "mean", "sum"), "cluster_weights"
+            cluster_weights, ("attention", "mean"), "cluster_weights"
         )
-        self.matching = check_choice(matching, ("bipartite", "greedy", "mutual"), "matching")
+        self.matching = check_choice(matching, ("bipartite", "greedy"), "matching")
         self.match_weights = check_choice(match_weights, ("attention", "mean"), "match_weights")
         self.attentive_ratio = (
             None if attentive_ratio is None else check_fraction(attentive_ratio, "attentive_ratio")
@@ -141,50 +130,56 @@ class TokenMerger(Configurable):
         self.features = check_choice(features, ("tokens", "normed", "keys"), "features")
         self.proportional_attention = bool(proportional_attention)
 
-    def needs(self) -> frozenset[str]:
-        """What the merger must see beside the tokens, in the words of :meth:`Strategy.needs`."""
-        return frozenset() if self.features == "tokens" else frozenset({self.features})
+    @property
+    def reads_sizes(self) -> bool:  # type: ignore[override]
+        """Only for proportional attention."""
+        return self.proportional_attention
+
+    def requires(self) -> frozenset[str]:
+        """Importance, and what it compares."""
+        own = frozenset() if self.features == "tokens" else frozenset({self.features})
+        return own | {"importance"}
 
     def split(self, n: int, keep: int) -> Split:
-        """How ``n`` tokens become ``keep``; raises ``ValueError`` where that cannot be, see
-        :func:`split_budget`.
+        """How ``n`` tokens become ``keep``.
+
+        Raises:
+            ValueError: where that cannot be, see :func:`split_budget`.
         """
         return split_budget(n, keep, self.cluster_fraction, self.attentive_ratio)
 
-    def __call__(
-        self, x: Tensor, importance: Tensor, keep: int, features: Tensor | None = None
-    ) -> Reduction:
+    def check(self, patches: int, keep: int) -> None:
+        """See :meth:`Merger.check`: there must be a feasible :meth:`split`."""
+        self.split(patches, keep)
+
+    def __call__(self, seen: Seen, keep: int) -> Reduction:
         """Merge N tokens into ``keep``.
 
-        Args:
-            x: patch tokens, B×N×C.
-            importance: non-negative score of each, B×N; gradients flow through it as combination
-                weights.
-            keep: how many tokens leave, ``1 ≤ keep < N``.
-            features: what to compare instead of ``x``, B×N×D.
+        Gradients flow through the importance as weights of the combinations.
 
         Returns:
             The merged tokens, attentive ones first in the order of their importance, then the
             clusters.
         """
-        n = x.shape[1]
-        split = self.split(n, keep)
-        singles = split.attentive - split.pairs
-        order = rank_order(importance)
-        x, importance = gather_tokens(x, order), importance.gather(1, order)
+        assert seen.importance is not None
+        split = self.split(seen.x.shape[1], keep)
+        attentive, singles = split.attentive, split.attentive - split.pairs
+        order = rank_order(seen.importance)
+        x, importance = gather_tokens(seen.x, order), seen.importance.gather(1, order)
+        features = self._features(seen)
         compared = (x if features is None else gather_tokens(features, order)).detach()
 
         group, weight, role = [], [], []
         if split.attentive:
-            pair, shared = match_pairs(compared[:, : split.attentive], split.pairs, self.matching)
+            pair, shared = match_pairs(compared[:, :attentive], split.pairs, self.matching)
             group.append(pair)
             weight.append(
-                group_weights(importance[:, : split.attentive], pair, singles, self.match_weights)
+                group_weights(importance[:, :attentive], pair, singles, self.match_weights)
             )
             role.append(torch.where(shared, int(Role.MATCHED), int(Role.KEPT)))
         if split.clusters:
             label, share = self._cluster(
-                compared[:, split.attentive :], importance[:, split.attentive :], split.clusters
+                compared[:, attentive:], importance[:, attentive:], split.clusters
             )
             group.append(label + singles)
             weight.append(share)
@@ -194,59 +189,25 @@ class TokenMerger(Configurable):
         back = inverse_order(order)
         return Reduction(merged, groups.gather(1, back), torch.cat(role, dim=1).gather(1, back))
 
-    def represent(self, x: Tensor, importance: Tensor) -> Reduction:
-        """Only the clustering: ``ceil(cluster_fraction·N)`` tokens that stand for all N, which are
-        not removed.
+    def represent(self, seen: Seen) -> Reduction:
+        """Only the clustering: ``ceil(cluster_fraction·N)`` tokens that stand for all N.
 
         Args:
-            x: tokens, B×N×C, the most important first.
-            importance: non-negative score of each, B×N; gradients flow through it as combination
-                weights.
+            seen: the tokens, the most important first.
         """
-        clusters = math.ceil(self.cluster_fraction * x.shape[1])
-        label, weight = self._cluster(x.detach(), importance, clusters)
-        return Reduction(
-            merge_groups(x, label, weight, clusters),
-            label,
-            torch.full_like(label, int(Role.CLUSTERED)),
-        )
+        assert seen.importance is not None
+        clusters = math.ceil(self.cluster_fraction * seen.x.shape[1])
+        label, weight = self._cluster(seen.x.detach(), seen.importance, clusters)
+        role = torch.full_like(label, int(Role.CLUSTERED))
+        return Reduction(merge_groups(seen.x, label, weight, clusters), label, role)
+
+    def _features(self, seen: Seen) -> Tensor | None:
+        """What to compare in place of the tokens, B×N×D."""
+        return {"tokens": None, "keys": seen.keys, "normed": seen.normed}[self.features]
 
     def _cluster(
         self, compared: Tensor, importance: Tensor, clusters: int
     ) -> tuple[Tensor, Tensor]:
         """The cluster of each token and its weight in it, both B×N."""
-        label, _ = cluster_density_peaks(
-            compared, clusters, self.density, self.assignment, self.cutoff, self.neighbours
-        )
-        if self.cluster_weights == "sum":
-            return label, importance
+        label, _ = cluster_density_peaks(compared, clusters, self.density, self.neighbours)
         return label, group_weights(importance, label, clusters, self.cluster_weights)
-
-
-def check_merger(merger: TokenMerger | None) -> TokenMerger | None:
-    """A token merger or none.
-
-    Raises:
-        TypeError: if it is something else.
-    """
-    if merger is not None and not isinstance(merger, TokenMerger):
-        raise SettingTypeError(
-            f"merger must be a TokenMerger or None, got {merger!r} of type {type(merger).__name__}"
-        )
-    return merger
-
-
-def check_early_merger(merger: TokenMerger | None) -> TokenMerger | None:
-    """:func:`check_merger` for strategies that merge before a block, where nothing but the tokens
-    can be compared yet.
-
-    Raises:
-        ValueError: if the merger compares something else.
-    """
-    merger = check_merger(merger)
-    if merger is not None and merger.features != "tokens":
-        raise SettingError(
-            "this strategy merges before a block, so a merger with"
-            f" features={merger.features!r} has nothing to compare; use features='tokens'"
-        )
-    return merger

@@ -10,7 +10,7 @@ from types import TracebackType
 from torch import Tensor, nn
 
 from tdm_lightning.metrics import DiversityScore, Norm
-from tdm_lightning.vit.find import find_vit, inner_vit, tap_blocks
+from tdm_lightning.vit.find import find_vit, hook_blocks, inner_vit
 
 
 class DiversityRecorder:
@@ -60,7 +60,7 @@ class DiversityRecorder:
         """Listen to the next pass."""
         self._heard.clear()
         self._images = 0
-        self._listening.enter_context(tap_blocks(self._vit, self._see))
+        self._listening.enter_context(hook_blocks(self._vit, self._see))
         return self
 
     def __exit__(

@@ -2,14 +2,14 @@
 
 from tdm_lightning.ops.alternating import match_alternating
 from tdm_lightning.ops.clusters import cluster_density_peaks, pairwise_distances
-from tdm_lightning.ops.importance import QueryKey, class_row, mean_keys, received_attention
+from tdm_lightning.ops.importance import class_attention, received_attention
 from tdm_lightning.ops.linear import linear_bias, linear_weight
 from tdm_lightning.ops.merge import (
     first_members,
     gather_tokens,
     group_weights,
     inverse_order,
-    mean_places,
+    mean_positions,
     merge_groups,
     rank_order,
     unmerge,
@@ -19,8 +19,7 @@ from tdm_lightning.ops.policy import policy_softmax
 from tdm_lightning.ops.ragged import pack
 
 __all__ = [
-    "QueryKey",
-    "class_row",
+    "class_attention",
     "cluster_density_peaks",
     "first_members",
     "gather_tokens",
@@ -30,8 +29,7 @@ __all__ = [
     "linear_weight",
     "match_alternating",
     "match_pairs",
-    "mean_keys",
-    "mean_places",
+    "mean_positions",
     "merge_groups",
     "pack",
     "pairwise_distances",

@@ -16,24 +16,24 @@ def match_alternating(features: Tensor, pairs: int, prefix: int = 1) -> tuple[Te
 
     Patches at even positions of the sequence (the class token is at 0) each propose to their most
     similar patch at an odd position, by cosine; the ``pairs`` best proposals are accepted. Several
-    may be accepted by the same patch. Prefix tokens take no part.
+    may be accepted by the same patch.
 
     Args:
-        features: what is compared, B×T×D, prefix tokens included.
-        pairs: accepted proposals, ``0 ≤ pairs ≤ (T-prefix)//2``.
-        prefix: number of prefix tokens.
+        features: what is compared of the patches, B×N×D.
+        pairs: accepted proposals, ``0 ≤ pairs ≤ N//2``.
+        prefix: number of tokens in front of the patches, which decides what is even.
 
     Returns:
         The group of every patch in ``0…N-pairs-1``, B×N, int64: even patches that stay, in their
         order, then the odd ones in theirs; and a mask of the patches that share their group, B×N,
         bool.
 
-    >>> keys = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [2.0, 0.1], [0.0, 3.0]]])
+    >>> keys = torch.tensor([[[1.0, 0.0], [2.0, 0.1], [0.0, 3.0]]])
     >>> match_alternating(keys, pairs=1)[0]
     tensor([[0, 0, 1]])
     """
     with full_precision(features.device):
-        unit = F.normalize(features[:, prefix:].float(), dim=-1)
+        unit = F.normalize(features.float(), dim=-1)
         even, odd = unit[:, prefix % 2 :: 2], unit[:, (prefix + 1) % 2 :: 2]
         best, partner = (even @ odd.transpose(1, 2)).max(dim=-1)
     chosen = best.topk(pairs, dim=1).indices

@@ -78,25 +78,27 @@ def first_members(group: Tensor, groups: int, order: Tensor | None = None) -> Te
     return first if order is None else order.gather(1, first)
 
 
-def mean_places(group: Tensor, groups: int, place: Tensor, size: Tensor, columns: int) -> Tensor:
-    """The place on a grid that is nearest to the mean of each group's patches.
+def mean_positions(
+    group: Tensor, groups: int, position: Tensor, size: Tensor, columns: int
+) -> Tensor:
+    """The position on a grid that is nearest to the mean of each group's patches.
 
     Args:
         group: the group of each token in ``0…groups-1``, B×N, int64; -1 for a token in none.
         groups: number of groups G.
-        place: where each token stands, counted along the rows of the grid, B×N, int64.
+        position: where each token stands, counted along the rows of the grid, B×N, int64.
         size: patches that each token stands for, B×N.
         columns: width of the grid.
 
     Returns:
         Places, B×G, int64; the first of all for an empty group.
 
-    >>> group, place = torch.tensor([[0, 0, 1]]), torch.tensor([[0, 8, 5]])
-    >>> mean_places(group, 2, place, torch.ones(1, 3), columns=3).tolist()
+    >>> group, position = torch.tensor([[0, 0, 1]]), torch.tensor([[0, 8, 5]])
+    >>> mean_positions(group, 2, position, torch.ones(1, 3), columns=3).tolist()
     [[4, 5]]
     """
     slot = torch.where(group < 0, groups, group)
-    parts = torch.stack((size, size * (place // columns), size * (place % columns)), dim=1)
+    parts = torch.stack((size, size * (position // columns), size * (position % columns)), dim=1)
     total = parts.new_zeros(group.shape[0], 3, groups + 1).scatter_add(
         2, slot.unsqueeze(1).expand_as(parts), parts
     )

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tdm_lightning.ops.precision import full_precision
 
-Matching = Literal["bipartite", "greedy", "mutual"]
+Matching = Literal["bipartite", "greedy"]
 
 
 @torch.no_grad()
@@ -23,8 +23,7 @@ def match_pairs(x: Tensor, pairs: int, rule: Matching = "bipartite") -> tuple[Te
         rule: ``"bipartite"`` (Bolya et al., 2023, split by importance rank instead of position):
             even ranks point to their most similar odd rank and the P strongest edges are fused;
             several tokens may fuse into the same one. ``"greedy"``: P times the most similar pair
-            of free tokens, always disjoint. ``"mutual"``: reciprocal nearest neighbours first, the
-            strongest of them, then greedily; always disjoint.
+            of free tokens, always disjoint.
 
     Returns:
         The group of every token in ``0…N-P-1``, B×N, int64, groups in the order of their most
@@ -32,17 +31,13 @@ def match_pairs(x: Tensor, pairs: int, rule: Matching = "bipartite") -> tuple[Te
         group, B×N, bool.
     """
     batch, n, _ = x.shape
-    into = torch.arange(n, device=x.device).expand(
-        batch, -1
-    )  # the token each token is fused into: itself at first
+    # The token that each token is fused into: itself at first.
+    into = torch.arange(n, device=x.device).expand(batch, -1)
     if pairs:
         with full_precision(x.device):
             unit = F.normalize(x.float(), dim=-1)
-            into = (
-                _bipartite(unit, pairs, into)
-                if rule == "bipartite"
-                else _one_to_one(unit, pairs, into, rule)
-            )
+            fuse = _bipartite if rule == "bipartite" else _one_to_one
+            into = fuse(unit, pairs, into)
     survives = into == torch.arange(n, device=x.device)
     slot = survives.cumsum(1) - 1
     group = slot.gather(1, into)
@@ -57,21 +52,12 @@ def _bipartite(unit: Tensor, pairs: int, into: Tensor) -> Tensor:
     return into.scatter(1, 2 * chosen, 2 * partner.gather(1, chosen) + 1)
 
 
-def _one_to_one(unit: Tensor, pairs: int, into: Tensor, rule: Matching) -> Tensor:
+def _one_to_one(unit: Tensor, pairs: int, into: Tensor) -> Tensor:
     n = unit.shape[1]
     similarity = unit @ unit.transpose(1, 2)
     position = torch.arange(n, device=unit.device)
     itself = position.unsqueeze(0) == position.unsqueeze(1)
     similarity = similarity.masked_fill(itself, -torch.inf)
-    if rule == "mutual":
-        best = similarity.argmax(dim=-1)
-        reciprocal = best.gather(1, best) == position
-        bonus = torch.zeros_like(similarity).scatter(
-            2, best.unsqueeze(-1), 3.0 * reciprocal.unsqueeze(-1)
-        )
-        similarity = (
-            similarity + bonus
-        )  # cosines lie in [-1, 1]: 3 lifts every reciprocal pair above all others
     for _ in range(pairs):
         flat = similarity.flatten(1).argmax(dim=1, keepdim=True)
         first, second = flat // n, flat % n

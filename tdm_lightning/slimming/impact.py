@@ -6,23 +6,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tdm_lightning.ops import QueryKey
 from tdm_lightning.ops.precision import full_precision
 
 
-def attention_maps(x: Tensor, qk: QueryKey) -> Tensor:
-    """The attention that all tokens pay to all tokens, computed beside the model.
+def attention_maps(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """The attention that all tokens pay to all tokens.
 
     Args:
-        x: the attention layer's input (normalised tokens), B×T×C.
-        qk: its query and key projections.
+        q: queries, B×H×T×d.
+        k: keys, B×H×T×d.
+        scale: factor on their products.
 
     Returns:
         Softmax weights, B×H×T×T, float32.
     """
-    q, k = qk.queries(x), qk.keys(x)
-    with full_precision(x.device):
-        return (q.float() @ k.float().transpose(-2, -1)).softmax(dim=-1)
+    with full_precision(q.device):
+        return ((q.float() * scale) @ k.float().transpose(-2, -1)).softmax(dim=-1)
 
 
 def influence_through(influence: Tensor, kept: Tensor, attention: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from tdm_lightning.slimming.images import take_images
 from tdm_lightning.slimming.stage import Stage
 from tdm_lightning.strategies import PSViT
 from tdm_lightning.vit import TokenReducedViT, attach
-from tdm_lightning.vit.families import class_rows, family_of, patch_count
+from tdm_lightning.vit.adapters import adapter_for, model_info
 from tdm_lightning.vit.find import inner_vit
 
 
@@ -180,12 +180,13 @@ def _walk(
     _check_model(vit)
     slim: Any = copy.deepcopy(vit).eval()
     batches = take_images(loader, check_count(images, "images"), like=next(slim.parameters()))
+    info = model_info(slim)
     for batch in batches:
-        family_of(slim).check(slim, batch)
-    depth, patches = len(slim.blocks), patch_count(slim)
+        adapter_for(slim).embed(slim, batch[:1], info)  # refuses images that do not fit
+    depth, patches = info.depth, info.patches
     wanted = [_class_feature(slim, batch) for batch in batches]
     kept = torch.zeros(depth, patches, dtype=torch.bool, device=batches[0].device)
-    final = torch.eye(slim.num_prefix_tokens + patches, device=kept.device)[: class_rows(slim)]
+    final = torch.eye(info.prefix + patches, device=kept.device)[: info.class_tokens]
     influence = [final.expand(len(batch), -1, -1) for batch in batches]
     found = [SlimmedBlock(depth - 1, 0, 0.0)]
     for index in reversed(range(depth - 1)):
@@ -206,7 +207,7 @@ def _walk(
 
 def _check_model(vit: Any) -> None:
     attach(vit, PSViT())  # refuses models whose rows cannot be chosen
-    if vit.global_pool != "token" or not class_rows(vit):
+    if vit.global_pool != "token" or not model_info(vit).class_tokens:
         raise SettingError(
             "patch slimming asks what the class token needs, but this model's head reads"
             f" global_pool={vit.global_pool!r}; take a model that classifies by its class token"
@@ -228,4 +229,4 @@ def _ranking(scores: Tensor, later: Tensor) -> Callable[[int], Tensor]:
 
 def _class_feature(model: Any, images: Tensor) -> Tensor:
     """What the classifier reads, B×R×C: the class token, or the two of distilled models."""
-    return model.forward_features(images)[:, : class_rows(inner_vit(model))]
+    return model.forward_features(images)[:, : model_info(inner_vit(model)).class_tokens]

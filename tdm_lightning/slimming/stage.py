@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdm_lightning.core.tokens import Tokens
+from tdm_lightning.core import Tokens
 from tdm_lightning.slimming.error import relative_error
 from tdm_lightning.slimming.impact import attention_maps, impact_scores, influence_through
-from tdm_lightning.vit.blocks import adapter_for
-from tdm_lightning.vit.families import class_rows, family_of
+from tdm_lightning.vit.adapters import adapter_for
+from tdm_lightning.vit.adapters.timm_base import ATTENTIONS, parts_of
 
 
 class Stage:
@@ -30,9 +30,10 @@ class Stage:
 
     def __init__(self, vit: Any, index: int, later: Tensor, images: list[Tensor]) -> None:
         self.index = index
-        self.prefix: int = vit.num_prefix_tokens
+        self.adapter = adapter_for(vit)
+        self.info = self.adapter.info(vit)
+        self.prefix = self.info.prefix
         self.block, self.behind = vit.blocks[index], vit.blocks[index + 1]
-        self.adapter = adapter_for(self.block, class_rows(vit))
         self.later = later
         #: The tokens that enter and leave the block, one pair of B×T×C for each batch.
         self.around = [_around(vit, index, batch) for batch in images]
@@ -97,13 +98,15 @@ class Stage:
         return self._rows(self.behind, x, self._alive(self.later)[rows].nonzero().flatten())
 
     def _rows(self, block: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
-        attended, _ = self.adapter.attend(block, Tokens(x, self.prefix, queries=rows))
+        tokens = Tokens(x, self.prefix, self.info)
+        attended, _ = self.adapter.attend(block, self.index, tokens, frozenset(), rows)
         return self.adapter.feed_forward(block, attended)
 
-    def _attention(self, block: nn.Module, x: Tensor) -> Tensor:
-        tokens = Tokens(x, self.prefix)
-        _, inputs = self.adapter.attend(block, tokens)
-        return attention_maps(inputs[0], self.adapter.projections(block, tokens)[0])
+    def _attention(self, block: Any, x: Tensor) -> Tensor:
+        tokens = Tokens(x, self.prefix, self.info)
+        parts = parts_of(block.attn, ATTENTIONS)  # rows can be chosen, so it is timm's plain one
+        heads = parts.heads(block.attn, block.norm1(x), tokens, self.index)
+        return attention_maps(heads.q, heads.k, heads.scale)
 
     def _alive(self, patches: Tensor) -> Tensor:
         """A mask of patches with the prefix tokens, which always stay, in front."""
@@ -112,7 +115,8 @@ class Stage:
 
 def _around(vit: Any, index: int, images: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens that enter and leave a block of the plain model."""
-    x, _ = family_of(vit).embed(vit, images)
+    adapter = adapter_for(vit)
+    x = adapter.embed(vit, images, adapter.info(vit)).x
     for block in vit.blocks[:index]:
         x = block(x)
     return x, vit.blocks[index](x)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tdm_lightning.core.configurable import Configurable
-from tdm_lightning.core.tokens import Observed, Tokens
+from tdm_lightning.core.reduction import Seen
+from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import SettingError
 from tdm_lightning.sparsity.exchange import draw
 
@@ -43,11 +44,11 @@ class Sparsity(nn.Module, Configurable):
         """Read the masks off weights that are sparse already."""
         raise TypeError(f"{type(self).__name__} must override adopt()")
 
-    def correct(self, index: int, vit: Any, tokens: Tokens, observed: Observed) -> Observed:
+    def correct(self, index: int, vit: Any, tokens: Tokens, seen: Seen) -> Seen:
         """What block ``index`` shows of its attention, as the model shows it that has only the
         active weights.
         """
-        return observed
+        return seen
 
     def probe(self, vit: Any, generator: torch.Generator) -> None:
         """Before the step of an exchange: give inactive parts a gradient to be judged by. No output

@@ -13,7 +13,8 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from tdm_lightning.core.checks import check_fraction
-from tdm_lightning.core.tokens import Observed, Tokens
+from tdm_lightning.core.reduction import Seen
+from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.ops import linear_bias, linear_weight
 from tdm_lightning.sparsity.base import Sparsity, gradient
@@ -117,24 +118,25 @@ class Structured(Sparsity):
             units.copy_(found[1])
         self.in_force.fill_(True)
 
-    def correct(self, index: int, vit: Any, tokens: Tokens, observed: Observed) -> Observed:
+    def correct(self, index: int, vit: Any, tokens: Tokens, seen: Seen) -> Seen:
         """See :meth:`Sparsity.correct`: without the masked heads, which look at all tokens alike
         and whose keys are a bias.
         """
         mask, _ = self.active(index)
-        if observed.heads != len(mask):
-            return observed  # they have been taken out
-        active, importance, keys = mask.sum(), observed.importance, observed.keys
+        attn = vit.blocks[index].attn
+        if attn.num_heads != len(mask):
+            return seen  # they have been taken out
+        active, importance, keys = mask.sum(), seen.importance, seen.keys
         if importance is not None:
-            alike: Any = 1 / tokens.x.shape[1]
+            uniform: Any = 1 / (tokens.prefix + importance.shape[1])
             if tokens.key_bias is not None:
-                alike = tokens.key_bias.float().softmax(dim=-1)[:, 0, 0, tokens.prefix :]
-            ours = (len(mask) * importance - (len(mask) - active) * alike) / active
+                uniform = tokens.key_bias.float().softmax(dim=-1)[:, 0, 0, tokens.prefix :]
+            ours = (len(mask) * importance - (len(mask) - active) * uniform) / active
             importance = torch.where(self.in_force, ours.clamp(min=0), importance)
         if keys is not None:
-            idle = _idle_keys(vit.blocks[index].attn)[~mask].sum(dim=0)
+            idle = _idle_keys(attn)[~mask].sum(dim=0)
             keys = torch.where(self.in_force, (len(mask) * keys - idle) / active, keys)
-        return dataclasses.replace(observed, importance=importance, keys=keys)
+        return dataclasses.replace(seen, importance=importance, keys=keys)
 
     @torch.no_grad()
     def probe(self, vit: Any, generator: torch.Generator) -> None:

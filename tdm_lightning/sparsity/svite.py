@@ -8,13 +8,17 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from tdm_lightning.core.checks import check_count, check_fraction
-from tdm_lightning.core.tokens import Observed, Tokens
+from tdm_lightning.core.info import ModelInfo
+from tdm_lightning.core.reduction import Seen
+from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import SettingError, SettingTypeError
+from tdm_lightning.schedules import SearchSpace
 from tdm_lightning.sparsity import Sparsity, Structured, death_rate
-from tdm_lightning.strategies.base import Dial, Strategy
+from tdm_lightning.strategies.base import Strategy
+from tdm_lightning.strategies.objective import TrainingObjective
 
 
-class SViTE(Strategy):
+class SViTE(Strategy, TrainingObjective):
     """Trains a sparse ViT: masked weights stay at zero, and every so often some parts make room for
     others.
 
@@ -85,7 +89,7 @@ class SViTE(Strategy):
         self._exchanging = False
         self._watching: list[RemovableHandle] = []
 
-    def bind(self, vit: Any, patches: int) -> None:
+    def bind(self, vit: Any, info: ModelInfo) -> None:
         """Draw the first masks.
 
         Raises:
@@ -99,14 +103,15 @@ class SViTE(Strategy):
         self.masks.bind(vit, self._generator(0))
         self._vit = (vit,)
 
-    def dial(self, depth: int, patches: int) -> Dial | None:
+    def search_space(self, depth: int, patches: int) -> SearchSpace[Strategy] | None:
         """The share of heads and MLP units that is active, in thousandths; single weights cost what
         all of them cost.
         """
         if not isinstance(self.masks, Structured):
             return None
-        return Dial(
-            1000, lambda step: self.changed(masks=Structured(step / 1000, step / 1000).config())
+        return SearchSpace(
+            1000,
+            lambda step: self.changed(masks=Structured(step / 1000, step / 1000).config()),
         )
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -140,9 +145,9 @@ class SViTE(Strategy):
         self._unwatch()
         return tokens
 
-    def correct(self, index: int, tokens: Tokens, observed: Observed) -> Observed:
+    def correct(self, index: int, tokens: Tokens, seen: Seen) -> Seen:
         """What stacked methods see of the attention, without its masked heads."""
-        return self.masks.correct(index, self._vit[0], tokens, observed)
+        return self.masks.correct(index, self._vit[0], tokens, seen)
 
     def after_optimizer_step(self, model: Any, step: int, total_steps: int) -> None:
         """Hold the masked weights at zero; exchange where it is time."""

@@ -1,14 +1,16 @@
 """Token-reduction methods, one file per published system."""
 
 from tdm_lightning.strategies.avit import AViT
-from tdm_lightning.strategies.base import Strategy
+from tdm_lightning.strategies.base import Requirements, Strategy
 from tdm_lightning.strategies.dpcknn import DPCKNN
 from tdm_lightning.strategies.dyvit import DyViT
 from tdm_lightning.strategies.evit import EViT
 from tdm_lightning.strategies.evovit import EvoViT
 from tdm_lightning.strategies.iared2 import IARED2
+from tdm_lightning.strategies.objective import TrainingObjective
 from tdm_lightning.strategies.psvit import PSViT
 from tdm_lightning.strategies.random import Random
+from tdm_lightning.strategies.reduction import TokenReduction
 from tdm_lightning.strategies.spvit import SPViT
 from tdm_lightning.strategies.stack import Stack
 from tdm_lightning.strategies.tdm import TDM
@@ -25,9 +27,12 @@ __all__ = [
     "EvoViT",
     "PSViT",
     "Random",
+    "Requirements",
     "SPViT",
     "Stack",
     "Strategy",
     "ToMe",
+    "TokenReduction",
     "TopK",
+    "TrainingObjective",
 ]

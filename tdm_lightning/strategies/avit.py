@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor
 
 from tdm_lightning.core.checks import check_number
-from tdm_lightning.core.tokens import Output, Tokens
+from tdm_lightning.core.output import Output
+from tdm_lightning.core.tokens import Padding, Tokens
+from tdm_lightning.core.trace import History
 from tdm_lightning.errors import SettingError
-from tdm_lightning.strategies.base import Criterion, Strategy
+from tdm_lightning.strategies.base import Strategy
+from tdm_lightning.strategies.objective import Criterion, TrainingObjective
 
 #: Share of the prior that lies on the blocks before its mean.
 _BEFORE_MEAN = 0.98
@@ -23,7 +27,30 @@ _BEFORE_MEAN = 0.98
 _LEAST_SHARE = 0.01
 
 
-class AViT(Strategy):
+@dataclass(frozen=True)
+class HaltingState:
+    """What a pass sums up, for every token of the full batch, B×T and B×T×C.
+
+    Attributes:
+        spent: weight that each token has given out.
+        sums: its weighted sum of states; ``None`` at the end of the pass, when they are the tokens.
+        running: which of the present tokens run on; ``None`` before the first block.
+        left: weight that each of the present tokens has left.
+        blocks: blocks that each token ran through; in training, as what follows.
+        ponder: those, plus the weight left at halting.
+        scores: halting scores after each block.
+    """
+
+    spent: Tensor
+    sums: Tensor | None
+    running: Tensor | None = None
+    left: Tensor | None = None
+    blocks: Tensor | None = None
+    ponder: Tensor | None = None
+    scores: tuple[Tensor, ...] = ()
+
+
+class AViT(Strategy, TrainingObjective):
     """Lets each token halt after a block of its own (Yin et al., CVPR 2022; ``NVlabs/A-ViT``). Adds
     no parameter.
 
@@ -118,78 +145,77 @@ class AViT(Strategy):
         """Every token starts with an empty sum."""
         sums = torch.zeros_like(tokens.x, dtype=_wide(tokens.x))
         none = sums[..., 0]
+        count = none if self.training else None
         # A token never stands for another, so sizes need not be followed.
-        tokens = tokens.replace(size=None).carrying(spent=none, sums=sums)
-        return tokens.carrying(blocks=none, ponder=none, scores=()) if self.training else tokens
+        state = HaltingState(none, sums, blocks=count, ponder=count)
+        return tokens.replace(size=None, state=state)
 
     def before_block(self, index: int, tokens: Tokens) -> Tokens:
         """Take out what halted in the block before."""
-        running = tokens.carry.get("running")
+        state: HaltingState = tokens.state
+        running, left = state.running, state.left
         if running is None or torch.equal(running, _present(tokens)):
             return tokens
         if self.training:
             return tokens.replace(x=_zeroed(tokens.x, running)).masked(running)
-        left, stay = tokens.carry["left"], running.any(dim=1)
-        tokens = tokens.carrying(running=None)
+        assert left is not None
+        stay = running.any(dim=1)
+        tokens = tokens.replace(state=replace(state, running=None))
         if not bool(stay.all()):
             tokens, running, left = tokens.staying(stay), running[stay], left[stay]
-        return tokens.replace(valid=running).packed(
-            index, running[:, tokens.prefix :], left[:, tokens.prefix :]
-        )
+        tokens = tokens.replace(padding=Padding(running, tokens.images))
+        return tokens.packed(index, running[:, tokens.prefix :], left[:, tokens.prefix :])
 
     def after_block(self, index: int, tokens: Tokens) -> Tokens:
         """Add this block's states to the sums, and see which tokens run on."""
-        carry, present = tokens.carry, tokens.valid
-        places = None if tokens.position is None else _places(tokens, carry["spent"].shape[1])
+        state, present = tokens.state, tokens.valid
+        rows = _rows(tokens, state.spent.shape[1])
         x = tokens.x if present is None else _zeroed(tokens.x, present)
         score = torch.sigmoid(self.gate_scale * x[..., 0].to(_wide(x)) - self.gate_center)
-        spent = _taken(carry["spent"], places, score)
+        spent = _taken(state.spent, rows, score)
         left = 1 - spent
         if present is not None:  # one image alone has no padding
             score, left = score * present, left * present
-        running = (
-            (spent + score < 1 - self.eps)
-            if index < tokens.depth - 1
-            else torch.zeros_like(spent, dtype=torch.bool)
-        )
+        last = index == tokens.info.depth - 1
+        running = torch.zeros_like(spent, dtype=torch.bool)
+        if not last:
+            running = spent + score < 1 - self.eps
         if present is not None:
             running = running & present
         if not self.training:
-            running = running & running[:, : tokens.readout].any(dim=1, keepdim=True)
+            running = running & running[:, : tokens.info.readout].any(dim=1, keepdim=True)
         weight = torch.where(running, score, left)
-        tokens = tokens.replace(x=x).carrying(
+        state = replace(
+            state,
             running=running,
             left=left - weight,
-            spent=_added(carry["spent"], places, weight),
-            sums=_added(carry["sums"], places, weight.unsqueeze(-1) * x),
+            spent=_added(state.spent, rows, weight),
+            sums=_added(state.sums, rows, weight.unsqueeze(-1) * x),
         )
-        if not self.training:
-            return tokens
-        return tokens.carrying(
-            blocks=carry["blocks"] + _present(tokens),
-            ponder=carry["ponder"] + _present(tokens) + left * ~running,
-            scores=(*carry["scores"], score),
-        )
+        if self.training:
+            state = replace(
+                state,
+                blocks=state.blocks + _present(tokens),
+                ponder=state.ponder + _present(tokens) + left * ~running,
+                scores=(*state.scores, score),
+            )
+        return tokens.replace(x=x, state=state)
 
     def finish(self, tokens: Tokens) -> Tokens:
         """All tokens of all images are back, each as the sum of its states."""
-        sums = tokens.carry["sums"].to(tokens.x.dtype)
-        carry = {
-            name: value
-            for name, value in tokens.carry.items()
-            if name not in ("sums", "spent", "left", "running")
-        }
-        source = tokens.source
-        if source is not None:
+        history = tokens.history
+        if history is not None:
+            source = history.source
             source = torch.arange(source.shape[1], device=source.device).expand_as(source)
+            history = History(source, history.layers)
+        positions = tokens.positions
         return tokens.replace(
-            x=sums,
-            images=None,
-            source=source,
-            position=None,
+            x=tokens.state.sums.to(tokens.x.dtype),
+            history=history,
+            positions=None if positions is None else replace(positions, index=None),
             key_bias=None,
-            valid=None,
-            carry=carry,
+            padding=None,
+            state=replace(tokens.state, sums=None, running=None, left=None),
         )
 
     def loss(
@@ -199,19 +225,17 @@ class AViT(Strategy):
         task loss alone.
         """
         terms = super().loss(output, target, criterion, teacher)
-        if "ponder" not in output.carry:
+        state: HaltingState = output.state
+        if state.ponder is None:
             return terms
-        terms["ponder"] = self.ponder_weight * output.carry["ponder"].mean()
-        terms["prior"] = self.prior_weight * prior_divergence(
-            torch.stack(output.carry["scores"]), self.prior_mean, self.prior_std
-        )
+        prior = prior_divergence(torch.stack(state.scores), self.prior_mean, self.prior_std)
+        terms["ponder"] = self.ponder_weight * state.ponder.mean()
+        terms["prior"] = self.prior_weight * prior
         return terms
 
-    def report(
-        self, output: Output, target: Tensor, teacher: Output | None = None
-    ) -> dict[str, Tensor]:
+    def report(self, output: Output, target: Tensor) -> dict[str, Tensor]:
         """``blocks``: how many a token ran through, on average."""
-        blocks = output.carry.get("blocks")
+        blocks = output.state.blocks
         return {} if blocks is None else {"blocks": blocks.mean()}
 
 
@@ -278,28 +302,28 @@ def _zeroed(x: Tensor, running: Tensor) -> Tensor:
     return x.masked_fill(~running.unsqueeze(-1), 0)
 
 
-def _places(tokens: Tokens, length: int) -> Tensor:
-    """Where the tokens of B sequences stood in the batch at first, all its sequences of ``length``
-    in a row; B·T.
+def _rows(tokens: Tokens, length: int) -> Tensor | None:
+    """Where the present tokens stood in the batch at first, all its sequences of ``length`` in a
+    row; B·T. ``None``: they all still do.
     """
+    if tokens.positions is None or tokens.positions.index is None:
+        return None
     batch, device = tokens.x.shape[0], tokens.x.device
     prefix = torch.arange(tokens.prefix, device=device).expand(batch, -1)
     images = torch.arange(batch, device=device) if tokens.images is None else tokens.images
-    assert tokens.position is not None
-    return (
-        torch.cat((prefix, tokens.position + tokens.prefix), dim=1) + length * images.unsqueeze(1)
-    ).flatten()
+    rows = torch.cat((prefix, tokens.positions.index + tokens.prefix), dim=1)
+    return (rows + length * images.unsqueeze(1)).flatten()
 
 
-def _taken(whole: Tensor, places: Tensor | None, like: Tensor) -> Tensor:
+def _taken(full: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
     """The present tokens' values, in the shape of ``like``, B×T."""
-    return whole if places is None else whole.flatten().index_select(0, places).view_as(like)
+    return full if rows is None else full.flatten().index_select(0, rows).view_as(like)
 
 
-def _added(whole: Tensor, places: Tensor | None, values: Tensor) -> Tensor:
-    """The batch's values plus those of the present tokens, B×T or B×T×C; padding adds zeros,
+def _added(full: Tensor, rows: Tensor | None, values: Tensor) -> Tensor:
+    """The full batch's values plus those of the present tokens, B×T or B×T×C; padding adds zeros,
     wherever it stands.
     """
-    if places is None:
-        return whole + values
-    return whole.flatten(0, 1).index_add(0, places, values.flatten(0, 1)).view_as(whole)
+    if rows is None:
+        return full + values
+    return full.flatten(0, 1).index_add(0, rows, values.flatten(0, 1)).view_as(full)

@@ -2,120 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from tdm_lightning.core.configurable import Configurable, arguments_line
-from tdm_lightning.core.tokens import Observed, Output, Tokens
+from tdm_lightning.core.info import ModelInfo
+from tdm_lightning.core.reduction import Seen
+from tdm_lightning.core.tokens import Tokens
+from tdm_lightning.schedules import RateAtBlocks, SearchSpace
+from tdm_lightning.schedules import annealed as annealed_rate
+from tdm_lightning.strategies.objective import TrainingObjective
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
 
-
-class Dial(NamedTuple):
-    """The one setting by which a method costs more or less.
+@dataclass(frozen=True)
+class Requirements:
+    """What a strategy asks of the model and of the run around it.
 
     Attributes:
-        steps: how many settings there are.
-        at: the method at setting 1…``steps``; none costs less than the one before it, and the
-            last costs most.
+        pooling: ``"patches"``: the model's head must average over its patches; ``None``: any.
+        absolute_positions: tokens without a position on the grid run through the blocks, which RoPE
+            and relative position biases rule out.
+        rows: blocks compute chosen rows only, so the model's blocks must be able to.
+        sizes: the number of patches that each token stands for is followed.
+        teacher: the loss compares with a frozen, unreduced copy of the model.
     """
 
-    steps: int
-    at: Callable[[int], Strategy]
+    pooling: Literal["patches"] | None = None
+    absolute_positions: bool = False
+    rows: bool = False
+    sizes: bool = False
+    teacher: bool = False
 
 
 class Strategy(nn.Module, Configurable):
     """A set of hooks around a ViT block; the default reduces nothing.
 
-    One pass runs ``begin``, then for every block ``before_block`` → attention →
-    ``after_attention`` → MLP → ``after_block``, then ``finish``. Each hook takes the tokens and
-    returns them, changed or not. A hook keeps nothing on ``self``: what must reach a later hook
-    travels in ``tokens.carry``, so two passes never meet.
+    One pass runs ``begin``, then for every block ``before_block`` → attention → ``after_attention``
+    → MLP → ``after_block``, then ``finish``. Each hook takes the tokens and returns them, changed
+    or not. A hook keeps nothing on ``self``: what must reach a later hook travels in
+    ``tokens.state``, a dataclass of the strategy's own, so two passes never meet.
 
-    Subclasses store every ``__init__`` argument under its own name (see :class:`Configurable`) and
-    override what they need.
+    Subclasses store every ``__init__`` argument under its own name (see
+    :class:`~tdm_lightning.core.configurable.Configurable`) and override what they need. A method
+    that also changes training derives from
+    :class:`~tdm_lightning.strategies.objective.TrainingObjective` too.
 
     Attributes:
+        adaptive: whether the number of tokens depends on the image (then shapes are not static).
+        keeps_tokens: whether the method leaves all tokens as they are, so that it can stand beside
+            one that reduces them.
         current_keep_rate: set by :class:`tdm_lightning.callbacks.KeepRateWarmup` while the keep
             rate is annealed; ``None`` (the default) means the strategy's own rate.
     """
 
-    #: Whether the number of tokens depends on the image (then shapes are not static).
     adaptive: bool = False
-
-    #: Whether :meth:`loss` compares with a frozen, unreduced copy of the model.
-    needs_teacher: bool = False
-
-    #: Whether the method leaves all tokens as they are, so that it can stand beside one that
-    #: reduces them.
     keeps_tokens: bool = False
-
-    #: Whether blocks compute chosen rows only (``Tokens.queries``); then the model's blocks must be
-    #: able to.
-    selects_rows: bool = False
-
-    #: Whether tokens without a place on the grid run through the blocks, which RoPE and relative
-    #: position biases rule out.
-    absolute_positions_only: bool = False
-
-    #: How the timm model must pool for the method's head, as ``timm.create_model`` takes it;
-    #: ``None``: in any way.
-    global_pool: str | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.current_keep_rate: float | None = None
 
-    def bind(self, vit: Any, patches: int) -> None:
-        """Check the settings against a timm model and build what depends on it. Called once by
+    # What it is
+
+    def requires(self) -> Requirements:
+        """What it asks of the model and of the run around it; by default nothing."""
+        return Requirements()
+
+    @property
+    def objective(self) -> TrainingObjective | None:
+        """Its own part in training; ``None``: it has none."""
+        return self if isinstance(self, TrainingObjective) else None
+
+    def bind(self, vit: nn.Module, info: ModelInfo) -> None:
+        """Check the settings against a model and build what depends on it. Called once by
         ``attach``.
 
         Args:
-            vit: the timm model.
-            patches: its number of patch tokens at the default image size.
+            vit: the model itself.
+            info: the model in numbers.
         """
 
-    def dial(self, depth: int, patches: int) -> Dial | None:
-        """What to turn to meet a compute budget; the keep rate in thousandths, ``None`` for a
-        method without one.
-
-        Args:
-            depth: number of the model's blocks.
-            patches: number of its patch tokens.
+    def reset_classifier(self, num_classes: int) -> None:
+        """Told when the model gets another classifier, for methods with a classifier of their
+        own.
         """
-        return self.keep_rate_dial(1000) if "keep_rate" in self.config()["init_args"] else None
 
-    def keep_rate_dial(self, steps: int) -> Dial:
-        """The keep rates from ``1/steps`` to 1."""
-        return Dial(steps, lambda step: self.changed(keep_rate=step / steps))
+    # What it does in a pass
 
-    def changed(self, **arguments: Any) -> Strategy:
-        """A new, unattached strategy like this one but for some of its arguments."""
-        config = self.config()
-        return type(self).from_config({**config, "init_args": {**config["init_args"], **arguments}})
-
-    def annealed(self, keep_rate: float) -> float:
-        """The keep rate to use now: ``keep_rate``, or the current one while it is annealed.
-
-        As in the official EViT, nothing is reduced unless both are below 1.
-        """
-        return (
-            keep_rate
-            if self.current_keep_rate is None or keep_rate == 1
-            else self.current_keep_rate
-        )
-
-    def needs(self, index: int) -> frozenset[str]:
-        """What ``after_attention`` of block ``index`` wants to see: of ``{"importance", "keys",
-        "normed"}``.
+    def needs(self, index: int, info: ModelInfo) -> frozenset[str]:
+        """What ``after_attention`` of block ``index`` wants to see: of ``{"importance",
+        "received", "keys", "normed"}``. The first two exclude each other.
         """
         return frozenset()
-
-    def tracks_size(self) -> bool:
-        """Whether the method itself needs to know how many patches each token stands for."""
-        return False
 
     def begin(self, tokens: Tokens) -> Tokens:
         """Before the first block."""
@@ -125,14 +105,22 @@ class Strategy(nn.Module, Configurable):
         """Before block ``index``."""
         return tokens
 
-    def correct(self, index: int, tokens: Tokens, observed: Observed) -> Observed:
+    def rows(self, index: int, tokens: Tokens) -> Tensor | None:
+        """The rows of ``tokens.x``, prefix included, that block ``index`` computes, int64; its
+        attention still looks at all of them, and only these leave it. ``None``: all.
+
+        Asked after :meth:`before_block`, of strategies whose requirements say ``rows``.
+        """
+        return None
+
+    def correct(self, index: int, tokens: Tokens, seen: Seen) -> Seen:
         """In a stack, before any member's :meth:`after_attention`: put right what members are about
         to see.
         """
-        return observed
+        return seen
 
-    def after_attention(self, index: int, tokens: Tokens, observed: Observed) -> Tokens:
-        """Between attention and MLP of block ``index``; after the whole block where both run in
+    def after_attention(self, index: int, tokens: Tokens, seen: Seen) -> Tokens:
+        """Between attention and MLP of block ``index``; after the full block where both run in
         parallel.
         """
         return tokens
@@ -145,76 +133,37 @@ class Strategy(nn.Module, Configurable):
         """After the last block, before the final norm."""
         return tokens
 
-    def loss(
-        self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None
-    ) -> dict[str, Tensor]:
-        """The terms of the training loss by name; their sum is minimised.
+    def all_patches(self, tokens: Tokens) -> Tensor:
+        """The patch tokens there are, B×(N+P)×C: those in the blocks, then P that wait outside."""
+        return tokens.patches
+
+    # What it costs
+
+    def search_space(self, depth: int, patches: int) -> SearchSpace[Strategy] | None:
+        """The settings among which one meets a compute budget; ``None`` for a method without one.
+
+        By default the keep rate in thousandths.
 
         Args:
-            output: the student's pass.
-            target: labels, B, or soft targets, B×classes.
-            criterion: the task loss.
-            teacher: a frozen, unreduced model's pass, for methods that ask for one; otherwise what
-                :meth:`baseline` gave.
+            depth: number of the model's blocks.
+            patches: number of its patch tokens.
         """
-        return {"task": criterion(output.logits, target)}
+        if "keep_rate" not in self.config()["init_args"]:
+            return None
+        rates = RateAtBlocks().search_space(depth, patches)
+        return rates.map(lambda schedule: self.changed(keep_rate=schedule.keep_rate))
 
-    def baseline(self, model: Any, images: Tensor) -> Output | None:
-        """A second pass that :meth:`loss` compares the training pass with, without gradient;
-        ``None`` (the default): none.
+    def changed(self, **arguments: Any) -> Strategy:
+        """A new, unattached strategy like this one but for some of its arguments."""
+        config = self.config()
+        return type(self).from_config({**config, "init_args": {**config["init_args"], **arguments}})
 
-        Args:
-            model: the reduced model.
-            images: the training step's, B×3×H×W.
+    def annealed(self, keep_rate: float) -> float:
+        """The keep rate to use now: ``keep_rate``, or the current one while it is annealed.
+
+        As in the official EViT, nothing is reduced unless both are below 1.
         """
-        return None
-
-    def report(self, output: Output, target: Tensor) -> dict[str, Tensor]:
-        """Numbers of a training step worth logging that are no terms of the loss, by name;
-        arguments as :meth:`loss`.
-        """
-        return {}
-
-    def param_groups(
-        self, model: Any, lr: float, weight_decay: float
-    ) -> list[dict[str, Any]] | None:
-        """The optimizer groups that the method's recipe asks for; ``None`` (the default): the usual
-        ones.
-
-        Parameters in no group are not trained. Beside what torch optimizers read, a group may hold
-        ``lr_scale``, a factor on the scheduled learning rate, and ``freeze_epochs``: for so many
-        epochs its learning rate is 0.
-
-        Args:
-            model: the reduced model, so that names carry its prefixes.
-            lr: base learning rate.
-            weight_decay: for the parameters that decay.
-        """
-        return None
-
-    def on_progress(self, epoch: int, step: int, total_steps: int) -> None:
-        """Told before every training step where the run stands, for methods with a curriculum.
-
-        Args:
-            epoch: epochs done.
-            step: optimizer steps done.
-            total_steps: optimizer steps in the whole run.
-        """
-
-    def after_optimizer_step(self, model: Any, step: int, total_steps: int) -> None:
-        """Told after every optimizer step, its gradients still there, for methods that act on the
-        weights.
-
-        Args:
-            model: the reduced model.
-            step: optimizer steps done, this one included.
-            total_steps: optimizer steps in the whole run.
-        """
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Told when the timm model gets another classifier, for methods with a classifier of their
-        own.
-        """
+        return annealed_rate(keep_rate, self.current_keep_rate)
 
     def extra_repr(self) -> str:
         """The settings, for ``print(model)``."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tdm_lightning.core.tokens import Output
+from tdm_lightning.core.output import Output
 from tdm_lightning.errors import SettingError
 from tdm_lightning.ops import merge_groups
 
@@ -20,6 +20,7 @@ def distillation(
     teacher: Output | None,
     initial: int,
     kept: Tensor | None,
+    holder: Tensor | None,
     name: str,
     token_loss: Literal["mse", "kl"] = "mse",
 ) -> tuple[Tensor, Tensor]:
@@ -27,12 +28,13 @@ def distillation(
     DynamicViT, 2021, §3.3).
 
     Args:
-        output: the student's pass. Where tokens were merged, its ``carry["holder"]`` is the token
-            that holds each patch, B×N0.
+        output: the student's pass.
         teacher: the same timm model's pass on the same images, unreduced.
         initial: N0, number of patches.
         kept: which of the patches are still there, B×N0, without gradient; ``None``: all. Not
             asked where tokens were merged.
+        holder: where tokens were merged, the one that holds each patch, -1 where it was dropped,
+            B×N0; otherwise ``None``.
         name: of the strategy, for error messages.
         token_loss: squared distance of two tokens, or divergence of their features as if these were
             logits.
@@ -48,15 +50,16 @@ def distillation(
     teacher = _checked(output, teacher, initial, name)
     prefix = teacher.features.shape[1] - initial
     student, wanted = output.features[:, prefix:].float(), teacher.features[:, prefix:].float()
-    holder = output.carry.get("holder")
     if holder is None:
         student = student[:, :initial]
         kept = student.new_ones(student.shape[:2]) if kept is None else kept
     else:
-        even = torch.ones_like(holder, dtype=torch.float32)
-        count = even.new_zeros(student.shape[:2]).scatter_add(1, holder, even)
-        wanted = merge_groups(wanted, holder, 1 / count.gather(1, holder), student.shape[1])
-        kept = torch.ones_like(count)
+        groups = student.shape[1]
+        slot = torch.where(holder < 0, groups, holder)  # what was dropped goes to one slot more
+        ones = torch.ones_like(slot, dtype=torch.float32)
+        members = ones.new_zeros(len(slot), groups + 1).scatter_add(1, slot, ones)
+        wanted = merge_groups(wanted, slot, 1 / members.gather(1, slot), groups + 1)[:, :groups]
+        kept = torch.ones_like(members[:, :groups])
     distance = (
         (student - wanted).square().mean(-1) if token_loss == "mse" else divergence(student, wanted)
     )

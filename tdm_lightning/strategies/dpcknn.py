@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tdm_lightning.core.checks import check_count
-from tdm_lightning.core.tokens import Reduction, Role, Tokens
-from tdm_lightning.ops import cluster_density_peaks, group_weights, merge_groups
-from tdm_lightning.strategies.staged import StagedStrategy
+from tdm_lightning.core.info import ModelInfo
+from tdm_lightning.core.reduction import Seen
+from tdm_lightning.mergers import Cluster, Merger
+from tdm_lightning.schedules import RateAtBlocks
+from tdm_lightning.strategies.reduction import TokenReduction
 
 
-class DPCKNN(StagedStrategy):
+class DPCKNN(TokenReduction):
     """Clusters the patch tokens around density peaks before some blocks (TCFormer, Zeng et al.,
     CVPR 2022).
 
@@ -32,6 +31,7 @@ class DPCKNN(StagedStrategy):
         neighbours: k of the density kernel, the token itself included.
         learned_weights: weigh a cluster's members by ``exp`` of a learned linear score (C+1
             parameters per layer) instead of equally.
+        merger: what merges; ``None``: :class:`~tdm_lightning.Cluster`.
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
@@ -43,37 +43,31 @@ class DPCKNN(StagedStrategy):
         layers: Sequence[int] = (3, 6, 9),
         neighbours: int = 5,
         learned_weights: bool = False,
+        merger: Merger | None = None,
     ) -> None:
-        super().__init__(keep_rate, layers)
-        self.neighbours = check_count(neighbours, "neighbours")
-        self.learned_weights = bool(learned_weights)
+        own = Cluster("knn", neighbours, "importance" if learned_weights else "mean")
+        schedule = RateAtBlocks(keep_rate, layers, "initial")
+        super().__init__(None, schedule, own if merger is None else merger, before=True)
+        self.neighbours, self.learned_weights = own.neighbours, bool(learned_weights)
+        self.merger = merger
         self.scorers = nn.ModuleList()
 
-    def bind(self, vit: Any, patches: int) -> None:
-        """Check the layers; make one scorer for each if weights are learned."""
-        super().bind(vit, patches)
-        if self.learned_weights:
-            width: int = vit.embed_dim
-            device = next(vit.parameters()).device
-            self.scorers.extend(nn.Linear(width, 1, device=device) for _ in self.layers)
+    @property
+    def scores(self) -> bool:
+        """Only with learned weights."""
+        return self.learned_weights
 
-    def before_block(self, index: int, tokens: Tokens) -> Tokens:
-        """Cluster before the chosen layers."""
-        clusters = self.to_keep(index, tokens)
-        if clusters == tokens.count:
-            return tokens
-        x = tokens.patches
-        label, _ = cluster_density_peaks(
-            x.detach(), clusters, density="knn", neighbours=self.neighbours
-        )
+    def bind(self, vit: nn.Module, info: ModelInfo) -> None:
+        """Check the layers; make one scorer for each if weights are learned."""
+        super().bind(vit, info)
         if self.learned_weights:
-            score = self.scorers[self.layers.index(index)](x).squeeze(-1).float()
-            # Only ratios inside a cluster count, so the largest score may be taken off first: exp
-            # cannot overflow.
-            weight = group_weights((score - score.amax(dim=1, keepdim=True)).exp(), label, clusters)
-        else:
-            weight = group_weights(torch.ones_like(label, dtype=torch.float32), label, clusters)
-        merged = merge_groups(x, label, weight, clusters)
-        return tokens.reduced(
-            index, Reduction(merged, label, torch.full_like(label, int(Role.CLUSTERED)))
-        )
+            self.scorers.extend(nn.Linear(info.width, 1, device=info.device) for _ in self.layers)
+
+    def score(self, index: int, seen: Seen) -> Tensor | None:
+        """The learned weights, where there are some."""
+        if not self.learned_weights:
+            return super().score(index, seen)
+        score = self.scorers[self.layers.index(index)](seen.x).squeeze(-1).float()
+        # Only ratios inside a cluster count, so the largest score may be taken off first: exp
+        # cannot overflow.
+        return (score - score.amax(dim=1, keepdim=True)).exp()

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from tdm_lightning.core.checks import check_choice, check_count, check_number
-from tdm_lightning.core.tokens import Output, Tokens
-from tdm_lightning.mergers.token_merger import TokenMerger, check_early_merger
-from tdm_lightning.strategies.base import Criterion
-from tdm_lightning.strategies.distillation import distillation
-from tdm_lightning.strategies.groups import paced_groups
+from tdm_lightning.core.checks import check_choice
+from tdm_lightning.core.info import ModelInfo
+from tdm_lightning.core.reduction import Seen
+from tdm_lightning.core.tokens import Tokens
+from tdm_lightning.mergers import Drop, Merger
+from tdm_lightning.schedules import RateAtBlocks
+from tdm_lightning.strategies.learned import LearnedSelection
 from tdm_lightning.strategies.predictor import KeepPredictor
-from tdm_lightning.strategies.sampled import (
-    merge_sampled,
-    merged,
-    ratio_error,
-    sampled_decisions,
-    start_sampling,
-)
-from tdm_lightning.strategies.staged import StagedStrategy, keep_best
 
 
-class DyViT(StagedStrategy):
+class DyViT(LearnedSelection):
     """Predicts before some blocks which patch tokens to keep (Rao et al., NeurIPS 2021;
     ``raoyongming/DynamicViT``).
 
@@ -68,7 +62,7 @@ class DyViT(StagedStrategy):
         self,
         keep_rate: float = 0.7,
         layers: Sequence[int] = (3, 6, 9),
-        merger: TokenMerger | None = None,
+        merger: Merger | None = None,
         ratio_weight: float = 2.0,
         distill_weight: float = 0.5,
         token_weight: float = 0.5,
@@ -77,99 +71,70 @@ class DyViT(StagedStrategy):
         backbone_lr_scale: float | None = 0.01,
         freeze_epochs: int = 5,
     ) -> None:
-        super().__init__(keep_rate, layers)
-        self.merger = check_early_merger(merger)
-        self.ratio_weight = check_number(ratio_weight, "ratio_weight")
-        self.distill_weight = check_number(distill_weight, "distill_weight")
-        self.token_weight = check_number(token_weight, "token_weight")
+        super().__init__(
+            layers,
+            merger,
+            ratio_weight,
+            distill_weight,
+            token_weight,
+            backbone_lr_scale,
+            freeze_epochs,
+        )
+        self._schedule = RateAtBlocks(keep_rate, layers, "initial")
+        self.keep_rate = self._schedule.keep_rate
         self.token_loss = check_choice(token_loss, ("mse", "kl"), "token_loss")
         self.ratio_per_image = bool(ratio_per_image)
-        self.backbone_lr_scale = (
-            None
-            if backbone_lr_scale is None
-            else check_number(backbone_lr_scale, "backbone_lr_scale")
-        )
-        self.freeze_epochs = check_count(freeze_epochs, "freeze_epochs", least=0)
-        self.needs_teacher = self.distill_weight > 0 or self.token_weight > 0
-        self.score_predictor = nn.ModuleList()
 
-    def bind(self, vit: Any, patches: int) -> None:
+    def shares(self) -> list[float]:
+        """See :class:`LearnedSelection`."""
+        rate = self.annealed(self.keep_rate)
+        return [rate**stage for stage in range(1, len(self.layers) + 1)]
+
+    def keep_count(self, stage: int, initial: int) -> int:
+        """Tokens left after ``stage`` (from 1) of ``initial``; rounded down.
+
+        Raises:
+            ValueError: if none is left.
+        """
+        return self._schedule.left_after(stage, initial, self.current_keep_rate)
+
+    def bind(self, vit: nn.Module, info: ModelInfo) -> None:
         """Check the schedule and make a predictor for each stage."""
-        super().bind(vit, patches)
-        present = patches
-        for stage in range(1, len(self.layers) + 1) if self.merger is not None else ():
-            keep = self.keep_count(stage, patches)
-            if keep < present:
-                self.merger.split(present, keep)  # type: ignore[union-attr]
-            present = keep
-        device = next(vit.parameters()).device
-        self.score_predictor.extend(KeepPredictor(vit.embed_dim).to(device) for _ in self.layers)
-
-    def tracks_size(self) -> bool:
-        """Only for proportional attention."""
-        return self.merger is not None and self.merger.proportional_attention
-
-    def begin(self, tokens: Tokens) -> Tokens:
-        """Note how many tokens there are at first; in training, let each be attended to."""
-        tokens = super().begin(tokens)
-        return start_sampling(tokens) if self.training else tokens
+        super().bind(vit, info)
+        self._schedule.check(info)
+        self.score_predictor.extend(KeepPredictor(info.width).to(info.device) for _ in self.layers)
 
     def before_block(self, index: int, tokens: Tokens) -> Tokens:
         """Score, then drop, merge or (in training) mask."""
         if index not in self.layers:
             return tokens
-        predictor, keep = (
-            self.score_predictor[self.layers.index(index)],
-            self.to_keep(index, tokens),
-        )
+        predictor = self.score_predictor[self.layers.index(index)]
         if self.training and self.merger is None:
-            return self._mask(predictor, tokens)
+            return self._masked(predictor, tokens)
+        keep = self._schedule.keep(index, tokens.count, tokens.info, self.current_keep_rate)
         if keep == tokens.count:
             return tokens
-        if self.merger is not None and self.training:
-            return merge_sampled(index, tokens, self.merger, predictor, keep)
+        if self.training:
+            return self.merged_by_samples(index, tokens, predictor, keep)
         score = predictor(tokens.patches)[..., 0]
-        if self.merger is None:
-            return tokens.reduced(index, keep_best(tokens.patches, score, keep), score)
-        return merged(
-            index, tokens, self.merger, self.merger(tokens.patches, score.exp(), keep), score
-        )
+        if self.merger is not None:
+            return self.merged(index, tokens, score.exp(), score, keep)
+        return tokens.reduced(index, Drop()(Seen(tokens.patches, importance=score), keep), score)
 
-    def _mask(self, predictor: nn.Module, tokens: Tokens) -> Tokens:
+    def _masked(self, predictor: nn.Module, tokens: Tokens) -> Tokens:
+        """All tokens, those that a sample drops masked out."""
         assert tokens.policy is not None
         prefix, policy = tokens.policy.split((tokens.prefix, tokens.count), dim=1)
         sample = F.gumbel_softmax(predictor(tokens.patches, policy), tau=1.0, hard=True)
         decision = sample[..., 0] * policy
-        tokens = tokens.carrying(decisions=(*tokens.carry["decisions"], decision))
-        return tokens.replace(policy=torch.cat((prefix, decision), dim=1))
+        state = replace(tokens.state, decisions=(*tokens.state.decisions, decision))
+        return tokens.replace(policy=torch.cat((prefix, decision), dim=1), state=state)
 
-    def loss(
-        self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None
-    ) -> dict[str, Tensor]:
-        """Task loss, ``ratio`` of kept tokens, and ``distillation`` and ``tokens`` against the
-        teacher, each with its weight.
+    def _per_image(self) -> bool:
+        return self.ratio_per_image
 
-        Raises:
-            ValueError: if the pass was not made in training mode, or the teacher is missing or of
-                another shape.
-        """
-        terms = super().loss(output, target, criterion, teacher)
-        name, initial = type(self).__name__, output.carry["initial"]
-        decisions = sampled_decisions(output, name)
-        if decisions:
-            rate = self.annealed(self.keep_rate)
-            wanted = [rate**stage for stage in range(1, len(decisions) + 1)]
-            terms["ratio"] = self.ratio_weight * ratio_error(
-                decisions, wanted, initial, self.ratio_per_image
-            )
-        if self.needs_teacher:
-            kept = decisions[-1].detach() if decisions else None
-            logits, tokens = distillation(output, teacher, initial, kept, name, self.token_loss)
-            terms |= {
-                "distillation": self.distill_weight * logits,
-                "tokens": self.token_weight * tokens,
-            }
-        return terms
+    def _token_loss(self) -> Literal["mse", "kl"]:
+        return self.token_loss
 
     def param_groups(
         self, model: Any, lr: float, weight_decay: float
@@ -177,9 +142,6 @@ class DyViT(StagedStrategy):
         """Predictors at full rate; the backbone slower and frozen at first; class token and
         positions never trained.
         """
-        if self.backbone_lr_scale is None:
-            return None
-        slow = {"lr": lr, "lr_scale": self.backbone_lr_scale, "freeze_epochs": self.freeze_epochs}
-        return paced_groups(
-            model, weight_decay, slow, {"lr": lr, "lr_scale": 1.0, "freeze_epochs": 0}
-        )
+        slow = {"lr": lr, "lr_scale": self.backbone_lr_scale}
+        fast = {"lr": lr, "lr_scale": 1.0, "freeze_epochs": 0}
+        return self._paced(model, weight_decay, slow, fast)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from tdm_lightning.core.tokens import Reduction, Role
-from tdm_lightning.mergers.token_merger import TokenMerger
-from tdm_lightning.ops import gather_tokens, inverse_order, rank_order
-from tdm_lightning.strategies.attentive import AttentiveStrategy
+from tdm_lightning.importance import ClassAttention
+from tdm_lightning.mergers import Drop, Fuse, Merger
+from tdm_lightning.schedules import RateAtBlocks
+from tdm_lightning.strategies.reduction import TokenReduction
 
 
-class EViT(AttentiveStrategy):
+class EViT(TokenReduction):
     """Keeps the ``ceil(keep_rate·N)`` most attended patch tokens (Liang et al., ICLR 2022;
     ``youweiliang/evit``).
 
@@ -25,8 +22,8 @@ class EViT(AttentiveStrategy):
         keep_rate: share of the patch tokens that is kept at each reducing layer, in (0, 1].
         layers: reducing blocks, counted from 0.
         fuse: add the fused token; without it the rest is dropped.
-        merger: replaces both by the token merger, which leaves exactly ``ceil(keep_rate·N)``
-            tokens ("EViT+Ours").
+        merger: replaces both; any merger leaves exactly ``ceil(keep_rate·N)`` tokens ("EViT+Ours"
+            with :class:`~tdm_lightning.TokenMerger`).
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
@@ -37,23 +34,9 @@ class EViT(AttentiveStrategy):
         keep_rate: float = 0.7,
         layers: Sequence[int] = (3, 6, 9),
         fuse: bool = True,
-        merger: TokenMerger | None = None,
+        merger: Merger | None = None,
     ) -> None:
-        super().__init__(keep_rate, layers, merger)
-        self.fuse = bool(fuse)
-
-    def reduce(self, x: Tensor, importance: Tensor, keep: int) -> Reduction:
-        """Keep the ``keep`` most important tokens in descending order, then the fused token."""
-        order = rank_order(importance)
-        kept, rest = order[:, :keep], order[:, keep:]
-        out = gather_tokens(x, kept)
-        if self.fuse:
-            weight = importance.gather(1, rest).to(x.dtype).unsqueeze(1)
-            out = torch.cat((out, weight @ gather_tokens(x, rest)), dim=1)
-        rank = inverse_order(order)
-        fate, role = (keep, Role.CLUSTERED) if self.fuse else (-1, Role.DROPPED)
-        return Reduction(
-            out,
-            assignment=torch.where(rank < keep, rank, fate),
-            role=torch.where(rank < keep, int(Role.KEPT), int(role)),
-        )
+        own = Fuse() if fuse else Drop()
+        reducer = own if merger is None else merger
+        super().__init__(ClassAttention(), RateAtBlocks(keep_rate, layers), reducer)
+        self.fuse, self.merger = bool(fuse), merger

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -11,14 +12,38 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tdm_lightning.core.checks import check_count, check_keep_rate, check_layers, check_layers_exist
-from tdm_lightning.core.tokens import Observed, Output, Reduction, Role, Tokens
+from tdm_lightning.core.info import ModelInfo
+from tdm_lightning.core.output import Output
+from tdm_lightning.core.reduction import Reduction, Role, Seen
+from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import SettingError, SettingTypeError
-from tdm_lightning.mergers.token_merger import TokenMerger, check_early_merger
+from tdm_lightning.mergers import Drop, Merger
+from tdm_lightning.mergers.base import check_merger
 from tdm_lightning.ops import gather_tokens, group_weights, inverse_order, merge_groups, rank_order
-from tdm_lightning.strategies.base import Criterion, Strategy
+from tdm_lightning.strategies.base import Requirements, Strategy
+from tdm_lightning.strategies.objective import Criterion, TrainingObjective
 
 
-class EvoViT(Strategy):
+@dataclass(frozen=True)
+class EvoState:
+    """What a pass carries from block to block.
+
+    Attributes:
+        attention: running class attention of each patch token, those in the blocks first, B×(N+P).
+        parked: tokens that wait outside the blocks, B×P×C; ``None``: none.
+        stand_in: what ran in their place when it started, B×S×C; ``None``: nothing.
+        stands_for: which of those runs for each parked token, B×P, int64.
+        class_logits: of the second classifier; in training.
+    """
+
+    attention: Tensor | None = None
+    parked: Tensor | None = None
+    stand_in: Tensor | None = None
+    stands_for: Tensor | None = None
+    class_logits: Tensor | None = None
+
+
+class EvoViT(Strategy, TrainingObjective):
     """Updates the tokens with the highest running class attention; the others wait and come back
     (Xu et al., AAAI 2022).
 
@@ -41,7 +66,8 @@ class EvoViT(Strategy):
             selecting layer and 0.5 from there, as in the released models.
         class_head: in training, a second classifier on the class token shares the loss (as the
             published recipe has it).
-        merger: clusters that run in place of the waiting tokens.
+        merger: its :meth:`~tdm_lightning.Merger.represent` says what runs in place of the waiting
+            tokens.
         layers: blocks before which tokens are selected, counted from 0.
         representative: one mean runs in place of the waiting tokens; not together with a merger.
         drop_last: tokens that the last selection leaves out do not come back for the head
@@ -57,15 +83,12 @@ class EvoViT(Strategy):
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
     """
 
-    absolute_positions_only = True
-    global_pool = "avg"
-
     def __init__(
         self,
         keep_rate: float = 0.5,
         tradeoff: float | Sequence[float] | None = None,
         class_head: bool = False,
-        merger: TokenMerger | None = None,
+        merger: Merger | None = None,
         layers: Sequence[int] = (4, 8),
         representative: bool = False,
         drop_last: bool = False,
@@ -75,7 +98,7 @@ class EvoViT(Strategy):
         self.keep_rate = check_keep_rate(keep_rate)
         self.tradeoff = _check_tradeoff(tradeoff)
         self.class_head = bool(class_head)
-        self.merger = check_early_merger(merger)
+        self.merger = check_merger(merger, {"importance"})
         self.layers = check_layers(layers)
         if 0 in self.layers:
             raise SettingError(
@@ -86,44 +109,48 @@ class EvoViT(Strategy):
         self.drop_last = bool(drop_last)
         self.layerwise_epochs = check_count(layerwise_epochs, "layerwise_epochs", least=0)
         self.layerwise = False
+        if isinstance(merger, Drop):
+            raise SettingError("Drop leaves nothing to run in place of the waiting tokens")
         if self.representative and merger is not None:
             raise SettingError(
                 "representative=True and a merger are two ways to run for the waiting tokens;"
                 " choose one"
             )
 
-    def bind(self, vit: Any, patches: int) -> None:
+    def requires(self) -> Requirements:
+        """A head that averages over the patches; tokens that stand nowhere run too."""
+        return Requirements(pooling="patches", absolute_positions=True)
+
+    def bind(self, vit: nn.Module, info: ModelInfo) -> None:
         """Check the settings against the model; make the second classifier.
 
         Raises:
             ValueError: if layers or trade-offs do not fit its depth, no token would be updated, it
                 does not pool over its patches, or has no class token for ``class_head``.
         """
-        depth = len(vit.blocks)
+        depth = info.depth
         check_layers_exist(self.layers, depth)
         if isinstance(self.tradeoff, tuple) and len(self.tradeoff) != depth:
             raise SettingError(
                 f"tradeoff needs one number per block, {depth} here, got {len(self.tradeoff)}"
             )
-        if vit.global_pool == "token":
+        if info.pooling == "token":
             raise SettingError(
                 "Evo-ViT's head averages over the patches, but this model classifies by its class"
                 " token; create the timm model with global_pool='avg'"
             )
-        self._keep(patches)
+        self._keep(info.patches)
         if self.class_head:
-            self._make_class_head(vit)
+            self._make_class_head(info)
 
-    def _make_class_head(self, vit: Any) -> None:
-        if getattr(vit, "cls_token", None) is None or not vit.num_classes:
+    def _make_class_head(self, info: ModelInfo) -> None:
+        if not info.class_tokens or not info.num_classes:
             raise SettingError(
                 "class_head=True needs a model with a class token and a classifier; use"
                 " class_head=False"
             )
-        width = vit.embed_dim
-        device = next(vit.parameters()).device
-        self.norm_cls = nn.LayerNorm(width, eps=1e-6, device=device)
-        self.head_cls = _classifier(width, vit.num_classes, device)
+        self.norm_cls = nn.LayerNorm(info.width, eps=1e-6, device=info.device)
+        self.head_cls = _classifier(info.width, info.num_classes, info.device)
 
     def reset_classifier(self, num_classes: int) -> None:
         """Give the class token's classifier as many classes."""
@@ -134,9 +161,9 @@ class EvoViT(Strategy):
 
     def begin(self, tokens: Tokens) -> Tokens:
         """No token ever stands for several patches for good, so sizes need not be followed."""
-        return tokens.replace(size=None)
+        return tokens.replace(size=None, state=EvoState())
 
-    def needs(self, index: int) -> frozenset[str]:
+    def needs(self, index: int, info: ModelInfo) -> frozenset[str]:
         """Importance in every block that a later selection looks back on."""
         if not self.layers:
             return frozenset()
@@ -144,11 +171,9 @@ class EvoViT(Strategy):
         # before.
         forget = [block for block in range(self.layers[0]) if self._mix(block) == 1]
         looks_back = self.layerwise or index < self.layers[-1]
-        return (
-            frozenset({"importance"})
-            if looks_back and index >= max(forget, default=0)
-            else frozenset()
-        )
+        if looks_back and index >= max(forget, default=0):
+            return frozenset({"importance"})
+        return frozenset()
 
     def before_block(self, index: int, tokens: Tokens) -> Tokens:
         """Select anew, in the selecting layers."""
@@ -156,23 +181,29 @@ class EvoViT(Strategy):
             return tokens
         return self._select(index, _rejoined(tokens))
 
-    def after_attention(self, index: int, tokens: Tokens, observed: Observed) -> Tokens:
+    def after_attention(self, index: int, tokens: Tokens, seen: Seen) -> Tokens:
         """Update the running attention of the tokens that are here."""
-        if observed.importance is None:
+        if seen.importance is None:
             return tokens
-        seen = observed.importance * observed.heads
-        running = tokens.carry.get("attention")
+        now = seen.importance * tokens.info.heads  # summed over the heads
+        running = tokens.state.attention
         if running is not None:
-            mix, here = self._mix(index), seen.shape[1]
-            seen = torch.cat(((1 - mix) * running[:, :here] + mix * seen, running[:, here:]), dim=1)
-        return tokens.carrying(attention=seen)
+            mix, here = self._mix(index), now.shape[1]
+            now = torch.cat(((1 - mix) * running[:, :here] + mix * now, running[:, here:]), dim=1)
+        return tokens.replace(state=replace(tokens.state, attention=now))
 
     def finish(self, tokens: Tokens) -> Tokens:
         """All come back; in training, also classify the class token."""
         tokens = _rejoined(tokens)
-        if self.class_head and self.training:
-            return tokens.carrying(class_logits=self.head_cls(self.norm_cls(tokens.x[:, 0])))
-        return tokens
+        if not (self.class_head and self.training):
+            return tokens
+        logits = self.head_cls(self.norm_cls(tokens.x[:, 0]))
+        return tokens.replace(state=replace(tokens.state, class_logits=logits))
+
+    def all_patches(self, tokens: Tokens) -> Tensor:
+        """Those in the blocks, then the parked ones."""
+        parked = tokens.state.parked
+        return tokens.patches if parked is None else torch.cat((tokens.patches, parked), dim=1)
 
     def loss(
         self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None
@@ -181,7 +212,7 @@ class EvoViT(Strategy):
         classified.
         """
         terms = super().loss(output, target, criterion, teacher)
-        second = output.carry.get("class_logits")
+        second = output.state.class_logits
         if second is None:
             return terms
         return {"task": 0.5 * terms["task"], "class_head": 0.5 * criterion(second, target)}
@@ -212,11 +243,11 @@ class EvoViT(Strategy):
         n, keep = tokens.count, self._keep(tokens.count)
         if keep == n:
             return tokens
-        before = tokens.carry["attention"]
+        before = tokens.state.attention
         order = rank_order(before)
         x, running = gather_tokens(tokens.patches, order), before.gather(1, order)
         rank = inverse_order(order)
-        last = not any(self._selects(later) for later in range(index + 1, tokens.depth))
+        last = not any(self._selects(later) for later in range(index + 1, tokens.info.depth))
         if self.drop_last and last:
             fate, role = torch.where(rank < keep, rank, -1), Role.DROPPED
         else:
@@ -224,50 +255,47 @@ class EvoViT(Strategy):
         reduction = Reduction(
             x[:, :keep], fate, torch.where(rank < keep, int(Role.KEPT), int(role))
         )
-        tokens = tokens.reduced(index, reduction, before).carrying(attention=running)
+        tokens = tokens.reduced(index, reduction, before)
         if role is Role.DROPPED:
-            return tokens.carrying(attention=running[:, :keep])
-        return self._represented(tokens.replace(parked=x[:, keep:]), running[:, keep:])
+            return tokens.replace(state=EvoState(running[:, :keep]))
+        state = EvoState(running, parked=x[:, keep:])
+        return self._represented(tokens, state, running[:, keep:])
 
-    def _represented(self, tokens: Tokens, attention: Tensor) -> Tokens:
+    def _represented(self, tokens: Tokens, state: EvoState, attention: Tensor) -> Tokens:
         """Let a few tokens run for the parked ones, beside the prefix tokens."""
-        assert tokens.parked is not None
+        parked = state.parked
+        assert parked is not None
         if self.merger is not None:
-            merged = self.merger.represent(tokens.parked, attention)
+            size = torch.ones_like(attention, dtype=parked.dtype)
+            merged = self.merger.represent(Seen(parked, size, attention))
             stand_in, group = merged.x, merged.assignment
         elif self.representative:
             group = torch.zeros_like(attention, dtype=torch.int64)
-            stand_in = merge_groups(tokens.parked, group, group_weights(attention, group, 1), 1)
+            stand_in = merge_groups(parked, group, group_weights(attention, group, 1), 1)
         else:
-            return tokens
-        x = torch.cat((tokens.x[:, : tokens.prefix], stand_in, tokens.patches), dim=1)
-        tokens = tokens.carrying(stand_in=stand_in, stands_for=group)
+            return tokens.replace(state=state)
         if self.merger is not None and self.merger.proportional_attention:
-            members = torch.zeros_like(stand_in[..., 0]).scatter_add(
-                1, group, torch.ones_like(attention, dtype=x.dtype)
-            )
+            members = merged.totals(torch.ones_like(attention, dtype=parked.dtype))
             bias = F.pad(members.log(), (tokens.prefix, tokens.count))
             tokens = tokens.replace(key_bias=bias[:, None, None, :])
-        return tokens.replace(x=x, prefix=tokens.prefix + stand_in.shape[1])
+        x = torch.cat((tokens.x[:, : tokens.prefix], stand_in, tokens.patches), dim=1)
+        state = replace(state, stand_in=stand_in, stands_for=group)
+        return tokens.replace(x=x, prefix=tokens.prefix + stand_in.shape[1], state=state)
 
 
 def _rejoined(tokens: Tokens) -> Tokens:
     """Parked tokens behind the others again, changed as their stand-in was."""
-    if tokens.parked is None:
+    state: EvoState = tokens.state
+    prefix, parked = tokens.prefix, state.parked
+    if parked is None:
         return tokens
-    prefix, parked = tokens.prefix, tokens.parked
-    start = tokens.carry.get("stand_in")
-    if start is not None:
-        prefix -= start.shape[1]
-        change = tokens.x[:, prefix : tokens.prefix] - start
-        parked = parked + gather_tokens(change, tokens.carry["stands_for"])
+    if state.stand_in is not None:
+        assert state.stands_for is not None
+        prefix -= state.stand_in.shape[1]
+        change = tokens.x[:, prefix : tokens.prefix] - state.stand_in
+        parked = parked + gather_tokens(change, state.stands_for)
     x = torch.cat((tokens.x[:, :prefix], tokens.patches, parked), dim=1)
-    carry = {
-        name: value
-        for name, value in tokens.carry.items()
-        if name not in ("stand_in", "stands_for")
-    }
-    return tokens.replace(x=x, prefix=prefix, parked=None, key_bias=None, carry=carry)
+    return tokens.replace(x=x, prefix=prefix, key_bias=None, state=EvoState(state.attention))
 
 
 def _classifier(width: int, classes: int, device: torch.device) -> nn.Linear:

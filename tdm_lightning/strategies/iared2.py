@@ -5,16 +5,20 @@ image keeps.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tdm_lightning.core.checks import check_count, check_number
-from tdm_lightning.core.tokens import Output, Tokens
+from tdm_lightning.core.info import ModelInfo
+from tdm_lightning.core.output import Output
+from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import SettingError, SettingTypeError
-from tdm_lightning.strategies.base import Criterion, Strategy
+from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.strategies.interpreter import MultiHeadInterpreter
+from tdm_lightning.strategies.objective import Criterion, TrainingObjective
 
 
 class Stage(NamedTuple):
@@ -30,7 +34,24 @@ class Stage(NamedTuple):
     interpreting: bool
 
 
-class IARED2(Strategy):
+@dataclass(frozen=True)
+class PolicyState:
+    """What a pass notes of its decisions.
+
+    Attributes:
+        initial: number of patches at first.
+        group: the last group that decided.
+        kept: patches that each image kept there, B.
+        log_probability: of the policy that was drawn, B; where an interpreter learns.
+    """
+
+    initial: int
+    group: int = 0
+    kept: Tensor | None = None
+    log_probability: Tensor | None = None
+
+
+class IARED2(Strategy, TrainingObjective):
     """Drops, before each group of blocks, the patches that an interpreter finds unimportant (Pan et
     al., NeurIPS 2021).
 
@@ -42,7 +63,7 @@ class IARED2(Strategy):
 
     1. The group's interpreter learns for ``interpreter_epochs``, nothing else. A policy u is drawn
        from its scores I, ``u_j ~ Bernoulli(I_j)``, and reinforced by ``(R(u) - R(û))·∇log
-       π(u)``, where û is what inference would keep, see :meth:`reward` and :meth:`baseline`.
+       π(u)``, where û is what inference would keep, see :meth:`reward` and :meth:`second_pass`.
     2. The group's blocks and all that follow learn the task for ``block_epochs`` under drawn
        policies.
 
@@ -100,42 +121,39 @@ class IARED2(Strategy):
         self.stage = Stage(self.groups - 1, interpreting=False)
         self.interpreters = nn.ModuleList()
 
-    def bind(self, vit: Any, patches: int) -> None:
+    def bind(self, vit: nn.Module, info: ModelInfo) -> None:
         """Make an interpreter for each group.
 
         Raises:
             ValueError: if the model has no class token, or groups or heads do not divide it evenly.
         """
-        if getattr(vit, "cls_token", None) is None:
+        if not info.class_tokens:
             raise SettingError(
                 "IA-RED² scores patches by the class token, and this model has none; take one with"
                 " a class token, or a strategy without it (DyViT, ToMe)"
             )
-        depth, width = len(vit.blocks), vit.embed_dim
-        if depth % self.groups:
+        if info.depth % self.groups:
             raise SettingError(
-                f"groups={self.groups} does not divide the model's {depth} blocks evenly; choose a"
+                f"groups={self.groups} does not divide the model's {info.depth} blocks evenly;"
+                " choose a divisor"
+            )
+        heads = self.heads or info.heads
+        if info.width % heads:
+            raise SettingError(
+                f"heads={heads} does not divide the model's width {info.width} evenly; choose a"
                 " divisor"
             )
-        heads = self.heads or next(
-            module.num_heads for module in vit.blocks[0].modules() if hasattr(module, "num_heads")
-        )
-        if width % heads:
-            raise SettingError(
-                f"heads={heads} does not divide the model's width {width} evenly; choose a divisor"
-            )
-        device = next(vit.parameters()).device
         self.interpreters.extend(
-            MultiHeadInterpreter(width, heads).to(device) for _ in range(self.groups)
+            MultiHeadInterpreter(info.width, heads).to(info.device) for _ in range(self.groups)
         )
 
     def begin(self, tokens: Tokens) -> Tokens:
         """Note how many patches there are at first."""
-        return tokens.carrying(initial=tokens.count)
+        return tokens.replace(state=PolicyState(tokens.count))
 
     def before_block(self, index: int, tokens: Tokens) -> Tokens:
         """Before a group: score, decide, remove."""
-        group, inside = divmod(index, tokens.depth // self.groups)
+        group, inside = divmod(index, tokens.info.depth // self.groups)
         if inside or group > self.stage.group:
             return tokens
         x = tokens.x.detach()  # neither the score nor a group's loss reaches what lies before it
@@ -143,12 +161,13 @@ class IARED2(Strategy):
         learns = self.training and group == self.stage.group
         kept = torch.bernoulli(score.detach()).bool() if learns else score > self.threshold
         kept = kept & tokens.valid_patches
+        state = replace(tokens.state, kept=kept.sum(dim=1), group=group)
         if learns and self.stage.interpreting:
             chance = torch.where(kept, score, 1 - score).masked_fill(~tokens.valid_patches, 1)
-            tokens = tokens.carrying(log_probability=chance.log().sum(dim=1))
+            state = replace(state, log_probability=chance.log().sum(dim=1))
         elif learns:
             tokens = tokens.replace(x=x)
-        return tokens.carrying(kept=kept.sum(dim=1), group=group).packed(index, kept, score)
+        return tokens.replace(state=state).packed(index, kept, score)
 
     @torch.no_grad()
     def reward(self, output: Output, target: Tensor) -> Tensor:
@@ -158,13 +177,14 @@ class IARED2(Strategy):
         pay, as long as they suffice. The share is that of the blocks from the deciding group on.
         With soft targets, B×classes, the largest one is right.
         """
-        group, labels = output.carry["group"], target.argmax(dim=-1) if target.ndim > 1 else target
+        group = output.state.group
+        labels = target.argmax(dim=-1) if target.ndim > 1 else target
         right = output.logits.argmax(dim=-1) == labels
         gain = (1 - group / self.groups) * (1 - self._kept(output).square())
         return torch.where(right, gain, -self.penalty[min(group, len(self.penalty) - 1)])
 
     @torch.no_grad()
-    def baseline(self, model: Any, images: Tensor) -> Output | None:
+    def second_pass(self, model: Any, images: Tensor) -> Output | None:
         """The pass of inference, while an interpreter learns: its reward is what a drawn policy
         must beat.
         """
@@ -184,16 +204,16 @@ class IARED2(Strategy):
         do.
 
         Raises:
-            ValueError: if an interpreter learns and ``teacher``, what :meth:`baseline` gave for the
+            ValueError: if an interpreter learns and ``teacher``, what :meth:`second_pass` gave for the
                 same images, is missing.
         """
-        log_probability = output.carry.get("log_probability")
+        log_probability = output.state.log_probability
         if log_probability is None:
             return super().loss(output, target, criterion, teacher)
         if teacher is None:
             raise SettingError(
                 "IA-RED² compares a drawn policy with the one of inference: pass"
-                " strategy.baseline(model, images) as teacher"
+                " strategy.second_pass(model, images) as teacher"
             )
         advantage = self.reward(output, target) - self.reward(teacher, target)
         return {"policy": -(advantage * log_probability).mean()}
@@ -203,7 +223,7 @@ class IARED2(Strategy):
         return {"reward": self.reward(output, target).mean(), "kept": self._kept(output).mean()}
 
     def _kept(self, output: Output) -> Tensor:
-        return output.carry["kept"] / output.carry["initial"]
+        return output.state.kept / output.state.initial
 
     def stage_at(self, epoch: int) -> Stage:
         """The step of the curriculum that epoch ``epoch``, from 0, belongs to.

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tdm_lightning.core.checks import check_keep_rate
-from tdm_lightning.core.tokens import Observed, Reduction, Role, Tokens
+from tdm_lightning.core.checks import check_counts, check_keep_rate
+from tdm_lightning.core.info import ModelInfo
+from tdm_lightning.core.reduction import Reduction, Role, Seen
+from tdm_lightning.core.tokens import Tokens
+from tdm_lightning.core.trace import History
 from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.ops import inverse_order
-from tdm_lightning.strategies.base import Strategy
+from tdm_lightning.strategies.base import Requirements, Strategy
 
 
 class PSViT(Strategy):
@@ -50,7 +52,6 @@ class PSViT(Strategy):
             nested.
     """
 
-    selects_rows = True
     kept: Tensor | None
 
     def __init__(
@@ -65,12 +66,16 @@ class PSViT(Strategy):
                 "counts and masks both say how many patches each block computes; give one of them"
             )
         self.keep_rate = check_keep_rate(keep_rate)
-        self.counts = None if counts is None else _check_counts(counts)
+        self.counts = None if counts is None else check_counts(counts, "counts", least=0)
         self.masks = None if masks is None else _check_masks(masks)
         self.token_counts: tuple[int, ...] = ()
         self.register_buffer("kept", None)
 
-    def bind(self, vit: Any, patches: int) -> None:
+    def requires(self) -> Requirements:
+        """Blocks that compute chosen rows."""
+        return Requirements(rows=True)
+
+    def bind(self, vit: nn.Module, info: ModelInfo) -> None:
         """Lay out the masks on the model's grid.
 
         Raises:
@@ -81,21 +86,20 @@ class PSViT(Strategy):
             raise SettingError(
                 "this PSViT is attached already and owns masks; make a new one for another model"
             )
-        if not isinstance(getattr(vit, "patch_drop", None), (torch.nn.Identity, type(None))):
+        if info.random_patches:
             raise SettingError(
                 "masks belong to positions, and this model drops patches by chance: use"
                 " patch_drop_rate=0"
             )
-        with torch.device(
-            "cpu"
-        ):  # they are read here, also where the model is made on the meta device
-            kept = self._masks(len(vit.blocks), patches, vit.global_pool == "token")
-        if vit.global_pool != "token" and not kept[-1].any():
+        class_head = info.pooling == "token"
+        with torch.device("cpu"):  # they are read here, also where the model is on the meta device
+            kept = self._masks(info.depth, info.patches, class_head)
+        if not class_head and not kept[-1].any():
             raise SettingError(
                 "this model's head reads its patches, so the last block must keep at least one"
             )
         self.token_counts = tuple(kept.sum(dim=1).tolist())
-        self.kept = kept.to(next(vit.parameters()).device)
+        self.kept = kept.to(info.device)
 
     def schedule(self, depth: int, patches: int, class_head: bool = True) -> tuple[int, ...]:
         """Patches that each of ``depth`` blocks computes before a search.
@@ -135,7 +139,8 @@ class PSViT(Strategy):
                 f"counts must not exceed the model's {patches} patches, got {counts[0]} in the"
                 " first block"
             )
-        return inverse_order(spread_order(patches)[None]) < torch.tensor(counts)[:, None]
+        rank = inverse_order(evenly_distributed_order(patches)[None])
+        return rank < torch.tensor(counts)[:, None]
 
     def begin(self, tokens: Tokens) -> Tokens:
         """Sort the patches by how many blocks compute them, so that each block simply keeps the
@@ -170,28 +175,29 @@ class PSViT(Strategy):
         tokens = tokens.replace(
             x=tokens.x.index_select(1, torch.cat((first, order + tokens.prefix)))
         )
-        if tokens.source is None:
+        history = tokens.history
+        if history is None:
             return tokens
-        return tokens.replace(source=inverse_order(order[None]).expand_as(tokens.source))
+        source = inverse_order(order[None]).expand_as(history.source)
+        return tokens.replace(history=History(source, history.layers))
 
-    def before_block(self, index: int, tokens: Tokens) -> Tokens:
-        """Choose the rows to compute."""
+    def rows(self, index: int, tokens: Tokens) -> Tensor | None:
+        """Those of the prefix and of the patches that the block keeps, the first ones."""
         if self.token_counts[index] == tokens.count:
-            return tokens
-        return tokens.replace(
-            queries=torch.arange(tokens.prefix + self.token_counts[index], device=tokens.x.device)
-        )
+            return None
+        return torch.arange(tokens.prefix + self.token_counts[index], device=tokens.x.device)
 
-    def after_attention(self, index: int, tokens: Tokens, observed: Observed) -> Tokens:
+    def after_attention(self, index: int, tokens: Tokens, seen: Seen) -> Tokens:
         """Note which patches are gone."""
         assert self.kept is not None
         before = self.token_counts[index - 1] if index else self.kept.shape[1]
-        if tokens.count == before or (tokens.source is None and tokens.size is None):
+        if tokens.count == before or (tokens.history is None and tokens.size is None):
             return tokens
-        place = torch.arange(before, device=tokens.x.device).expand(len(tokens.x), -1)
-        kept = place < tokens.count
+        here = torch.arange(before, device=tokens.x.device).expand(len(tokens.x), -1)
+        kept = here < tokens.count
         role = torch.where(kept, int(Role.KEPT), int(Role.DROPPED))
-        return tokens.reduced(index, Reduction(tokens.patches, torch.where(kept, place, -1), role))
+        reduction = Reduction(tokens.patches, torch.where(kept, here, -1), role)
+        return tokens.reduced(index, reduction)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         found, errors = state_dict.get(f"{prefix}kept"), args[-1]
@@ -212,13 +218,13 @@ class PSViT(Strategy):
         )
 
 
-def spread_order(patches: int) -> Tensor:
+def evenly_distributed_order(patches: int) -> Tensor:
     """The patches of a grid, in an order whose every beginning is spread evenly; N, int64.
 
     By the fractional part of ``row/ρ + column/ρ²`` with ρ³ = ρ + 1, the plane's counterpart
     of the golden ratio. The grid is taken to be as square as the number allows.
 
-    >>> first = spread_order(16)[:4]
+    >>> first = evenly_distributed_order(16)[:4]
     >>> torch.stack((first // 4, first % 4)).tolist()
     [[0, 2, 0, 2], [0, 1, 2, 3]]
     """
@@ -231,24 +237,6 @@ def spread_order(patches: int) -> Tensor:
 
 def _nested(masks: Tensor) -> bool:
     return bool((masks[:-1].bool() | ~masks[1:].bool()).all())
-
-
-def _check_counts(counts: Any) -> tuple[int, ...]:
-    if isinstance(counts, str) or not isinstance(counts, Sequence) or not counts:
-        raise SettingTypeError(
-            f"counts must hold the patches of each block, such as [196, 140, …, 0], got {counts!r}"
-        )
-    if any(isinstance(count, bool) or not isinstance(count, Integral) for count in counts):
-        raise SettingTypeError(f"counts must hold integers, got {list(counts)!r}")
-    if min(counts) < 0:
-        raise SettingError(f"counts cannot be negative, got {list(counts)!r}")
-    grown = [block for block in range(1, len(counts)) if counts[block] > counts[block - 1]]
-    if grown:
-        raise SettingError(
-            "counts must not grow, because a block can only compute patches that the block before"
-            f" kept; block {grown[0]} has {counts[grown[0]]} after {counts[grown[0] - 1]}"
-        )
-    return tuple(int(count) for count in counts)
 
 
 def _check_masks(masks: Any) -> tuple[tuple[int, ...], ...]:

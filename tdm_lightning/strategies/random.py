@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from tdm_lightning.core.checks import check_count
-from tdm_lightning.core.tokens import Observed, Tokens
-from tdm_lightning.strategies.staged import StagedStrategy, keep_best
+from tdm_lightning.importance import Chance
+from tdm_lightning.mergers import Merger
+from tdm_lightning.schedules import RateAtBlocks
+from tdm_lightning.strategies.reduction import TokenReduction
 
 
-class Random(StagedStrategy):
+class Random(TokenReduction):
     """Drops random patch tokens: the control that every method must beat.
 
     Same places and counts as :class:`~tdm_lightning.TopK`. In training each image loses other
@@ -25,36 +23,19 @@ class Random(StagedStrategy):
             its square after the second, and so on; in (0, 1].
         layers: reducing blocks, counted from 0.
         seed: which tokens are kept at inference, a non-negative integer.
+        merger: combines tokens instead of dropping them, to as many.
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
     """
 
     def __init__(
-        self, keep_rate: float = 0.7, layers: Sequence[int] = (3, 6, 9), seed: int = 0
+        self,
+        keep_rate: float = 0.7,
+        layers: Sequence[int] = (3, 6, 9),
+        seed: int = 0,
+        merger: Merger | None = None,
     ) -> None:
-        super().__init__(keep_rate, layers)
-        self.seed = check_count(seed, "seed", least=0)
-
-    def after_attention(self, index: int, tokens: Tokens, observed: Observed) -> Tokens:
-        """Drop in the chosen layers."""
-        keep = self.to_keep(index, tokens)
-        if keep == tokens.count:
-            return tokens
-        batch, n = tokens.x.shape[0], tokens.count
-        if self.training:
-            score = torch.rand(batch, n, device=tokens.x.device)
-        else:
-            score = _scattered(n, self.seed, index, tokens.x.device).expand(batch, -1)
-        return tokens.reduced(index, keep_best(tokens.patches, score, keep), score)
-
-
-def _scattered(n: int, seed: int, index: int, device: torch.device) -> Tensor:
-    """Numbers in [0, 1) for positions ``0…n-1``, N: an integer hash, because generators break
-    graph capture.
-    """
-    salt = ((seed + 1) * 0x9E3779B1 + (index + 1) * 0x85EBCA6B) & 0xFFFFFFFF
-    code = (torch.arange(n, device=device) * 0x01000193 & 0xFFFFFFFF) ^ salt
-    for _ in range(2):
-        code = ((code ^ (code >> 16)) * 0x045D9F3B) & 0xFFFFFFFF
-    return (code ^ (code >> 16)).float() / 2**32
+        chance = Chance(seed)
+        super().__init__(chance, RateAtBlocks(keep_rate, layers, "initial"), merger)
+        self.seed = chance.seed

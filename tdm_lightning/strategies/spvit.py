@@ -3,42 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tdm_lightning.core.checks import (
-    check_choice,
-    check_count,
-    check_keep_rate,
-    check_layers,
-    check_layers_exist,
-    check_number,
-)
-from tdm_lightning.core.tokens import Output, Reduction, Role, Tokens
+from tdm_lightning.core.checks import check_choice, check_keep_rate
+from tdm_lightning.core.info import ModelInfo
+from tdm_lightning.core.reduction import Reduction, Role
+from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import SettingError, SettingTypeError
-from tdm_lightning.mergers.token_merger import TokenMerger, check_early_merger
+from tdm_lightning.mergers import Merger
 from tdm_lightning.ops import gather_tokens, inverse_order, pack, rank_order
 from tdm_lightning.ops.precision import full_precision
-from tdm_lightning.strategies.base import Criterion, Dial, Strategy
-from tdm_lightning.strategies.distillation import distillation
-from tdm_lightning.strategies.groups import paced_groups
-from tdm_lightning.strategies.sampled import (
-    merge_sampled,
-    merged,
-    ratio_error,
-    sampled_decisions,
-    start_sampling,
-)
+from tdm_lightning.schedules import SearchSpace
+from tdm_lightning.strategies.base import Strategy
+from tdm_lightning.strategies.learned import LearnedSelection, LearnedState
 from tdm_lightning.strategies.selector import MultiHeadSelector
 
 #: Shares of the patches that the official training holds its three stages to.
 _OFFICIAL = (0.617, 0.369, 0.137)
 
 
-class SPViT(Strategy):
+@dataclass(frozen=True)
+class PackageState(LearnedState):
+    """What a pass notes beside its decisions.
+
+    Attributes:
+        packages: which patch tokens are packages, B×N, bool.
+        left: patches left where counts are fixed, packages not counted.
+    """
+
+    packages: Tensor | None = None
+    left: int = 0
+
+
+class SPViT(LearnedSelection):
     """Packs, before some blocks, the patches that are not needed into one package token (Kong et
     al., ECCV 2022).
 
@@ -100,7 +102,7 @@ class SPViT(Strategy):
         self,
         layers: Sequence[int] = (3, 6, 9),
         targets: Sequence[float] | None = None,
-        merger: TokenMerger | None = None,
+        merger: Merger | None = None,
         fixed_count: bool = False,
         stochastic: bool = False,
         package: Literal["sum", "mean"] = "sum",
@@ -111,10 +113,16 @@ class SPViT(Strategy):
         backbone_lr_scale: float | None = 0.01,
         freeze_epochs: int = 5,
     ) -> None:
-        super().__init__()
-        self.layers = check_layers(layers)
+        super().__init__(
+            layers,
+            merger,
+            ratio_weight,
+            distill_weight,
+            token_weight,
+            backbone_lr_scale,
+            freeze_epochs,
+        )
         self.targets = _check_targets(targets, self.layers)
-        self.merger = check_early_merger(merger)
         self.fixed_count = bool(fixed_count)
         if merger is not None and not self.fixed_count:
             raise SettingError(
@@ -123,140 +131,117 @@ class SPViT(Strategy):
         self.stochastic = bool(stochastic)
         self.package = check_choice(package, ("sum", "mean"), "package")
         self.shared_heads = bool(shared_heads)
-        self.ratio_weight = check_number(ratio_weight, "ratio_weight")
-        self.distill_weight = check_number(distill_weight, "distill_weight")
-        self.token_weight = check_number(token_weight, "token_weight")
-        self.backbone_lr_scale = (
-            None
-            if backbone_lr_scale is None
-            else check_number(backbone_lr_scale, "backbone_lr_scale")
-        )
-        self.freeze_epochs = check_count(freeze_epochs, "freeze_epochs", least=0)
-        self.needs_teacher = self.distill_weight > 0 or self.token_weight > 0
         self.adaptive = not self.fixed_count
-        self.score_predictor = nn.ModuleList()
 
-    def bind(self, vit: Any, patches: int) -> None:
+    def shares(self) -> tuple[float, ...]:
+        """See :class:`LearnedSelection`."""
+        return self.targets
+
+    def keep_count(self, stage: int, initial: int) -> int:
+        """Patches left after ``stage`` (from 1) of ``initial`` where counts are fixed; rounded
+        down.
+
+        Raises:
+            ValueError: if none is left.
+        """
+        target, layer = self.targets[stage - 1], self.layers[stage - 1]
+        keep = int(initial * target)
+        if keep < 1:
+            raise SettingError(
+                f"a target of {target} leaves none of {initial} patches at layer {layer}; raise it,"
+                " or let images keep their own numbers of patches (fixed_count=False)"
+            )
+        return keep
+
+    def bind(self, vit: nn.Module, info: ModelInfo) -> None:
         """Make a selector for each stage.
 
         Raises:
             ValueError: if a layer is out of range, the heads do not divide the width, or a fixed
                 count or merger leaves no token.
         """
-        check_layers_exist(self.layers, len(vit.blocks))
-        present = patches
-        for stage in range(len(self.layers)) if self.fixed_count else ():
-            keep = self.keep_count(stage, patches)
-            if self.merger is not None and keep < present:
-                self.merger.split(present, keep)
-            present = keep
-        width = vit.embed_dim
-        heads = next(
-            module.num_heads for module in vit.blocks[0].modules() if hasattr(module, "num_heads")
-        )
-        if width % heads:
+        super().bind(vit, info)
+        for stage in range(1, len(self.layers) + 1) if self.fixed_count else ():
+            self.keep_count(stage, info.patches)
+        if info.width % info.heads:
             raise SettingError(
-                f"SPViT gives every attention head a slice of the token, and {heads} heads do not"
-                f" divide {width}"
+                f"SPViT gives every attention head a slice of the token, and {info.heads} heads do"
+                f" not divide {info.width}"
             )
-        device = next(vit.parameters()).device
         self.score_predictor.extend(
-            MultiHeadSelector(width, heads, self.shared_heads).to(device) for _ in self.layers
+            MultiHeadSelector(info.width, info.heads, self.shared_heads).to(info.device)
+            for _ in self.layers
         )
 
-    def keep_count(self, stage: int, initial: int) -> int:
-        """Patches left after ``stage`` (from 0) of ``initial`` where counts are fixed; rounded
-        down.
-
-        Raises:
-            ValueError: if none is left.
-        """
-        keep = int(initial * self.targets[stage])
-        if keep < 1:
-            raise SettingError(
-                f"a target of {self.targets[stage]} leaves none of {initial} patches at layer"
-                f" {self.layers[stage]}; raise it, or let images keep their own numbers of patches"
-                " (fixed_count=False)"
-            )
-        return keep
-
-    def dial(self, depth: int, patches: int) -> Dial | None:
+    def search_space(self, depth: int, patches: int) -> SearchSpace[Strategy] | None:
         """Where counts are fixed: targets that are powers of one share, in thousandths."""
         if not self.fixed_count:
             return None
         stages = range(1, len(self.layers) + 1)
-        return Dial(
+        return SearchSpace(
             1000,
             lambda step: self.changed(
                 targets=[round((step / 1000) ** stage, 6) for stage in stages]
             ),
         )
 
-    def tracks_size(self) -> bool:
-        """Only for proportional attention."""
-        return self.merger is not None and self.merger.proportional_attention
-
     def begin(self, tokens: Tokens) -> Tokens:
         """Note which tokens are patches: all; in training, let each be attended to."""
-        packages = torch.zeros(tokens.patches.shape[:2], dtype=torch.bool, device=tokens.x.device)
-        tokens = tokens.carrying(initial=tokens.count, left=tokens.count, packages=packages)
-        return start_sampling(tokens) if self.training else tokens
+        tokens = super().begin(tokens)
+        none = torch.zeros(tokens.patches.shape[:2], dtype=torch.bool, device=tokens.x.device)
+        state = PackageState(tokens.count, tokens.state.decisions, None, none, tokens.count)
+        return tokens.replace(state=state)
 
     def before_block(self, index: int, tokens: Tokens) -> Tokens:
         """Score, then pack, merge or (in training) mask."""
         if index not in self.layers:
             return tokens
         stage = self.layers.index(index)
-        selector, left = self.score_predictor[stage], tokens.carry["left"]
+        selector, state = self.score_predictor[stage], tokens.state
         if self.training and self.merger is None:
-            return self._mask(index, tokens, selector)
+            return self._masked(index, tokens, selector)
         if not self.fixed_count:
-            return self._pack(index, tokens, selector)
-        keep = min(left, self.keep_count(stage, tokens.carry["initial"]))
-        if keep == left:
+            return self._packed(index, tokens, selector)
+        keep = min(state.left, self.keep_count(stage + 1, state.initial))
+        if keep == state.left:
             return tokens
-        tokens = tokens.carrying(left=keep)
-        if self.merger is None:
-            return self._pack(
-                index, tokens, selector, keep + tokens.count - left
-            )  # the packages that are there stay
+        tokens = tokens.replace(state=replace(state, left=keep))
+        if self.merger is None:  # the packages that are there stay
+            return self._packed(index, tokens, selector, keep + tokens.count - state.left)
         if self.training:
-            return merge_sampled(
-                index, tokens, self.merger, lambda x, policy: selector(x, policy)[0], keep
+            return self.merged_by_samples(
+                index, tokens, lambda x, policy: selector(x, policy)[0], keep
             )
         score, _ = self._scores(selector, tokens)
-        return merged(
-            index, tokens, self.merger, self.merger(tokens.patches, score.sigmoid(), keep), score
-        )
+        return self.merged(index, tokens, score.sigmoid(), score, keep)
 
-    def _mask(self, index: int, tokens: Tokens, selector: nn.Module) -> Tokens:
+    def _masked(self, index: int, tokens: Tokens, selector: nn.Module) -> Tokens:
         """All tokens, with a package of those that a sample drops, and a policy on them."""
         assert tokens.policy is not None
-        packages, count = tokens.carry["packages"], tokens.count
+        state, count = tokens.state, tokens.count
         prefix, policy = tokens.policy.split((tokens.prefix, count), dim=1)
         votes, probability = selector(tokens.patches, policy)
         sample = F.gumbel_softmax(votes, tau=1.0, hard=True)[..., 0]
-        decision = torch.where(packages, 1.0, sample) * policy
+        decision = torch.where(state.packages, 1.0, sample) * policy
         leaves = policy - decision
         x = torch.cat((tokens.patches, self._packaged(tokens.patches, leaves, probability)), dim=1)
         kept, dropped = decision > 0.5, leaves > 0.5
         here = torch.arange(count, device=x.device)
-        assignment = torch.where(
-            kept, here, torch.where(dropped, count, -1)
-        )  # nobody is held by what was dropped before
+        # Nobody is held by what was dropped before.
+        assignment = torch.where(kept, here, torch.where(dropped, count, -1))
         role = torch.where(dropped, int(Role.CLUSTERED), int(Role.KEPT))
         tokens = tokens.reduced(index, Reduction(x, assignment, role), _margin(votes))
-        tokens = tokens.carrying(
-            decisions=(*tokens.carry["decisions"], decision[:, : tokens.carry["initial"]]),
-            packages=F.pad(packages, (0, 1), value=True),
-        )
+        package = dropped.any(dim=1, keepdim=True).to(decision.dtype)
         return tokens.replace(
-            policy=torch.cat(
-                (prefix, decision, dropped.any(dim=1, keepdim=True).to(decision.dtype)), dim=1
-            )
+            policy=torch.cat((prefix, decision, package), dim=1),
+            state=replace(
+                state,
+                decisions=(*state.decisions, decision[:, : state.initial]),
+                packages=F.pad(state.packages, (0, 1), value=True),
+            ),
         )
 
-    def _pack(
+    def _packed(
         self, index: int, tokens: Tokens, selector: nn.Module, keep: int | None = None
     ) -> Tokens:
         """The tokens that stay, former packages behind the patches, and the new package last.
@@ -268,32 +253,29 @@ class SPViT(Strategy):
             keep: how many of each image stay, fewer than enter; ``None``: as many as the selector
                 chooses.
         """
-        present, package = tokens.valid_patches, tokens.carry["packages"]
+        present, package = tokens.valid_patches, tokens.state.packages
         score, probability = self._scores(selector, tokens)
         if keep is None:
             kept = present & ((score > 0) | package)
         else:
             kept = inverse_order(rank_order(score.masked_fill(package, torch.inf))) < keep
         dropped = present & ~kept
-        stays = torch.cat(
-            (kept, dropped.any(dim=1, keepdim=True)), dim=1
-        )  # a package of nothing does not
+        # A package of nothing does not stay.
+        stays = torch.cat((kept, dropped.any(dim=1, keepdim=True)), dim=1)
         order, valid = pack(stays) if keep is None else (_positions(stays, keep + 1), None)
-        x = torch.cat(
-            (tokens.patches, self._packaged(tokens.patches, dropped.float(), probability)), dim=1
-        )
-        x, package = gather_tokens(x, order), F.pad(package, (0, 1), value=True).gather(1, order)
+        packaged = self._packaged(tokens.patches, dropped.float(), probability)
+        x = gather_tokens(torch.cat((tokens.patches, packaged), dim=1), order)
+        package = F.pad(package, (0, 1), value=True).gather(1, order)
         if valid is not None:
             x, package = x.masked_fill(~valid.unsqueeze(-1), 0), package & valid
-        place = stays.cumsum(dim=1) - 1
-        assignment = torch.where(kept, place[:, :-1], torch.where(dropped, place[:, -1:], -1))
+        slot = stays.cumsum(dim=1) - 1
+        assignment = torch.where(kept, slot[:, :-1], torch.where(dropped, slot[:, -1:], -1))
         role = torch.where(kept, int(Role.KEPT), int(Role.CLUSTERED))
-        tokens = tokens.reduced(index, Reduction(x, assignment, role), score).carrying(
-            packages=package
-        )
-        return (
-            tokens if valid is None else tokens.masked(F.pad(valid, (tokens.prefix, 0), value=True))
-        )
+        tokens = tokens.reduced(index, Reduction(x, assignment, role), score)
+        tokens = tokens.replace(state=replace(tokens.state, packages=package))
+        if valid is None:
+            return tokens
+        return tokens.masked(F.pad(valid, (tokens.prefix, 0), value=True))
 
     def _scores(self, selector: nn.Module, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """By how much keeping outscores dropping, and the keep probability, both B×N."""
@@ -306,38 +288,11 @@ class SPViT(Strategy):
     def _packaged(self, x: Tensor, leaves: Tensor, probability: Tensor) -> Tensor:
         """One token for those of B×N×C that leave, B×1×C; zero where none does."""
         with full_precision(x.device):
-            weight = (
-                leaves * probability
-                if self.package == "sum"
-                else leaves / leaves.sum(1, keepdim=True).clamp(min=1)
-            )
+            if self.package == "sum":
+                weight = leaves * probability
+            else:
+                weight = leaves / leaves.sum(1, keepdim=True).clamp(min=1)
             return (weight.unsqueeze(1) @ x.float()).to(x.dtype)
-
-    def loss(
-        self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None
-    ) -> dict[str, Tensor]:
-        """Task loss, ``ratio`` of kept patches, and ``distillation`` and ``tokens`` against the
-        teacher, each with its weight.
-
-        Raises:
-            ValueError: if the pass was not made in training mode, or the teacher is missing or of
-                another shape.
-        """
-        terms = super().loss(output, target, criterion, teacher)
-        name, initial = type(self).__name__, output.carry["initial"]
-        decisions = sampled_decisions(output, name)
-        if decisions:
-            terms["ratio"] = self.ratio_weight * ratio_error(
-                decisions, self.targets, initial, per_image=False
-            )
-        if self.needs_teacher:
-            kept = decisions[-1].detach() if decisions else None
-            logits, tokens = distillation(output, teacher, initial, kept, name)
-            terms |= {
-                "distillation": self.distill_weight * logits,
-                "tokens": self.token_weight * tokens,
-            }
-        return terms
 
     def param_groups(
         self, model: Any, lr: float, weight_decay: float
@@ -345,10 +300,8 @@ class SPViT(Strategy):
         """Selectors at full rate; the backbone slower, on a cosine of its own, and frozen at first;
         positions never trained.
         """
-        if self.backbone_lr_scale is None:
-            return None
-        slow = {"lr": lr * self.backbone_lr_scale, "freeze_epochs": self.freeze_epochs}
-        return paced_groups(model, weight_decay, slow, {"lr": lr})
+        slow = {"lr": lr * (self.backbone_lr_scale or 0.0)}
+        return self._paced(model, weight_decay, slow, {"lr": lr})
 
 
 def _margin(votes: Tensor) -> Tensor:

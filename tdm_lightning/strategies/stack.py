@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from tdm_lightning.core.configurable import stored_name
-from tdm_lightning.core.tokens import Observed, Output, Tokens
+from tdm_lightning.core.info import ModelInfo
+from tdm_lightning.core.output import Output
+from tdm_lightning.core.reduction import Seen
+from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import SettingError, SettingTypeError
-from tdm_lightning.strategies.base import Criterion, Dial, Strategy
+from tdm_lightning.schedules import SearchSpace
+from tdm_lightning.strategies.base import Requirements, Strategy
+from tdm_lightning.strategies.objective import Criterion, TrainingObjective
 
 
 class Stack(Strategy):
@@ -24,8 +30,7 @@ class Stack(Strategy):
 
     Raises:
         TypeError: if a member is no strategy.
-        ValueError: if several reduce tokens, want another pooling or their own optimizer groups, or
-            one is there twice.
+        ValueError: if several reduce tokens, or one is there twice.
     """
 
     def __init__(self, members: Sequence[Strategy] = ()) -> None:
@@ -33,40 +38,43 @@ class Stack(Strategy):
         nn.Module.__init__(self)  # the base class would set the members' rate before there are any
         self.members: Any = nn.ModuleList(flat)
         self.adaptive = any(member.adaptive for member in flat)
-        self.needs_teacher = any(member.needs_teacher for member in flat)
-        self.selects_rows = any(member.selects_rows for member in flat)
-        self.absolute_positions_only = any(member.absolute_positions_only for member in flat)
         self.keeps_tokens = all(map(_keeps_tokens, flat))
-        poolings = {member.global_pool for member in flat} - {None}
-        if len(poolings) > 1:
-            raise SettingError(
-                "the members want the model to pool in different ways,"
-                f" {sorted(map(str, poolings))}"
-            )
-        self.global_pool = next(iter(poolings), None)
 
     def config(self) -> dict[str, Any]:
         """See :class:`~tdm_lightning.core.configurable.Configurable`."""
-        cls = type(self)
         members = [member.config() for member in self.members]
-        return {
-            "class_path": stored_name(cls),
-            "init_args": {"members": members},
-        }
+        return {"class_path": stored_name(type(self)), "init_args": {"members": members}}
 
-    def dial(self, depth: int, patches: int) -> Dial | None:
+    def requires(self) -> Requirements:
+        """What any member asks for."""
+        asked = [member.requires() for member in self.members]
+        return Requirements(
+            pooling=next((one.pooling for one in asked if one.pooling is not None), None),
+            absolute_positions=any(one.absolute_positions for one in asked),
+            rows=any(one.rows for one in asked),
+            sizes=any(one.sizes for one in asked),
+            teacher=any(one.teacher for one in asked),
+        )
+
+    @property
+    def objective(self) -> TrainingObjective | None:
+        """The members' objectives together; ``None`` where no member has one."""
+        return JointObjective(self.members) if any(m.objective for m in self.members) else None
+
+    def search_space(self, depth: int, patches: int) -> SearchSpace[Strategy] | None:
         """That of the member that reduces tokens; where none does, of the first that has one."""
-        dials = [(place, member.dial(depth, patches)) for place, member in enumerate(self.members)]
-        found = [(place, dial) for place, dial in dials if dial is not None]
+        spaces = [member.search_space(depth, patches) for member in self.members]
+        found = [index for index, space in enumerate(spaces) if space is not None]
         if not found:
             return None
-        place, dial = min(found, key=lambda item: self.members[item[0]].keeps_tokens)
+        chosen = min(found, key=lambda index: self.members[index].keeps_tokens)
 
-        def at(step: int) -> Strategy:
-            others = [member.changed() for member in self.members]
-            return Stack([*others[:place], dial.at(step), *others[place + 1 :]])
+        def with_candidate(candidate: Strategy) -> Strategy:
+            members = [member.changed() for member in self.members]
+            members[chosen] = candidate
+            return Stack(members)
 
-        return Dial(dial.steps, at)
+        return spaces[chosen].map(with_candidate)
 
     @property
     def keep_rate(self) -> float:
@@ -79,115 +87,67 @@ class Stack(Strategy):
     @property
     def current_keep_rate(self) -> float | None:
         """That of the members, while the keep rate is annealed."""
-        return next(
-            (
-                member.current_keep_rate
-                for member in self.members
-                if member.current_keep_rate is not None
-            ),
-            None,
-        )
+        rates = (member.current_keep_rate for member in self.members)
+        return next((rate for rate in rates if rate is not None), None)
 
     @current_keep_rate.setter
     def current_keep_rate(self, value: float | None) -> None:
         for member in self.members:
             member.current_keep_rate = value
 
-    def bind(self, vit: Any, patches: int) -> None:
+    def bind(self, vit: nn.Module, info: ModelInfo) -> None:
         """Bind every member."""
         for member in self.members:
-            member.bind(vit, patches)
+            member.bind(vit, info)
 
-    def needs(self, index: int) -> frozenset[str]:
+    def needs(self, index: int, info: ModelInfo) -> frozenset[str]:
         """What any member wants to see."""
-        return frozenset().union(*(member.needs(index) for member in self.members))
+        return frozenset().union(*(member.needs(index, info) for member in self.members))
 
-    def tracks_size(self) -> bool:
-        """Whether any member does."""
-        return any(member.tracks_size() for member in self.members)
+    # In a pass each member finds its own state; theirs together are the stack's.
+
+    def _in_turn(self, tokens: Tokens, hook: Callable[[Strategy, Tokens], Tokens]) -> Tokens:
+        """The tokens after all members in order had them."""
+        states = list(tokens.state or [None] * len(self.members))
+        for index, member in enumerate(self.members):
+            tokens = hook(member, tokens.replace(state=states[index]))
+            states[index] = tokens.state
+        return tokens.replace(state=tuple(states))
 
     def begin(self, tokens: Tokens) -> Tokens:
         """See :class:`Strategy`, as for the hooks that follow."""
-        for member in self.members:
-            tokens = member.begin(tokens)
-        return tokens
+        return self._in_turn(tokens, lambda member, now: member.begin(now))
 
     def before_block(self, index: int, tokens: Tokens) -> Tokens:
         """All members in order."""
-        for member in self.members:
-            tokens = member.before_block(index, tokens)
-        return tokens
+        return self._in_turn(tokens, lambda member, now: member.before_block(index, now))
 
-    def after_attention(self, index: int, tokens: Tokens, observed: Observed) -> Tokens:
+    def rows(self, index: int, tokens: Tokens) -> Tensor | None:
+        """Those of the member that chooses some."""
+        rows = (member.rows(index, tokens) for member in self.members)
+        return next((found for found in rows if found is not None), None)
+
+    def after_attention(self, index: int, tokens: Tokens, seen: Seen) -> Tokens:
         """All members in order, once each has put right what they see."""
         for member in self.members:
-            observed = member.correct(index, tokens, observed)
-        for member in self.members:
-            tokens = member.after_attention(index, tokens, observed)
-        return tokens
+            seen = member.correct(index, tokens, seen)
+        return self._in_turn(tokens, lambda member, now: member.after_attention(index, now, seen))
 
     def after_block(self, index: int, tokens: Tokens) -> Tokens:
         """All members in order."""
-        for member in self.members:
-            tokens = member.after_block(index, tokens)
-        return tokens
+        return self._in_turn(tokens, lambda member, now: member.after_block(index, now))
 
     def finish(self, tokens: Tokens) -> Tokens:
         """All members in order."""
-        for member in self.members:
-            tokens = member.finish(tokens)
-        return tokens
+        return self._in_turn(tokens, lambda member, now: member.finish(now))
 
-    def loss(
-        self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None
-    ) -> dict[str, Tensor]:
-        """The terms of the members that have a loss of their own; without any, the task loss."""
-        own = [member for member in self.members if type(member).loss is not Strategy.loss]
-        if not own:
-            return super().loss(output, target, criterion, teacher)
-        return {
-            name: term
-            for member in own
-            for name, term in member.loss(output, target, criterion, teacher).items()
-        }
-
-    def baseline(self, model: Any, images: Tensor) -> Output | None:
-        """That of the member that makes one."""
-        return next(
-            (
-                found
-                for member in self.members
-                if (found := member.baseline(model, images)) is not None
-            ),
-            None,
-        )
-
-    def report(self, output: Output, target: Tensor) -> dict[str, Tensor]:
-        """What all members report."""
-        return {
-            name: value
-            for member in self.members
-            for name, value in member.report(output, target).items()
-        }
-
-    def param_groups(
-        self, model: Any, lr: float, weight_decay: float
-    ) -> list[dict[str, Any]] | None:
-        """Those of the member that asks for some.
-
-        Raises:
-            ValueError: if several do.
-        """
-        groups = [
-            found
-            for member in self.members
-            if (found := member.param_groups(model, lr, weight_decay)) is not None
-        ]
-        if len(groups) > 1:
-            raise SettingError(
-                "several members of a stack ask for optimizer groups of their own; use one of them"
-            )
-        return groups[0] if groups else None
+    def all_patches(self, tokens: Tokens) -> Tensor:
+        """Those that the member which reduces tokens knows of."""
+        for index, member in enumerate(self.members):
+            if not _keeps_tokens(member):
+                state = None if tokens.state is None else tokens.state[index]
+                return member.all_patches(tokens.replace(state=state))
+        return tokens.patches
 
     def no_weight_decay(self) -> set[str]:
         """Names of the members' parameters that must not decay."""
@@ -197,20 +157,82 @@ class Stack(Strategy):
             for name in getattr(member, "no_weight_decay", set)()
         }
 
-    def on_progress(self, epoch: int, step: int, total_steps: int) -> None:
-        """Tell every member."""
-        for member in self.members:
-            member.on_progress(epoch, step, total_steps)
-
-    def after_optimizer_step(self, model: Any, step: int, total_steps: int) -> None:
-        """Tell every member."""
-        for member in self.members:
-            member.after_optimizer_step(model, step, total_steps)
-
     def reset_classifier(self, num_classes: int) -> None:
         """Tell every member."""
         for member in self.members:
             member.reset_classifier(num_classes)
+
+
+class JointObjective(TrainingObjective):
+    """The training objectives of a stack's members, each with its own state of a pass.
+
+    Args:
+        members: of the stack.
+    """
+
+    def __init__(self, members: Sequence[Strategy]) -> None:
+        self._members = members
+
+    @property
+    def _objectives(self) -> list[tuple[int, TrainingObjective]]:
+        """Those there are, each with its member's number."""
+        found = ((index, member.objective) for index, member in enumerate(self._members))
+        return [(index, objective) for index, objective in found if objective is not None]
+
+    def loss(
+        self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None
+    ) -> dict[str, Tensor]:
+        """The terms of the members that have a loss of their own; without any, the task loss."""
+        terms: dict[str, Tensor] = {}
+        for index, objective in self._objectives:
+            if type(objective).loss is not TrainingObjective.loss:
+                own, compared = _of_member(output, index), teacher and _of_member(teacher, index)
+                terms |= objective.loss(own, target, criterion, compared)
+        return terms or super().loss(output, target, criterion, teacher)
+
+    def second_pass(self, model: Any, images: Tensor) -> Output | None:
+        """That of the member that makes one."""
+        passes = (one.second_pass(model, images) for _, one in self._objectives)
+        return next((found for found in passes if found is not None), None)
+
+    def report(self, output: Output, target: Tensor) -> dict[str, Tensor]:
+        """What all members report."""
+        found: dict[str, Tensor] = {}
+        for index, objective in self._objectives:
+            found |= objective.report(_of_member(output, index), target)
+        return found
+
+    def param_groups(
+        self, model: Any, lr: float, weight_decay: float
+    ) -> list[dict[str, Any]] | None:
+        """Those of the member that asks for some.
+
+        Raises:
+            ValueError: if several do.
+        """
+        asked = [one.param_groups(model, lr, weight_decay) for _, one in self._objectives]
+        groups = [found for found in asked if found is not None]
+        if len(groups) > 1:
+            raise SettingError(
+                "several members of a stack ask for optimizer groups of their own; use one of them"
+            )
+        return groups[0] if groups else None
+
+    def on_progress(self, epoch: int, step: int, total_steps: int) -> None:
+        """Tell every member."""
+        for _, objective in self._objectives:
+            objective.on_progress(epoch, step, total_steps)
+
+    def after_optimizer_step(self, model: Any, step: int, total_steps: int) -> None:
+        """Tell every member."""
+        for _, objective in self._objectives:
+            objective.after_optimizer_step(model, step, total_steps)
+
+
+def _of_member(output: Output, index: int) -> Output:
+    """A pass as one member knows it: with its own state, where the pass is of the stack."""
+    state = output.state[index] if isinstance(output.state, tuple) else None
+    return replace(output, state=state)
 
 
 def stacked(strategy: Any) -> Strategy:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tdm_lightning.mergers.token_merger import TokenMerger
-from tdm_lightning.strategies.attentive import AttentiveStrategy
+from tdm_lightning.importance import ClassAttention
+from tdm_lightning.mergers import Merger, TokenMerger
+from tdm_lightning.schedules import RateAtBlocks
+from tdm_lightning.strategies.reduction import TokenReduction
 
 
-class TDM(AttentiveStrategy):
+class TDM(TokenReduction):
     """Decouples patch tokens by class attention and merges both kinds (Long et al., "Beyond
     Attentive Tokens", CVPR 2023).
 
@@ -23,7 +25,7 @@ class TDM(AttentiveStrategy):
             plain model.
         layers: reducing blocks, counted from 0; the paper's 4th, 7th and 10th block are ``(3, 6,
             9)``.
-        merger: the token merger and its options; ``None``: the defaults.
+        merger: what merges; ``None``: :class:`~tdm_lightning.TokenMerger` with its defaults.
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
@@ -33,6 +35,7 @@ class TDM(AttentiveStrategy):
         self,
         keep_rate: float = 0.7,
         layers: Sequence[int] = (3, 6, 9),
-        merger: TokenMerger | None = None,
+        merger: Merger | None = None,
     ) -> None:
-        super().__init__(keep_rate, layers, TokenMerger() if merger is None else merger)
+        merger = TokenMerger() if merger is None else merger
+        super().__init__(ClassAttention(), RateAtBlocks(keep_rate, layers), merger)

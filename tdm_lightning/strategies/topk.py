@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tdm_lightning.core.tokens import Observed, Tokens
-from tdm_lightning.strategies.staged import StagedStrategy, keep_best
+from tdm_lightning.importance import ClassAttention
+from tdm_lightning.mergers import Merger
+from tdm_lightning.schedules import RateAtBlocks
+from tdm_lightning.strategies.reduction import TokenReduction
 
 
-class TopK(StagedStrategy):
+class TopK(TokenReduction):
     """Keeps the patch tokens that the class token attends to most (Haurum et al., 2023;
     ``TokenReduction``).
 
@@ -20,24 +22,16 @@ class TopK(StagedStrategy):
         keep_rate: share of the initial patch tokens that is left after the first reducing layer,
             its square after the second, and so on; in (0, 1].
         layers: reducing blocks, counted from 0.
+        merger: combines tokens instead of dropping them, to as many.
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
     """
 
-    def __init__(self, keep_rate: float = 0.7, layers: Sequence[int] = (3, 6, 9)) -> None:
-        super().__init__(keep_rate, layers)
-
-    def needs(self, index: int) -> frozenset[str]:
-        """Importance in the reducing layers."""
-        return frozenset({"importance"}) if index in self.layers else frozenset()
-
-    def after_attention(self, index: int, tokens: Tokens, observed: Observed) -> Tokens:
-        """Drop in the chosen layers."""
-        keep = self.to_keep(index, tokens)
-        if keep == tokens.count:
-            return tokens
-        assert observed.importance is not None
-        return tokens.reduced(
-            index, keep_best(tokens.patches, observed.importance, keep), observed.importance
-        )
+    def __init__(
+        self,
+        keep_rate: float = 0.7,
+        layers: Sequence[int] = (3, 6, 9),
+        merger: Merger | None = None,
+    ) -> None:
+        super().__init__(ClassAttention(), RateAtBlocks(keep_rate, layers, "initial"), merger)

@@ -19,8 +19,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from tdm_lightning.checkpoints import load_official
+from tdm_lightning.core import Output
 from tdm_lightning.core.randomness import given_seed, reseed
-from tdm_lightning.core.tokens import Output
 from tdm_lightning.errors import SettingError
 from tdm_lightning.flops import step_flops
 from tdm_lightning.strategies import Strategy
@@ -192,7 +192,7 @@ class TokenReductionClassifier(LightningModule):
     def configure_optimizers(self) -> Any:
         """Timm's optimizer with its no-decay and layer-decay groups, and a cosine per step."""
         hp: Any = self.hparams
-        groups = self.model.strategy.param_groups(self.model, hp.lr, hp.weight_decay)
+        groups = self.model.objective.param_groups(self.model, hp.lr, hp.weight_decay)
         shared = {"opt": hp.optimizer, "lr": hp.lr, "weight_decay": hp.weight_decay}
         if groups is None:
             optimizer = create_optimizer_v2(self.model, layer_decay=hp.layer_decay, **shared)
@@ -250,7 +250,7 @@ class TokenReductionClassifier(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Make the teacher before a checkpoint is restored over the starting weights."""
-        if stage == "fit" and self.model.strategy.needs_teacher and not self._teacher:
+        if stage == "fit" and self.model.strategy.requires().teacher and not self._teacher:
             self._teacher = (self.configure_teacher(),)
 
     def on_train_start(self) -> None:
@@ -274,7 +274,7 @@ class TokenReductionClassifier(LightningModule):
         seed = given_seed()
         if seed is not None:
             reseed(seed, self.global_rank, self.current_epoch, batch_idx)
-        self.model.strategy.on_progress(
+        self.model.objective.on_progress(
             self.current_epoch, self.global_step, int(self.trainer.estimated_stepping_batches)
         )
 
@@ -287,12 +287,12 @@ class TokenReductionClassifier(LightningModule):
             target = F.one_hot(target, self.classes).float()
         self._latest = tuple(images.shape)
         output = self.model.run(images)
-        terms = self.model.strategy.loss(output, target, self.criterion, self._teach(images))
+        terms = self.model.objective.loss(output, target, self.criterion, self._teach(images))
         loss = torch.stack(list(terms.values())).sum()
         self.log("train/loss", loss, prog_bar=True)
         if len(terms) > 1:
             self.log_dict({f"train/{name}": value for name, value in terms.items()})
-        report = self.model.strategy.report(output, target)
+        report = self.model.objective.report(output, target)
         self.log_dict({f"train/{name}": value for name, value in report.items()})
         if target.ndim == 1:
             self.log_dict(
@@ -304,7 +304,7 @@ class TokenReductionClassifier(LightningModule):
 
     def _teach(self, images: Tensor) -> Output | None:
         if not self._teacher:
-            return self.model.strategy.baseline(self.model, images)
+            return self.model.objective.second_pass(self.model, images)
         with torch.no_grad():
             return self._teacher[0].to(images.device).run(images)  # type: ignore[operator]
 
@@ -322,7 +322,7 @@ class TokenReductionClassifier(LightningModule):
     ) -> None:
         """Step; then the strategy has its say on the weights."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.model.strategy.after_optimizer_step(
+        self.model.objective.after_optimizer_step(
             self.model, self.global_step + 1, int(self.trainer.estimated_stepping_batches)
         )
 

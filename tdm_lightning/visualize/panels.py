@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tdm_lightning.core.tokens import LayerTrace, Role, Trace
+from tdm_lightning.core import LayerTrace, Role, Trace
 from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.ops import cluster_density_peaks
 from tdm_lightning.visualize.draw import Map, Mask, Picture, fill_groups, mask_patches, tint_groups
 from tdm_lightning.visualize.images import data_config, prepare, to_picture
 from tdm_lightning.vit import TokenReducedViT
-from tdm_lightning.vit.families import grid_size
+from tdm_lightning.vit.adapters import grid_size
 
 Panels = dict[str, Image.Image]
 

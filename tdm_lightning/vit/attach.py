@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, overload
 
-from timm.layers import Attention
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
@@ -16,8 +15,7 @@ from torch import nn
 from tdm_lightning.errors import SettingError, UnsupportedModelError
 from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.strategies.stack import stacked
-from tdm_lightning.vit.blocks import UnsupportedBlock, adapter_for
-from tdm_lightning.vit.families import VIT_CLASSES, class_rows, family_of, patch_count
+from tdm_lightning.vit.adapters import adapter_for, find_adapter, supported_classes
 from tdm_lightning.vit.find import find_vit, find_vits, replace_submodule
 from tdm_lightning.vit.wrapper import TokenReducedViT
 
@@ -85,22 +83,31 @@ def _reduced(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
             f"this model is reduced already, by {type(vit.strategy).__name__}; attach to the timm"
             " model, `model.vit`, or take the strategy off with detach() first"
         )
-    _check_reducible(vit)
-    if strategy.absolute_positions_only and family_of(vit).places(vit):
+    if find_adapter(vit) is None:
+        raise UnsupportedModelError(
+            f"cannot reduce the tokens of {type(vit).__name__}: {_reason(vit)}"
+        )
+    adapter, requirements = adapter_for(vit), strategy.requires()
+    info = adapter.info(vit)
+    if requirements.absolute_positions and info.relative_positions:
         raise UnsupportedModelError(
             f"{type(strategy).__name__} lets tokens run that stand nowhere on the grid, and the"
             f" blocks of {type(vit).__name__} ask where a token is (RoPE or relative position"
             " bias); take a model with absolute positions, or another strategy"
         )
-    if strategy.selects_rows:
-        _check_rows(vit, strategy)
-    owned = next(strategy.parameters(), None)
-    if owned is not None:
+    try:
+        adapter.check(vit, requirements)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"cannot reduce the tokens of {type(vit).__name__} with"
+            f" {type(strategy).__name__}: {error}"
+        ) from None
+    if next(strategy.parameters(), None) is not None:
         raise SettingError(
             f"this {type(strategy).__name__} is attached already and owns parameters; make a new"
             " one for another model"
         )
-    strategy.bind(vit, patch_count(vit))
+    strategy.bind(vit, info)
     return TokenReducedViT(vit, strategy)
 
 
@@ -144,31 +151,6 @@ def detach(model: nn.Module, path: str | None = None) -> nn.Module:
     return model
 
 
-def _check_reducible(vit: Any) -> None:
-    name, known = type(vit).__name__, isinstance(vit, VIT_CLASSES)
-    if not known:
-        raise UnsupportedModelError(f"cannot reduce the tokens of {name}: {_reason(vit)}")
-    try:
-        for block in vit.blocks:
-            adapter_for(block, class_rows(vit))
-    except UnsupportedBlock as error:
-        raise UnsupportedModelError(f"cannot reduce the tokens of {name}: {error}") from None
-
-
-def _check_rows(vit: Any, strategy: Strategy) -> None:
-    for block in vit.blocks:
-        attention = getattr(block, "attn", None)
-        if not adapter_for(block, class_rows(vit)).selects_rows or type(attention) is not Attention:
-            kind = type(block).__name__ + (
-                "" if attention is None else f" with {type(attention).__name__}"
-            )
-            raise UnsupportedModelError(
-                f"{type(strategy).__name__} computes chosen rows of a block, which takes timm's"
-                f" Block with its Attention; this model's is {kind}. Take a model with plain"
-                " blocks, or another strategy such as EViT or TDM"
-            )
-
-
 def _reason(vit: Any) -> str:
     """Why a model of another class is refused."""
     inner = {type(module).__name__ for module in vit.modules()}
@@ -179,4 +161,8 @@ def _reason(vit: Any) -> str:
             "it has no sequence of transformer blocks (`blocks`); only Vision Transformers hold"
             " tokens to reduce"
         )
-    return f"it is none of timm's ViT classes {', '.join(kind.__name__ for kind in VIT_CLASSES)}"
+    known = ", ".join(kind.__name__ for kind in supported_classes())
+    return (
+        f"it is none of the ViT classes that have an adapter: {known}; another class is added with"
+        " register_adapter()"
+    )

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tdm_lightning.errors import SettingError
-from tdm_lightning.vit.families import VIT_CLASSES
-from tdm_lightning.vit.wrapper import Tap, TokenReducedViT
+from tdm_lightning.vit.adapters import adapter_for, find_adapter
+from tdm_lightning.vit.wrapper import HookPoint, TokenReducedViT
 
 #: Called with a block's index, from 0, the tokens after it, B×T×C, prefix tokens first, and which
 #: rows of them are no padding, B×T, bool, or ``None``: all.
@@ -69,7 +69,7 @@ def find_vits(module: nn.Module, path: str | None = None) -> dict[str, nn.Module
     plain = {
         name: inner
         for name, inner in inside.items()
-        if isinstance(inner, VIT_CLASSES) and id(inner) not in covered
+        if find_adapter(inner) is not None and id(inner) not in covered
     }
     return {**reduced, **plain}
 
@@ -92,7 +92,7 @@ def inner_vit(model: nn.Module) -> Any:
 
 
 @contextmanager
-def tap_blocks(vit: nn.Module, see: See) -> Iterator[None]:
+def hook_blocks(vit: nn.Module, see: See) -> Iterator[None]:
     """Show ``see`` the tokens after each block of every pass inside the context; the hooks are
     removed with it.
 
@@ -100,7 +100,9 @@ def tap_blocks(vit: nn.Module, see: See) -> Iterator[None]:
     place. Code that was compiled before does not know of the hooks and shows nothing; copies of the
     model show nothing either.
     """
-    points: Any = vit.taps if isinstance(vit, TokenReducedViT) else vit.blocks
+    points: Any = (
+        vit.hook_points if isinstance(vit, TokenReducedViT) else adapter_for(vit).blocks(vit)
+    )
     handles = [
         point.register_forward_hook(_hook(point, see, index)) for index, point in enumerate(points)
     ]
@@ -114,6 +116,6 @@ def tap_blocks(vit: nn.Module, see: See) -> Iterator[None]:
 def _hook(point: nn.Module, see: See, index: int) -> Callable[[nn.Module, Any, Tensor], None]:
     def show(module: nn.Module, inputs: Any, tokens: Tensor) -> None:
         if module is point:  # a copy of the model takes its hooks along
-            see(index, tokens, inputs[1] if isinstance(point, Tap) else None)
+            see(index, tokens, inputs[1] if isinstance(point, HookPoint) else None)
 
     return show

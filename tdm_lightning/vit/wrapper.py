@@ -1,4 +1,4 @@
-"""A timm ViT whose blocks run through a strategy's hooks."""
+"""A ViT whose blocks run through a strategy's hooks."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tdm_lightning.core.tokens import Observed, Output, Tokens, Trace
+from tdm_lightning.core.output import Output
+from tdm_lightning.core.reduction import Seen
+from tdm_lightning.core.tokens import Tokens
+from tdm_lightning.core.trace import History, Trace
 from tdm_lightning.errors import SettingError
 from tdm_lightning.hub import Shareable
 from tdm_lightning.ops import unmerge
 from tdm_lightning.strategies.base import Strategy
-from tdm_lightning.vit import heads
-from tdm_lightning.vit.blocks import adapter_for
-from tdm_lightning.vit.families import class_rows, family_of, grid_size
+from tdm_lightning.strategies.objective import TrainingObjective
+from tdm_lightning.vit.adapters import Adapter, adapter_for
 
 #: Called with a stage's name and the block's index after each stage of a pass; for counters and
 #: clocks.
 Watch = Callable[[str, int], None]
 
 
-class Tap(nn.Identity):
-    """Where monitors listen: called after each block with its tokens and ``Tokens.valid``; gives
-    the tokens back.
+class HookPoint(nn.Identity):
+    """Where monitors listen: called after each block with its tokens and which of them are no
+    padding; gives the tokens back.
     """
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """The tokens as they are, B×T×C; ``valid``, B×T, bool, says which are no padding,
-        ``None``: all.
+        """The tokens as they are, B×T×C; ``valid``, B×T, bool, says which are no padding, ``None``:
+        all.
         """
         return x
 
@@ -46,7 +48,7 @@ class TokenReducedViT(nn.Module, Shareable):
     Attributes:
         vit: the timm model, untouched.
         strategy: what happens between its layers.
-        taps: one identity module per block, called with the tokens after that block, B×T×C, and
+        hook_points: one identity module per block, called with the tokens after that block, B×T×C, and
             which of them are no padding. Register forward hooks here: the blocks' own hooks do not
             fire, because their halves are run one by one.
     """
@@ -55,15 +57,21 @@ class TokenReducedViT(nn.Module, Shareable):
         super().__init__()
         self.vit: Any = vit
         self.strategy = strategy
-        self.taps = nn.ModuleList(Tap() for _ in vit.blocks)
-        self._adapters = [
-            adapter_for(block, class_rows(vit), index) for index, block in enumerate(vit.blocks)
-        ]
+        self.hook_points = nn.ModuleList(HookPoint() for _ in adapter_for(vit).blocks(vit))
+        self._adapter: Adapter = adapter_for(vit)
+        self._info = self._adapter.info(vit)
+        requirements = strategy.requires()
+        self._follows_sizes, self._chooses_rows = requirements.sizes, requirements.rows
         # A model that is ready for inference stays so, though the strategy is new; parts of it that
         # were frozen stay frozen.
         self.training = vit.training
         strategy.train(vit.training)
-        self.taps.train(vit.training)
+        self.hook_points.train(vit.training)
+
+    @property
+    def objective(self) -> TrainingObjective:
+        """What the strategy does to training; by default the task loss alone."""
+        return self.strategy.objective or TrainingObjective()
 
     def run(self, images: Tensor, trace: bool = False, watch: Watch | None = None) -> Output:
         """One forward pass with everything it knows.
@@ -82,12 +90,13 @@ class TokenReducedViT(nn.Module, Shareable):
             ValueError: if the images have the wrong shape.
         """
         tokens, counts, _ = self._encode(images, trace, watch)
-        features = self.vit.norm(tokens.x)
+        features = self._adapter.norm(self.vit, tokens.x)
         logits = self.forward_head(features, tokens.size)
         if watch is not None:
             watch("head", -1)
-        found = Trace(counts, list(tokens.layers)) if trace else None
-        return Output(logits, features, tokens.size, tokens.carry, found)
+        history = tokens.history
+        found = None if history is None else Trace(counts, list(history.layers))
+        return Output(logits, features, tokens.size, tokens.state, found)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, B×classes, of images, B×3×H×W."""
@@ -104,13 +113,15 @@ class TokenReducedViT(nn.Module, Shareable):
         ``run(images).size``.
         """
         tokens, _, _ = self._encode(images)
-        return self.vit.norm(tokens.x)
+        return self._adapter.norm(self.vit, tokens.x)
 
     def forward_head(
         self, features: Tensor, size: Tensor | None = None, pre_logits: bool = False
     ) -> Tensor:
-        """The timm head on reduced tokens; see :func:`tdm_lightning.vit.heads.forward_head`."""
-        return heads.forward_head(self.vit, features, size, pre_logits)
+        """The model's head on reduced tokens; see
+        :meth:`tdm_lightning.vit.adapters.Adapter.head`.
+        """
+        return self._adapter.head(self.vit, features, size, pre_logits)
 
     def forward_intermediates(
         self,
@@ -147,28 +158,32 @@ class TokenReducedViT(nn.Module, Shareable):
         if output_fmt not in ("NCHW", "NLC"):
             raise SettingError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         wanted, last = feature_take_indices(
-            len(self.vit.blocks),
+            self._info.depth,
             indices if indices is None or isinstance(indices, int) else list(indices),
         )
         tokens, _, states = self._encode(
             images, trace=True, keep=frozenset(wanted), last=last if stop_early else None
         )
-        height, width = images.shape[-2:]
-        grid = grid_size(self.vit, (height, width))
+        grid = self._adapter.grid(self.vit, (images.shape[-2], images.shape[-1]))
+
+        def shown(x: Tensor) -> Tensor:
+            return self._adapter.norm(self.vit, x) if norm else x
+
         maps: list[Any] = []
         for state in states:
-            assert state.source is not None
-            dense = unmerge(
-                state.whole(self.vit.norm(state.held) if norm else state.held), state.source
-            )
+            assert state.history is not None
+            patches = state.full_batch(shown(self.strategy.all_patches(state)))
+            dense = unmerge(patches, state.history.source)
             if output_fmt == "NCHW":
                 dense = dense.transpose(1, 2).unflatten(2, grid).contiguous()
             if return_prefix_tokens and self.num_prefix_tokens:
-                first = state.x[:, : self.num_prefix_tokens]
-                maps.append((dense, state.whole(self.vit.norm(first) if norm else first)))
+                first = state.full_batch(shown(state.x[:, : self.num_prefix_tokens]))
+                maps.append((dense, first))
             else:
                 maps.append(dense)
-        return maps if intermediates_only else (self.vit.norm(tokens.x), maps)
+        if intermediates_only:
+            return maps
+        return self._adapter.norm(self.vit, tokens.x), maps
 
     def get_intermediate_layers(
         self,
@@ -208,23 +223,21 @@ class TokenReducedViT(nn.Module, Shareable):
         watch("embed", -1)
         tokens = self.strategy.begin(tokens)
         watch("begin", -1)
-        counts, kept = [], []
-        remat = (
-            self.vit.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting()
-        )
-        for index in range(len(self.vit.blocks) if last is None else last + 1):
+        counts: list[Any] = []
+        kept: list[Tokens] = []
+        remat = getattr(self.vit, "grad_checkpointing", False) and torch.is_grad_enabled()
+        for index in range(self._info.depth if last is None else last + 1):
             if remat:
                 tokens = checkpoint(self._block, index, tokens, watch, use_reentrant=False)
             else:
                 tokens = self._block(index, tokens, watch)
-            x = self.taps[index](tokens.x, tokens.valid)
+            x = self.hook_points[index](tokens.x, tokens.valid)
             if x is not tokens.x:  # a hook gave another
                 tokens = tokens.replace(x=x)
-            counts.append(
-                tokens.whole(tokens.valid_patches.sum(dim=1))
-                if self.strategy.adaptive and trace
-                else tokens.count
-            )
+            if self.strategy.adaptive and trace:
+                counts.append(tokens.full_batch(tokens.valid_patches.sum(dim=1)))
+            else:
+                counts.append(tokens.count)
             if index in keep:
                 kept.append(tokens)
         tokens = self.strategy.finish(tokens)
@@ -232,16 +245,18 @@ class TokenReducedViT(nn.Module, Shareable):
         return tokens, counts, kept
 
     def _block(self, index: int, tokens: Tokens, watch: Watch) -> Tokens:
-        block, adapter, strategy = self.vit.blocks[index], self._adapters[index], self.strategy
+        adapter, strategy = self._adapter, self.strategy
+        block = adapter.blocks(self.vit)[index]
         tokens = strategy.before_block(index, tokens)
         watch("before_block", index)
         if tokens.images is not None and not len(tokens.images):
             return tokens  # all have left
-        x, inputs = adapter.attend(block, tokens)
+        needs = strategy.needs(index, tokens.info)
+        rows = strategy.rows(index, tokens) if self._chooses_rows else None
+        x, read = adapter.attend(block, index, tokens, needs, rows)
         watch("attention", index)
-        needs = strategy.needs(index)
-        observed = adapter.observe(block, tokens, inputs, x, needs) if needs else Observed()
-        tokens = strategy.after_attention(index, tokens.replace(x=x, queries=None), observed)
+        seen = read() if needs else Seen(x[:, tokens.prefix :], prefix=tokens.prefix)
+        tokens = strategy.after_attention(index, tokens.replace(x=x), seen)
         watch("after_attention", index)
         tokens = tokens.replace(x=adapter.feed_forward(block, tokens.x))
         watch("mlp", index)
@@ -250,25 +265,14 @@ class TokenReducedViT(nn.Module, Shareable):
         return tokens
 
     def _embed(self, images: Tensor, trace: bool) -> Tokens:
-        vit, family = self.vit, family_of(self.vit)
-        family.check(vit, images)
-        x, geometry = family.embed(vit, images)
-        prefix = vit.num_prefix_tokens
-        batch, patches = x.shape[0], x.shape[1] - prefix
-        averaged = geometry is not None and geometry.columns is not None
-        sized = self.strategy.tracks_size() or heads.needs_sizes(vit) or averaged
-        size = torch.ones(batch, patches, device=x.device) if sized else None
-        source = torch.arange(patches, device=x.device).expand(batch, -1) if trace else None
-        readout = heads.rows_read(vit)
-        return Tokens(
-            x,
-            prefix,
-            depth=len(vit.blocks),
-            readout=readout,
-            size=size,
-            source=source,
-            geometry=geometry,
-        )
+        tokens = self._adapter.embed(self.vit, images, self._info)
+        batch, patches, device = tokens.x.shape[0], tokens.count, tokens.x.device
+        if self._follows_sizes and tokens.size is None:
+            tokens = tokens.replace(size=torch.ones(batch, patches, device=device))
+        if trace:
+            source = torch.arange(patches, device=device).expand(batch, -1)
+            tokens = tokens.replace(history=History(source))
+        return tokens
 
     # What timm's tools ask of a model. Parameter names carry the prefix of the attribute they hang
     # on.
@@ -298,6 +302,7 @@ class TokenReducedViT(nn.Module, Shareable):
         """Replace the timm model's classifier, and the strategy's own if it has one."""
         self.vit.reset_classifier(num_classes, global_pool)
         self.strategy.reset_classifier(num_classes)
+        self._info = self._adapter.info(self.vit)
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
@@ -322,17 +327,17 @@ class TokenReducedViT(nn.Module, Shareable):
     @property
     def embed_dim(self) -> int:
         """Width of the tokens."""
-        return self.vit.embed_dim
+        return self._info.width
 
     @property
     def num_classes(self) -> int:
         """Number of classes, 0 without a classifier."""
-        return self.vit.num_classes
+        return self._info.num_classes
 
     @property
     def num_prefix_tokens(self) -> int:
         """Class, distillation and register tokens together."""
-        return self.vit.num_prefix_tokens
+        return self._info.prefix
 
     @property
     def feature_info(self) -> Any:

@@ -273,7 +273,9 @@ def test_evaluation_counts_and_scores():
     assert found.correct.tolist() == [True, True, False, True, True, True, True]
     assert found.tokens == [196] + [98] * 9
     kept = []
-    model.taps[-1].register_forward_hook(lambda module, inputs, output: kept.append(output[:, 1:]))
+    model.hook_points[-1].register_forward_hook(
+        lambda module, inputs, output: kept.append(output[:, 1:])
+    )
     model(images)
     assert found.diversity[-1] == pytest.approx(
         tdm.metrics.diversity_score(kept[0]).mean().item(), rel=1e-4

@@ -6,7 +6,7 @@ from tdm_lightning.callbacks import DiversityMonitor, FLOPsMonitor, TokenVisuali
 
 import tdm_lightning as tdm
 from tdm_lightning.metrics import DiversityScore, diversity_score
-from tdm_lightning.vit.find import tap_blocks
+from tdm_lightning.vit.find import hook_blocks
 from tests.callbacks.foreign import Foreign, loader, small_vit, trainer
 
 
@@ -40,7 +40,7 @@ def test_score_is_that_of_the_patch_tokens(tmp_path):
     def see(index, tokens, valid):
         expected[index] = diversity_score(tokens[:, 3:], "column", normalize=True).mean().item()
 
-    with torch.no_grad(), tap_blocks(vit, see):
+    with torch.no_grad(), hook_blocks(vit, see):
         vit(images)
     scores = measured(tmp_path, vit, norm="column", normalize=True)
     assert scores == pytest.approx(list(expected.values()), rel=1e-5)

@@ -5,7 +5,7 @@ import torch
 from tdm_lightning.callbacks import FLOPsMonitor, KeepRateWarmup
 
 import tdm_lightning as tdm
-from tdm_lightning.core.tokens import Reduction
+from tdm_lightning.core import Reduction
 from tdm_lightning.flops import count_macs, mac_report
 from tdm_lightning.ops import gather_tokens, rank_order
 from tdm_lightning.strategies.base import Strategy
@@ -64,10 +64,10 @@ class Half(Strategy):
 
     adaptive = True
 
-    def needs(self, index):
+    def needs(self, index, info):
         return frozenset({"importance"}) if index == 1 else frozenset()
 
-    def after_attention(self, index, tokens, observed):
+    def after_attention(self, index, tokens, seen):
         if index != 1:
             return tokens
         score = observed.importance

@@ -246,7 +246,7 @@ def test_another_class_count_is_an_error_unless_the_head_is_skipped():
 class Scored(tdm.EViT):
     """A strategy with a layer of its own."""
 
-    def bind(self, vit, patches):
+    def bind(self, vit, info):
         super().bind(vit, patches)
         self.score = torch.nn.Linear(2, 1)
 

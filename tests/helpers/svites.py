@@ -29,12 +29,12 @@ def train(model, steps, total=None, hook=lambda step: None, lr=1e-2):
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     for step in range(steps):
-        model.strategy.on_progress(0, step, total or steps)
+        model.objective.on_progress(0, step, total or steps)
         loss = F.cross_entropy(model(torch.randn(8, 3, 16, 16)), torch.arange(8) % 5)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        model.strategy.after_optimizer_step(model, step + 1, total or steps)
+        model.objective.after_optimizer_step(model, step + 1, total or steps)
         hook(step + 1)
     return model.eval()
 

@@ -17,7 +17,7 @@ def lively(vit):
 
 def grouped(model):
     """The optimizer groups that a strategy makes, and the group of each parameter by name."""
-    groups = model.strategy.param_groups(model, lr=1e-3, weight_decay=0.05)
+    groups = model.objective.param_groups(model, lr=1e-3, weight_decay=0.05)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return groups, {
         names[id(parameter)]: group for group in groups for parameter in group["params"]

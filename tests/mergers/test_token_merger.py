@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_sample_image
 
 from tdm_lightning import TokenMerger
-from tdm_lightning.core.tokens import Role
+from tdm_lightning.core import Role
 from tdm_lightning.mergers.token_merger import Split, split_budget
 from tdm_lightning.ops import cluster_density_peaks, match_pairs, pairwise_distances
 

@@ -5,7 +5,7 @@ import timm
 import torch
 
 import tdm_lightning as tdm
-from tdm_lightning.core.tokens import Role
+from tdm_lightning.core import Role
 from tdm_lightning.ops import pack
 from tdm_lightning.strategies import Strategy
 
@@ -91,8 +91,8 @@ def test_every_patch_may_go(images):
 def test_chosen_rows_leave_as_they_would_among_all(images):
     plain, chosen = tdm.attach(vit(), Strategy()), tdm.attach(vit(), Rows())
     full, few = [], []
-    plain.taps[1].register_forward_hook(lambda tap, inputs, x: full.append(x))
-    chosen.taps[1].register_forward_hook(lambda tap, inputs, x: few.append(x))
+    plain.hook_points[1].register_forward_hook(lambda tap, inputs, x: full.append(x))
+    chosen.hook_points[1].register_forward_hook(lambda tap, inputs, x: few.append(x))
     plain(images), chosen(images)
     torch.testing.assert_close(few[0], full[0][:, ::2], atol=1e-5, rtol=1e-5)
     assert tdm.flops.count_macs(chosen) < tdm.flops.count_macs(plain)

@@ -14,7 +14,7 @@ import tdm_lightning as tdm
 from tdm_lightning import slimming
 from tdm_lightning.cli import main
 from tdm_lightning.slimming.error import relative_error
-from tdm_lightning.vit.find import tap_blocks
+from tdm_lightning.vit.find import hook_blocks
 
 SHAPE = {
     "img_size": 8,
@@ -70,7 +70,7 @@ def trained(digits):
 def features(model, images):
     """The tokens after each block."""
     seen = []
-    with torch.no_grad(), tap_blocks(model, lambda index, x, valid: seen.append(x)):
+    with torch.no_grad(), hook_blocks(model, lambda index, x, valid: seen.append(x)):
         model(images)
     return seen
 

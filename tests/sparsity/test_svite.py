@@ -105,7 +105,7 @@ def test_attaching_changes_no_weight_and_training_starts_sparse():
     torch.testing.assert_close(model.eval()(x), plain(x))
     assert all(torch.equal(value, before[name]) for name, value in model.vit.state_dict().items())
     assert not model.strategy.masks.in_force
-    model.strategy.on_progress(0, 0, 100)
+    model.objective.on_progress(0, 0, 100)
     assert model.strategy.masks.in_force
     assert model.strategy.masks.enforced(model.vit)
     assert (model.vit.blocks[0].attn.qkv.weight == 0).any(dim=1).sum() == 3 * 8

@@ -105,7 +105,7 @@ def test_an_exchange_is_prepared_without_changing_outputs():
     sparsity.apply_masks(model)
     x = torch.randn(2, 3, 16, 16)
     expected = model(x)
-    model.strategy.on_progress(0, 0, 10)
+    model.objective.on_progress(0, 0, 10)
     assert not model.strategy.masks.enforced(model.vit)
     torch.testing.assert_close(model(x), expected)
 
@@ -174,13 +174,13 @@ def test_gradient_checkpointing_gives_the_same_masks():
 def test_gradients_must_be_there():
     model = small(tdm.SViTE(interval=1))
     with pytest.raises(ValueError, match=r"a training pass that was watched: call on_progress\(\)"):
-        model.strategy.after_optimizer_step(model, 1, 10)
+        model.objective.after_optimizer_step(model, 1, 10)
     model.train()
-    model.strategy.on_progress(0, 0, 10)
+    model.objective.on_progress(0, 0, 10)
     model(torch.randn(2, 3, 16, 16)).sum().backward()
     model.zero_grad()
     with pytest.raises(ValueError, match="before the gradients are cleared"):
-        model.strategy.after_optimizer_step(model, 1, 10)
+        model.objective.after_optimizer_step(model, 1, 10)
 
 
 # Lightning ------------------------------------------------------------------------------------
@@ -251,9 +251,9 @@ def test_accumulated_gradients_are_judged_together():
     for parts in (1, 2):
         model = perturbed(small(tdm.SViTE(interval=1))).train()
         for some, theirs in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-            model.strategy.on_progress(0, 0, 10)
+            model.objective.on_progress(0, 0, 10)
             (F.cross_entropy(model(some), theirs) / parts).backward()
-        model.strategy.after_optimizer_step(model, 1, 10)
+        model.objective.after_optimizer_step(model, 1, 10)
         found.append(masks(model))
     assert all(torch.equal(mask, found[1][name]) for name, mask in found[0].items())
 
@@ -287,14 +287,14 @@ def work(rank, folder):
 def one_exchange(part, parts):
     model = perturbed(small(tdm.SViTE(interval=1))).train()
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    model.strategy.on_progress(0, 0, 10)
+    model.objective.on_progress(0, 0, 10)
     F.cross_entropy(
         model(images.chunk(parts)[part]), (torch.arange(8) % 5).chunk(parts)[part]
     ).backward()
     for parameter in model.parameters() if parts > 1 else ():
         torch.distributed.all_reduce(parameter.grad)
         parameter.grad /= parts
-    model.strategy.after_optimizer_step(model, 1, 10)
+    model.objective.after_optimizer_step(model, 1, 10)
     return model
 
 

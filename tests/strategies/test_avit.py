@@ -13,7 +13,7 @@ from timm.layers import RmsNorm
 from torch.utils.data import DataLoader
 
 import tdm_lightning as tdm
-from tdm_lightning.core.tokens import Role
+from tdm_lightning.core import Role
 from tests.helpers.avits import close, make_vit, masking, small, spread
 from tests.helpers.trainers import QUIET
 
@@ -255,7 +255,7 @@ def test_intermediate_maps_hold_every_image(images):
     for image, seen in zip(images, states, strict=True):
         handles = [
             tap.register_forward_hook(lambda tap, inputs, x, at=at, seen=seen: seen.update({at: x}))
-            for at, tap in enumerate(model.taps)
+            for at, tap in enumerate(model.hook_points)
         ]
         model(image[None])
         for handle in handles:

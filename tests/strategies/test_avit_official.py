@@ -70,7 +70,7 @@ def test_official_ponder_loss(official):
         "avit_a", tdm.AViT(gate_scale=10, gate_center=30, ponder_weight=1e-3)
     )
     model.strategy.train()
-    terms = model.strategy.loss(
+    terms = model.objective.loss(
         model.run(tensors["input"]), torch.tensor([0, 1, 2]), F.cross_entropy
     )
     torch.testing.assert_close(terms["ponder"], 1e-3 * tensors["loss.mean_rho"], atol=0, rtol=1e-4)

@@ -20,7 +20,7 @@ def test_the_loss_has_its_terms(images):
     model = small(ponder_weight=0.5, prior_weight=2.0, prior_mean=3.0, prior_std=1.5).train()
     output = model.run(images)
     target = torch.tensor([0, 1, 2, 3])
-    terms = model.strategy.loss(output, target, F.cross_entropy)
+    terms = model.objective.loss(output, target, F.cross_entropy)
     assert list(terms) == ["task", "ponder", "prior"]
     close(terms["task"], F.cross_entropy(output.logits, target))
     close(terms["ponder"], 0.5 * output.carry["ponder"].mean())
@@ -30,9 +30,9 @@ def test_the_loss_has_its_terms(images):
     share = (share / share.sum()).clamp(0.01, 0.99)
     close(terms["prior"], 2 * torch.nn.KLDivLoss(reduction="batchmean")(share.log(), wanted), 1e-5)
     assert terms["prior"] > 0
-    close(model.strategy.report(output, target)["blocks"], output.carry["blocks"].mean())
+    close(model.objective.report(output, target)["blocks"], output.carry["blocks"].mean())
     model.eval()
-    assert list(model.strategy.loss(model.run(images), target, F.cross_entropy)) == ["task"]
+    assert list(model.objective.loss(model.run(images), target, F.cross_entropy)) == ["task"]
 
 
 def test_a_negative_divergence_asks_for_nothing():
@@ -57,7 +57,7 @@ def test_weights_of_a_token_sum_to_one(images):
 @pytest.mark.parametrize("term", ["task", "ponder", "prior"])
 def test_every_term_teaches_channel_0(images, term):
     model = small().train()
-    terms = model.strategy.loss(model.run(images), torch.tensor([0, 1, 2, 3]), F.cross_entropy)
+    terms = model.objective.loss(model.run(images), torch.tensor([0, 1, 2, 3]), F.cross_entropy)
     terms[term].backward()
     for block in model.vit.blocks[:4]:
         gradient = block.mlp.fc2.weight.grad
@@ -73,7 +73,7 @@ def test_gradients_stay_finite(images, center, dtype):
     """Also where an image has no token left to attend to, and where all scores are 0."""
     model = small(gate_center=center).train()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        terms = model.strategy.loss(model.run(images), torch.tensor([0, 1, 2, 3]), F.cross_entropy)
+        terms = model.objective.loss(model.run(images), torch.tensor([0, 1, 2, 3]), F.cross_entropy)
     sum(terms.values()).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     assert model.vit.patch_embed.proj.weight.grad.any()
@@ -108,9 +108,9 @@ def test_ponder_loss_shortens_the_run(images):
     blocks = []
     for _ in range(12):
         output = model.run(images)
-        blocks.append(model.strategy.report(output, None)["blocks"].item())
+        blocks.append(model.objective.report(output, None)["blocks"].item())
         optimizer.zero_grad()
-        model.strategy.loss(output, torch.tensor([0, 1, 2, 3]), F.cross_entropy)[
+        model.objective.loss(output, torch.tensor([0, 1, 2, 3]), F.cross_entropy)[
             "ponder"
         ].backward()
         optimizer.step()

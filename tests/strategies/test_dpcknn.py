@@ -5,7 +5,7 @@ import timm
 import torch
 
 import tdm_lightning as tdm
-from tdm_lightning.core.tokens import Role
+from tdm_lightning.core import Role
 from tdm_lightning.ops import cluster_density_peaks
 
 

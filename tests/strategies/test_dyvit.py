@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
 import tdm_lightning as tdm
-from tdm_lightning.core.tokens import Output, Role, Tokens
+from tdm_lightning.core import Output, Role, Tokens
 from tdm_lightning.ops import policy_softmax
 from tdm_lightning.vit.attention import full_attention
 from tests.helpers.vits import grouped
@@ -84,7 +84,7 @@ def test_official_losses(official_training, case, kwargs):
     tensors, model, output = official_training(**kwargs)
     features = torch.cat((torch.randn(3, 1, 48), tensors["loss.teacher_features"]), dim=1)
     teacher = Output(tensors["loss.teacher_logits"], features, None, {})
-    terms = model.strategy.loss(output, tensors["loss.labels"], F.cross_entropy, teacher)
+    terms = model.objective.loss(output, tensors["loss.labels"], F.cross_entropy, teacher)
     official = {
         "task": ("cls", 1),
         "ratio": ("ratio", 2 / 3),
@@ -251,7 +251,7 @@ def test_the_ratio_loss_moves_the_kept_share_to_the_schedule():
     history = []
     for _ in range(60):
         output = model.run(images)
-        terms = model.strategy.loss(output, labels, F.cross_entropy)
+        terms = model.objective.loss(output, labels, F.cross_entropy)
         history.append([decision.mean().item() for decision in output.carry["decisions"]])
         optimizer.zero_grad()
         sum(terms.values()).backward()
@@ -267,7 +267,7 @@ def test_no_kept_token_gives_no_token_loss(monkeypatch):
     )
     model = small().train()
     teacher = tdm.attach(model.vit, tdm.Strategy()).run(images)
-    terms = model.strategy.loss(model.run(images), torch.tensor([0, 1]), F.cross_entropy, teacher)
+    terms = model.objective.loss(model.run(images), torch.tensor([0, 1]), F.cross_entropy, teacher)
     assert terms["tokens"] == 0
     sum(terms.values()).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -318,7 +318,7 @@ def test_training_with_the_merger_merges_for_real(images):
     assert output.carry["holder"].shape == (3, 16)
     assert output.carry["holder"].unique().tolist() == list(range(5))
     teacher = tdm.attach(model.vit, tdm.Strategy()).run(images)
-    terms = model.strategy.loss(output, torch.tensor([0, 1, 2]), F.cross_entropy, teacher)
+    terms = model.objective.loss(output, torch.tensor([0, 1, 2]), F.cross_entropy, teacher)
     held = F.one_hot(output.carry["holder"], 5).float()
     mean = held.transpose(1, 2) @ teacher.features[:, 1:] / held.sum(1).unsqueeze(-1)
     torch.testing.assert_close(terms["tokens"], 0.5 * F.mse_loss(output.features[:, 1:], mean))
@@ -361,17 +361,17 @@ def test_a_split_that_is_not_feasible_is_refused_at_once():
 
 
 def test_which_settings_need_a_teacher():
-    assert tdm.DyViT().needs_teacher
-    assert tdm.DyViT(distill_weight=0).needs_teacher
-    assert not tdm.DyViT(distill_weight=0, token_weight=0).needs_teacher
-    assert not tdm.EViT().needs_teacher
+    assert tdm.DyViT().requires().teacher
+    assert tdm.DyViT(distill_weight=0).requires().teacher
+    assert not tdm.DyViT(distill_weight=0, token_weight=0).requires().teacher
+    assert not tdm.EViT().requires().teacher
 
 
 def test_losses_ask_for_what_they_need(images):
     model, labels = small().train(), torch.tensor([0, 1, 2])
     output = model.run(images)
     with pytest.raises(ValueError, match=r"pass its output as teacher, or set distill_weight=0"):
-        model.strategy.loss(output, labels, F.cross_entropy)
+        model.objective.loss(output, labels, F.cross_entropy)
     for other in (
         timm.create_model("test_vit", img_size=64, num_classes=7),
         timm.create_model("test_vit", img_size=32, num_classes=5),
@@ -382,9 +382,9 @@ def test_losses_ask_for_what_they_need(images):
         side = other.patch_embed.img_size[0]
         teacher = tdm.attach(other, tdm.Strategy()).run(images[..., :side, :side])
         with pytest.raises(ValueError, match="must be the same timm model, unreduced"):
-            model.strategy.loss(output, labels, F.cross_entropy, teacher)
+            model.objective.loss(output, labels, F.cross_entropy, teacher)
     with pytest.raises(ValueError, match=r"call model.train\(\)"):
-        model.strategy.loss(model.eval().run(images), labels, F.cross_entropy)
+        model.objective.loss(model.eval().run(images), labels, F.cross_entropy)
 
 
 def test_optimizer_groups():

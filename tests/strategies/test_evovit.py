@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
 import tdm_lightning as tdm
-from tdm_lightning.core.tokens import Role, Tokens
+from tdm_lightning.core import Role, Tokens
 
 
 @pytest.fixture
@@ -85,11 +85,11 @@ def test_official_training(official):
     output = model.run(tensors["input"])
     close(output.logits, tensors["train.logits"])
     close(output.carry["class_logits"], tensors["train.logits_cls"])
-    model.strategy.on_progress(epoch=199, step=0, total_steps=1)
+    model.objective.on_progress(epoch=199, step=0, total_steps=1)
     output = model.run(tensors["input"])
     close(output.logits, tensors["layerwise.train.logits"])
     close(output.carry["class_logits"], tensors["layerwise.train.logits_cls"])
-    model.strategy.on_progress(epoch=200, step=0, total_steps=1)
+    model.objective.on_progress(epoch=200, step=0, total_steps=1)
     close(model(tensors["input"]), tensors["train.logits"])
 
 
@@ -324,7 +324,7 @@ def test_parameters_while_training():
 def test_half_the_loss_comes_from_the_class_token(images):
     model, labels = small(class_head=True).train(), torch.tensor([1, 4])
     output = model.run(images)
-    terms = model.strategy.loss(output, labels, F.cross_entropy)
+    terms = model.objective.loss(output, labels, F.cross_entropy)
     assert terms.keys() == {"task", "class_head"}
     torch.testing.assert_close(terms["task"], 0.5 * F.cross_entropy(output.logits, labels))
     torch.testing.assert_close(
@@ -333,7 +333,7 @@ def test_half_the_loss_comes_from_the_class_token(images):
     sum(terms.values()).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.strategy.parameters())
     model.eval()
-    assert model.strategy.loss(model.run(images), labels, F.cross_entropy).keys() == {"task"}
+    assert model.objective.loss(model.run(images), labels, F.cross_entropy).keys() == {"task"}
 
 
 def test_the_class_head_follows_another_number_of_classes(images):

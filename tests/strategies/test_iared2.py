@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import tdm_lightning as tdm
 from tdm_lightning.checkpoints import load_official
-from tdm_lightning.core.tokens import Role
+from tdm_lightning.core import Role
 from tdm_lightning.strategies.interpreter import MultiHeadInterpreter
 from tests.helpers.iared2s import LABELS, small
 
@@ -143,7 +143,7 @@ def test_training_starts_from_the_plain_model(images):
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_an_image_may_lose_all_of_its_patches(images, group, training, pool):
     model = keep_none(small(global_pool=pool), group).train(training)
-    model.strategy.on_progress(
+    model.objective.on_progress(
         0 if group == 0 else 61, 0, 1
     )  # drawn while its own group learns, thresholded before
     with torch.no_grad():
@@ -152,8 +152,8 @@ def test_an_image_may_lose_all_of_its_patches(images, group, training, pool):
     assert output.logits.isfinite().all()
     assert output.trace.token_counts[-1].tolist() == [0] * 4
     sum(
-        model.strategy.loss(
-            output, LABELS, F.cross_entropy, model.strategy.baseline(model, images)
+        model.objective.loss(
+            output, LABELS, F.cross_entropy, model.strategy.second_pass(model, images)
         ).values()
     ).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import tdm_lightning as tdm
-from tdm_lightning.core.tokens import Output
+from tdm_lightning.core import Output
 from tests.helpers.iared2s import LABELS, small
 from tests.helpers.trainers import QUIET
 from tests.helpers.vits import grouped
@@ -53,7 +53,7 @@ def test_policy_gradient_by_hand(images):
     model = small().train()
     strategy = model.strategy
     strategy.on_progress(0, 0, 1)
-    output, baseline = model.run(images, trace=True), strategy.baseline(model, images)
+    output, baseline = model.run(images, trace=True), strategy.second_pass(model, images)
     (layer,) = output.trace.layers
     drawn = (layer.assignment >= 0).float()
     x = model.vit._pos_embed(model.vit.patch_embed(images)).detach()
@@ -69,7 +69,7 @@ def test_policy_gradient_by_hand(images):
 def test_padding_has_no_part_in_the_policy(images):
     """After a group has decided, images are padded: alone, they have the same probability."""
     model = small().train()
-    model.strategy.on_progress(30, 0, 1)
+    model.objective.on_progress(30, 0, 1)
     output = model.run(images)
     counts = (model.eval().trace(images)[1].token_counts)[0]
     assert len(set(counts.tolist())) > 1
@@ -83,7 +83,7 @@ def test_padding_has_no_part_in_the_policy(images):
 
 def test_draws_vary_and_follow_the_scores(images):
     model = small().train()
-    model.strategy.on_progress(0, 0, 1)
+    model.objective.on_progress(0, 0, 1)
     passes = [model.run(images, trace=True).trace.layers[0] for _ in range(100)]
     share = torch.stack([(layer.assignment >= 0).float() for layer in passes]).mean(0)
     assert (share - passes[0].importance).abs().max() < 0.2
@@ -95,14 +95,16 @@ def test_baseline_is_inference_without_a_trace_of_it(images):
     strategy = model.strategy
     strategy.on_progress(0, 0, 1)
     state = torch.get_rng_state()
-    baseline = strategy.baseline(model, images)
+    baseline = strategy.second_pass(model, images)
     assert torch.equal(torch.get_rng_state(), state)
     assert strategy.training
     assert strategy.interpreters.training
     assert not baseline.logits.requires_grad
     assert torch.equal(baseline.logits, model.eval()(images))
     strategy.on_progress(10, 0, 1)
-    assert strategy.baseline(model.train(), images) is None  # blocks learn the task, and need none
+    assert (
+        strategy.second_pass(model.train(), images) is None
+    )  # blocks learn the task, and need none
     strategy.on_progress(0, 0, 1)
     output = model.run(images)
     with pytest.raises(ValueError, match="strategy.baseline"):
@@ -154,7 +156,7 @@ def test_the_expected_reward_rises():
     for step in range(90):
         pictures, classes, _ = data.draw(48)
         terms = strategy.loss(
-            model.run(pictures), classes, F.cross_entropy, strategy.baseline(model, pictures)
+            model.run(pictures), classes, F.cross_entropy, strategy.second_pass(model, pictures)
         )
         optimizer.zero_grad()
         sum(terms.values()).backward()
@@ -179,7 +181,7 @@ def trained(model, images):
     strategy = model.strategy
     sum(
         strategy.loss(
-            model.run(images), LABELS, F.cross_entropy, strategy.baseline(model, images)
+            model.run(images), LABELS, F.cross_entropy, strategy.second_pass(model, images)
         ).values()
     ).backward()
     return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -189,7 +191,7 @@ def trained(model, images):
 def test_each_stage_trains_its_part_only(images, group):
     model = small().train()
     names = {name for name, _ in model.named_parameters()}
-    model.strategy.on_progress(30 * group, 0, 1)
+    model.objective.on_progress(30 * group, 0, 1)
     assert trained(model, images) == {
         f"strategy.interpreters.{group}.qk.{kind}" for kind in ("weight", "bias")
     }
@@ -200,7 +202,7 @@ def test_each_stage_trains_its_part_only(images, group):
         if name.startswith(f"vit.blocks.{block}.")
     }
     for epoch in (30 * group + 10, 30 * group + 29):
-        model.strategy.on_progress(epoch, 0, 1)
+        model.objective.on_progress(epoch, 0, 1)
         assert trained(model, images) == later | {
             name for name in names if name.startswith(("vit.norm.", "vit.head."))
         }
@@ -208,12 +210,12 @@ def test_each_stage_trains_its_part_only(images, group):
 
 def test_settled_groups_infer_and_later_ones_wait(images):
     model = small().train()
-    model.strategy.on_progress(30, 0, 1)
+    model.objective.on_progress(30, 0, 1)
     first, again = (model.run(images, trace=True).trace for _ in range(2))
     assert [layer.index for layer in first.layers] == [0, 2]
     waiting = model.eval().trace(images)[1]
     assert [layer.index for layer in waiting.layers] == [0, 2]  # in validation too
-    model.strategy.on_progress(89, 0, 1)
+    model.objective.on_progress(89, 0, 1)
     settled = model.trace(images)[1].layers
     assert len(settled) == 3
     assert torch.equal(first.layers[0].assignment, again.layers[0].assignment)
@@ -301,7 +303,7 @@ def test_recomputed_blocks_draw_the_same_policy(images, epoch):
     for checkpointing in (False, True):
         model = small().train()
         model.set_grad_checkpointing(checkpointing)
-        model.strategy.on_progress(epoch, 0, 1)
+        model.objective.on_progress(epoch, 0, 1)
         torch.manual_seed(5)
         trained(model, images)
         gradients.append(
@@ -313,7 +315,7 @@ def test_recomputed_blocks_draw_the_same_policy(images, epoch):
 @pytest.mark.parametrize("epoch", [0, 10])
 def test_autocast_trains_with_finite_gradients(images, epoch):
     model = small().train()
-    model.strategy.on_progress(epoch, 0, 1)
+    model.objective.on_progress(epoch, 0, 1)
     with torch.autocast("cpu", torch.bfloat16):
         names = trained(model, images)
     assert names

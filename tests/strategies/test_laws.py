@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
 import tdm_lightning as tdm
-from tdm_lightning.core.tokens import Role, Tokens
+from tdm_lightning.core import Role, Tokens
 from tdm_lightning.ops import class_row
 from tdm_lightning.vit import blocks
 from tests.helpers.exporting import check_compiled, check_exported, check_onnx

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
 import tdm_lightning as tdm
-from tdm_lightning.core.tokens import Role, Tokens
+from tdm_lightning.core import Role, Tokens
 from tests.helpers.exporting import check_compiled, check_exported, check_onnx
 from tests.helpers.vits import lively
 
@@ -217,10 +217,12 @@ def test_half_precision_stays_finite(images, name, dtype):
 def test_autocast_trains_with_finite_gradients(images, name, checkpointing):
     model = reduced(name).train()
     model.set_grad_checkpointing(checkpointing)
-    teacher = model.strategy.needs_teacher and tdm.attach(model.vit, tdm.Strategy()).run(images)
+    teacher = model.strategy.requires().teacher and tdm.attach(model.vit, tdm.Strategy()).run(
+        images
+    )
     with torch.autocast("cpu", torch.bfloat16):
         output = model.run(images)
-        terms = model.strategy.loss(
+        terms = model.objective.loss(
             output, torch.tensor([0, 1, 2]), F.cross_entropy, teacher or None
         )
     sum(terms.values()).backward()

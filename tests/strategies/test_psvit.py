@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tdm_lightning as tdm
-from tdm_lightning.core.tokens import Role
+from tdm_lightning.core import Role
 from tdm_lightning.metrics.recorder import DiversityRecorder
 from tdm_lightning.strategies.psvit import spread_order
 from tdm_lightning.visualize import panels

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import tdm_lightning as tdm
-from tdm_lightning.core.tokens import Role
+from tdm_lightning.core import Role
 from tests.helpers.spvits import balance, decide, masked_pass, small, without_noise
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import tdm_lightning as tdm
 from tdm_lightning.checkpoints import load_official
-from tdm_lightning.core.tokens import Role
+from tdm_lightning.core import Role
 from tdm_lightning.strategies.selector import MultiHeadSelector
 from tests.helpers.spvits import small, without_noise
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import tdm_lightning as tdm
-from tdm_lightning.core.tokens import Output, Role
+from tdm_lightning.core import Output, Role
 from tdm_lightning.ops import policy_softmax
 from tests.helpers.spvits import small, without_noise
 from tests.helpers.vits import grouped
@@ -76,7 +76,7 @@ def test_autocast_trains_with_finite_gradients(images):
     model = small(std=0.2).train()
     teacher = tdm.attach(model.vit, tdm.Strategy()).run(images)
     with torch.autocast("cpu", torch.bfloat16):
-        terms = model.strategy.loss(model.run(images), LABELS, F.cross_entropy, teacher)
+        terms = model.objective.loss(model.run(images), LABELS, F.cross_entropy, teacher)
     sum(terms.values()).backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
@@ -87,7 +87,7 @@ def test_losses_by_hand(images):
         model.run(images),
         tdm.attach(copy.deepcopy(model.vit), tdm.Strategy()).eval().run(images),
     )
-    terms = model.strategy.loss(output, LABELS, F.cross_entropy, teacher)
+    terms = model.objective.loss(output, LABELS, F.cross_entropy, teacher)
     first, second = output.carry["decisions"]
     ratio = ((first.mean() - 0.6) ** 2 + (second.mean() - 0.3) ** 2) / 2
     kl = F.kl_div(
@@ -108,7 +108,7 @@ def test_losses_by_hand(images):
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value)
     alone = small(distill_weight=0, token_weight=0, ratio_weight=1)
-    assert not alone.strategy.needs_teacher
+    assert not alone.strategy.requires().teacher
     torch.testing.assert_close(alone.strategy.loss(output, LABELS, F.cross_entropy)["ratio"], ratio)
 
 
@@ -128,11 +128,11 @@ def test_losses_ask_for_what_they_need(images):
     with pytest.raises(
         ValueError, match="SPViT distils from the unreduced model: pass its output as teacher"
     ):
-        model.strategy.loss(output, LABELS, F.cross_entropy)
+        model.objective.loss(output, LABELS, F.cross_entropy)
     with pytest.raises(
         ValueError, match=r"SPViT's predictors only learn in training mode: call model.train\(\)"
     ):
-        model.strategy.loss(model.eval().run(images), LABELS, F.cross_entropy)
+        model.objective.loss(model.eval().run(images), LABELS, F.cross_entropy)
 
 
 def test_the_ratio_loss_moves_the_kept_share_to_the_targets():
@@ -145,7 +145,7 @@ def test_the_ratio_loss_moves_the_kept_share_to_the_targets():
         output = model.run(images)
         history.append([decision.mean().item() for decision in output.carry["decisions"]])
         optimizer.zero_grad()
-        sum(model.strategy.loss(output, labels, F.cross_entropy).values()).backward()
+        sum(model.objective.loss(output, labels, F.cross_entropy).values()).backward()
         optimizer.step()
     late = torch.tensor(history[-15:]).mean(0)
     assert late.tolist() == pytest.approx([0.6, 0.3], abs=0.06)
@@ -191,7 +191,7 @@ def test_training_with_the_merger_merges_for_real(images):
     assert output.features.shape[1] == 1 + 4
     assert output.carry["holder"].shape == (4, 16)
     teacher = tdm.attach(copy.deepcopy(model.vit), tdm.Strategy()).eval().run(images)
-    terms = model.strategy.loss(output, LABELS, F.cross_entropy, teacher)
+    terms = model.objective.loss(output, LABELS, F.cross_entropy, teacher)
     held = F.one_hot(output.carry["holder"], 4).float()
     mean = held.transpose(1, 2) @ teacher.features[:, 1:] / held.sum(1).unsqueeze(-1)
     torch.testing.assert_close(terms["tokens"], 0.5 * F.mse_loss(output.features[:, 1:], mean))

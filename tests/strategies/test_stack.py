@@ -61,7 +61,7 @@ class Recording(tdm.Strategy):
     def note(self, hook):
         Recording.calls.append(f"{hook} {self.name}")
 
-    def bind(self, vit, patches):
+    def bind(self, vit, info):
         self.note("bind")
 
     def begin(self, tokens):
@@ -76,7 +76,7 @@ class Recording(tdm.Strategy):
         self.note(f"correct {index}")
         return observed
 
-    def after_attention(self, index, tokens, observed):
+    def after_attention(self, index, tokens, seen):
         self.note(f"attention {index}")
         return tokens
 
@@ -106,10 +106,10 @@ def test_every_hook_reaches_every_member_in_order():
     model = stack(Recording("a"), tdm.Stack([Recording("b"), Recording("c")]))
     assert len(model.strategy.members) == 3
     output = model.run(torch.randn(1, 3, 64, 64))
-    model.strategy.on_progress(1, 2, 3)
-    model.strategy.after_optimizer_step(model, 4, 5)
+    model.objective.on_progress(1, 2, 3)
+    model.objective.after_optimizer_step(model, 4, 5)
     model.reset_classifier(7)
-    assert list(model.strategy.report(output, torch.tensor([0]))) == ["a", "b", "c"]
+    assert list(model.objective.report(output, torch.tensor([0]))) == ["a", "b", "c"]
     hooks = ["bind", "begin"]
     hooks += [
         f"{hook} {block}"
@@ -130,7 +130,10 @@ def test_a_stack_is_what_its_members_are():
     model.strategy.current_keep_rate = 0.9
     assert dyvit.current_keep_rate == model.strategy.current_keep_rate == 0.9
     images, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
-    assert set(model.strategy.loss(model.run(images), labels, F.cross_entropy)) == {"task", "ratio"}
+    assert set(model.objective.loss(model.run(images), labels, F.cross_entropy)) == {
+        "task",
+        "ratio",
+    }
     assert set(stack(tdm.SViTE()).strategy.loss(model.run(images), labels, F.cross_entropy)) == {
         "task"
     }
@@ -138,7 +141,7 @@ def test_a_stack_is_what_its_members_are():
     assert [len(group["params"]) for group in groups] == [
         len(group["params"]) for group in expected
     ]
-    assert tdm.Stack([tdm.SViTE(), tdm.DyViT()]).needs_teacher
+    assert tdm.Stack([tdm.SViTE(), tdm.DyViT()]).requires().teacher
     assert tdm.Stack([tdm.EvoViT()]).global_pool == tdm.EvoViT().global_pool
     assert tdm.Stack([tdm.SViTE(), tdm.ToMe(2)]).tracks_size()
 
@@ -177,7 +180,7 @@ def test_members_that_want_different_optimizers_or_poolings():
 
     model = stack(Groups("a"), Groups("b"))
     with pytest.raises(ValueError, match="several members of a stack ask for optimizer groups"):
-        model.strategy.param_groups(model, 1e-3, 0.0)
+        model.objective.param_groups(model, 1e-3, 0.0)
 
     class Token(Recording):
         global_pool = "token"

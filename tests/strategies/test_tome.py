@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import tdm_lightning as tdm
-from tdm_lightning.core.tokens import Role
+from tdm_lightning.core import Role
 from tdm_lightning.ops import match_alternating
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 import tdm_lightning as tdm
-from tdm_lightning.core.tokens import LayerTrace, Role, Trace
+from tdm_lightning.core import LayerTrace, Role, Trace
 from tdm_lightning.ops import cluster_density_peaks
 from tdm_lightning.visualize import arrange, panels, save_panels, strip, visualize_images
 from tdm_lightning.visualize.draw import (

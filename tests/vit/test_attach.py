@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import tdm_lightning as tdm
-from tdm_lightning.vit.families import class_rows
+from tdm_lightning.vit.adapters import class_rows
 from tdm_lightning.vit.heads import forward_head
 
 LAYERS = (1, 2)
@@ -400,7 +400,7 @@ def test_taps_fire_once_per_block_with_its_tokens(images):
     seen = []
     handles = [
         tap.register_forward_hook(lambda module, args, out, i=i: seen.append((i, out.shape[1])))
-        for i, tap in enumerate(model.taps)
+        for i, tap in enumerate(model.hook_points)
     ]
     model(images)
     assert seen == [(0, 17), (1, 13), (2, 10), (3, 10)]

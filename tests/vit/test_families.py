@@ -175,7 +175,7 @@ def placed(model, images, block):
     """The tokens behind the reduction in a block, and what its trace says."""
     seen, original = [], type(model.strategy).after_attention
 
-    def after_attention(self, index, tokens, observed):
+    def after_attention(self, index, tokens, seen):
         seen.append(original(self, index, tokens, observed))
         return seen[-1]
 

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import tdm_lightning as tdm
-from tdm_lightning.vit.find import find_vit, inner_vit, tap_blocks
+from tdm_lightning.vit.find import find_vit, inner_vit, hook_blocks
 
 
 def small():
@@ -61,7 +61,7 @@ def test_taps_see_the_same_tokens_in_a_plain_model_as_at_keep_rate_1():
         "reduced": tdm.attach(vit, tdm.TDM(1.0, layers=(1,))),
     }.items():
         seen[name] = {}
-        with tap_blocks(
+        with hook_blocks(
             model, lambda index, tokens, valid, kept=seen[name]: kept.__setitem__(index, tokens)
         ):
             model(images)
@@ -76,11 +76,11 @@ def test_taps_are_removed_on_errors_and_copies_show_nothing():
     seen = []
     with (  # noqa: PT012 - what happens before the error is what is tested
         pytest.raises(RuntimeError),
-        tap_blocks(model, lambda index, tokens, valid: seen.append(tokens.shape[1])),
+        hook_blocks(model, lambda index, tokens, valid: seen.append(tokens.shape[1])),
     ):
         copy.deepcopy(model)(torch.zeros(1, 3, 32, 32))
         assert seen == []
         model(torch.zeros(1, 3, 32, 32))
         raise RuntimeError
     assert seen == [17, 9, 9, 9]
-    assert not any(tap._forward_hooks for tap in model.taps)
+    assert not any(tap._forward_hooks for tap in model.hook_points)

@@ -1,0 +1,99 @@
+"""Attention from queries, keys and values that were computed once, and what it tells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tdm_lightning.core.reduction import Seen
+from tdm_lightning.core.tokens import Tokens
+from tdm_lightning.ops import class_attention, policy_softmax, received_attention
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Queries, keys and values of one attention.
+
+    Attributes:
+        q: queries, B×H×T×d, normed and rotated as the attention has them; not scaled.
+        k: keys, B×H×T×d, likewise.
+        v: values, B×H×T×d.
+        scale: factor on the products of queries and keys.
+        content: keys before they were rotated by their positions, B×H×T×d.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    content: Tensor
+
+
+def attended(
+    heads: Heads, bias: Tensor | None, dropout: float = 0.0, policy: Tensor | None = None
+) -> Tensor:
+    """What attention makes of the values, B×T×(H·d).
+
+    Args:
+        heads: queries, keys and values.
+        bias: added to the logits, broadcast to B×H×T×T.
+        dropout: probability with which a weight is dropped, 0 at inference.
+        policy: how far each token may be attended to, B×T; selects the explicit attention of
+            :func:`~tdm_lightning.ops.policy_softmax`.
+    """
+    if policy is None:
+        x = F.scaled_dot_product_attention(
+            heads.q, heads.k, heads.v, attn_mask=bias, dropout_p=dropout, scale=heads.scale
+        )
+    else:
+        logits = (heads.q * heads.scale) @ heads.k.transpose(-2, -1)
+        if bias is not None:
+            logits = logits + bias
+        weights = F.dropout(policy_softmax(logits, policy), dropout)
+        x = weights.to(heads.v.dtype) @ heads.v
+    return x.transpose(1, 2).flatten(2)
+
+
+def seen_by(
+    all_heads: list[Heads],
+    tokens: Tokens,
+    x: Tensor,
+    needs: frozenset[str],
+    bias: Tensor | None = None,
+    normed: Tensor | None = None,
+) -> Seen:
+    """What attentions side by side (mostly one) tell of the patch tokens: their mean.
+
+    Args:
+        all_heads: of each attention.
+        tokens: those that entered the block.
+        x: all tokens after its attention, B×T×C.
+        needs: see :meth:`tdm_lightning.Strategy.needs`.
+        bias: what was added to the logits.
+        normed: all tokens as the MLP sees them, B×T×C, where asked for.
+    """
+    prefix, rows = tokens.prefix, tokens.info.class_tokens
+    importance = keys = None
+    if "importance" in needs and rows:
+        importance = _mean(
+            [
+                class_attention(one.q, one.k, one.scale, rows, bias).mean(dim=(1, 2))[:, prefix:]
+                for one in all_heads
+            ]
+        )
+    elif needs & {"importance", "received"}:
+        importance = _mean(
+            [received_attention(one.q, one.k, one.scale, prefix, bias) for one in all_heads]
+        )
+    if "keys" in needs:
+        keys = _mean([one.content.mean(dim=1)[:, prefix:] for one in all_heads])
+    if normed is not None:
+        normed = normed[:, prefix:]
+    return Seen(x[:, prefix:], None, importance, keys, normed, prefix)
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).mean(0)

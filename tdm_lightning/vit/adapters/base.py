@@ -1,0 +1,133 @@
+"""What differs between foreign ViT classes: one adapter for each."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tdm_lightning.core.info import ModelInfo
+from tdm_lightning.core.reduction import Seen
+from tdm_lightning.core.tokens import Tokens
+from tdm_lightning.strategies.base import Requirements
+
+Size = tuple[int, int]
+
+#: Reads importance and keys from what an attention has computed; see :meth:`Adapter.attend`.
+Read = Callable[[], Seen]
+
+
+class Adapter(ABC):
+    """Everything that a foreign ViT class does in its own way, taken apart.
+
+    An adapter calls the model's own modules. It holds no state: one object serves all models of a
+    class. Register it with :func:`~tdm_lightning.register_adapter`; nothing else has to be changed
+    for a new class of models.
+    """
+
+    # The model
+
+    @abstractmethod
+    def info(self, vit: Any) -> ModelInfo:
+        """The model in numbers, at the image size that it was made for.
+
+        Raises:
+            TypeError: if it is a variant that cannot be reduced, such as one with a way of pooling
+                that is not known here.
+        """
+
+    @abstractmethod
+    def input_size(self, vit: Any) -> tuple[int, int, int]:
+        """Channels, height and width that the model was made for."""
+
+    @abstractmethod
+    def grid(self, vit: Any, size: Size) -> Size:
+        """Rows and columns of patches in an image of ``size`` pixels."""
+
+    @abstractmethod
+    def blocks(self, vit: Any) -> Sequence[nn.Module]:
+        """The transformer blocks, in order."""
+
+    def check(self, vit: Any, requirements: Requirements) -> None:
+        """Refuse a model that cannot be taken apart, or not as a strategy asks for.
+
+        Raises:
+            TypeError: if it cannot; the message says why.
+        """
+
+    def needs_sizes(self, vit: Any) -> bool:
+        """Whether the head, or positions, ask how many patches each token stands for."""
+        return self.info(vit).pooling == "patches"
+
+    # A pass
+
+    @abstractmethod
+    def embed(self, vit: Any, images: Tensor, info: ModelInfo) -> Tokens:
+        """The tokens in front of the first block.
+
+        Args:
+            vit: the model.
+            images: B×C×H×W.
+            info: :meth:`info` of the model; the tokens take it along, with their own number of
+                patches.
+
+        Raises:
+            ValueError: for images that the model cannot take.
+        """
+
+    @abstractmethod
+    def attend(
+        self,
+        block: Any,
+        index: int,
+        tokens: Tokens,
+        needs: frozenset[str],
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Read]:
+        """The attention half of a block. Queries, keys and values are computed once.
+
+        Args:
+            block: one of :meth:`blocks`.
+            index: its number, from 0.
+            tokens: those that enter.
+            needs: what the strategy wants to see, see :meth:`tdm_lightning.Strategy.needs`.
+            rows: the rows of ``tokens.x`` to compute, which look at all of them; ``None``: all.
+
+        Returns:
+            The tokens after the attention's residual, B×T×C, and a function that reads what is
+            needed from the queries and keys. That reading is the strategy's work, not the model's,
+            so it is called, and counted, apart.
+        """
+
+    @abstractmethod
+    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
+        """The MLP half of a block, its residual included, B×T×C."""
+
+    @abstractmethod
+    def norm(self, vit: Any, x: Tensor) -> Tensor:
+        """The norm behind the last block, B×T×C."""
+
+    @abstractmethod
+    def head(
+        self, vit: Any, features: Tensor, size: Tensor | None = None, pre_logits: bool = False
+    ) -> Tensor:
+        """The model's head on reduced tokens: a token that stands for several patches counts as
+        many times.
+
+        Args:
+            vit: the model.
+            features: tokens after the final norm, B×T×C, prefix tokens first.
+            size: patches that each patch token stands for, B×(T-prefix), 0 for padding; ``None``:
+                one each.
+            pre_logits: stop before the classifier.
+
+        Returns:
+            What the model's own head returns, usually B×classes.
+        """
+
+
+def nothing() -> Seen:
+    """What is read where nothing is needed."""
+    return Seen(None)  # type: ignore[arg-type]

@@ -1,0 +1,421 @@
+"""What the adapters of timm's ViT classes have in common: embedding, checks, pooling, blocks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tdm_lightning.core.info import ModelInfo
+from tdm_lightning.core.positions import Positions
+from tdm_lightning.core.tokens import Tokens
+from tdm_lightning.errors import SettingError, UnsupportedModelError
+from tdm_lightning.strategies.base import Requirements
+from tdm_lightning.vit.adapters.attention import Heads, attended, seen_by
+from tdm_lightning.vit.adapters.base import Adapter, Read, Size, nothing
+from tdm_lightning.vit.pooling import log_size, mean_over_patches
+
+#: How timm's heads pool: over patches, each counted as many times as it stands for …
+_OVER_PATCHES = ("avg", "avgmax", "max", "map", "prr")
+#: … or not at all.
+_UNPOOLED = ""
+
+
+class AttentionParts(ABC):
+    """One of timm's attention classes, taken apart."""
+
+    #: Whether :meth:`run` and :meth:`heads` follow a policy or chosen rows.
+    plain: bool = False
+    #: Whether timm's own forward pass can be used where nothing is to be read: not where it always
+    #: takes the positions of the full grid.
+    native: bool = True
+
+    @abstractmethod
+    def heads(self, attn: Any, h: Tensor, tokens: Tokens, index: int) -> Heads:
+        """Queries, keys and values of the attention's input, B×T×C."""
+
+    def run(self, attn: Any, h: Tensor, tokens: Tokens, index: int) -> Tensor:
+        """The attention as timm has it, B×T×C."""
+        return attn(h, **({} if tokens.key_bias is None else {"attn_mask": tokens.key_bias}))
+
+    def bias(self, attn: Any, tokens: Tokens) -> Tensor | None:
+        """What is added to the logits, broadcast to B×H×T×T."""
+        return tokens.key_bias
+
+    def output(
+        self, attn: Any, heads: Heads, h: Tensor, bias: Tensor | None, policy: Tensor | None
+    ) -> Tensor:
+        """What comes behind queries, keys and values: softmax, norm, gate, projection; B×T×C."""
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        x = attended(heads, bias, dropout, policy)
+        if hasattr(attn, "norm"):
+            x = attn.norm(x)
+        if getattr(attn, "gate", None) is not None:
+            x = x * attn.gate(h).sigmoid()
+        return attn.proj_drop(attn.proj(x))
+
+    def of_rows(self, attn: Any, h: Tensor, rows: Tensor, tokens: Tokens) -> Tensor:
+        """The attention of some rows of B×T×C, which look at all of them; B×Q×C."""
+        raise UnsupportedModelError(f"{type(attn).__name__} computes all rows or none")
+
+
+class BlockParts(ABC):
+    """One of timm's block classes, taken apart into attention and MLP."""
+
+    #: Whether :meth:`attend` heeds ``rows``.
+    takes_rows: bool = False
+
+    def attentions(self, block: Any) -> Sequence[nn.Module]:
+        """The attentions of the block, side by side."""
+        return [block.attn]
+
+    @abstractmethod
+    def attend(
+        self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: Tensor | None
+    ) -> tuple[Tensor, Read]:
+        """See :meth:`Adapter.attend`."""
+
+    @abstractmethod
+    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
+        """See :meth:`Adapter.feed_forward`."""
+
+
+#: The attention and block classes that are known; each file of this folder adds its module's. A
+#: subclass may do anything in its forward pass, so only these very classes count.
+ATTENTIONS: dict[type[nn.Module], AttentionParts] = {}
+BLOCKS: dict[type[nn.Module], BlockParts] = {}
+Parts = TypeVar("Parts", AttentionParts, BlockParts)
+
+
+def parts_of(module: nn.Module, known: dict[type[nn.Module], Parts]) -> Parts:
+    """What takes a module apart that was checked when the strategy was attached.
+
+    By then it was of a known class; sharding may have put a class of its own over that since.
+    """
+    return next(known[kind] for kind in type(module).__mro__ if kind in known)
+
+
+def run_attention(
+    attn: nn.Module,
+    h: Tensor,
+    tokens: Tokens,
+    index: int,
+    needs: frozenset[str],
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Heads | None]:
+    """One attention on its input, B×T×C; and its heads, where something is to be read from them."""
+    parts = parts_of(attn, ATTENTIONS)
+    if (rows is not None or tokens.policy is not None) and not parts.plain:
+        raise UnsupportedModelError(
+            "training with a policy and computing chosen rows need timm's Attention, and this model"
+            f" has {type(attn).__name__}; take a model with plain attention, or a strategy that"
+            " needs neither (EViT, TDM)"
+        )
+    if rows is not None:
+        return parts.of_rows(attn, h, rows, tokens), None
+    if parts.native and tokens.policy is None and not needs & {"importance", "received", "keys"}:
+        return parts.run(attn, h, tokens, index), None
+    heads = parts.heads(attn, h, tokens, index)
+    return parts.output(attn, heads, h, parts.bias(attn, tokens), tokens.policy), heads
+
+
+class PreNorm(BlockParts):
+    """Norm → attention → residual, norm → MLP → residual."""
+
+    takes_rows = True
+
+    def attend(
+        self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: Tensor | None
+    ) -> tuple[Tensor, Read]:
+        """See :meth:`Adapter.attend`."""
+        mixed, heads = run_attention(block.attn, block.norm1(tokens.x), tokens, index, needs, rows)
+        x = tokens.x if rows is None else tokens.x.index_select(1, rows)
+        x = x + self.residual(block, mixed)
+        return x, reader(block.attn, heads, tokens, x, needs, block.norm2)
+
+    def residual(self, block: Any, mixed: Tensor) -> Tensor:
+        """What the attention adds."""
+        return block.drop_path1(block.ls1(mixed))
+
+    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
+        """See :meth:`Adapter.feed_forward`."""
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+class PreNormGamma(PreNorm):
+    """As :class:`PreNorm`, with layer scales that are the block's own or missing."""
+
+    takes_rows = False
+
+    def residual(self, block: Any, mixed: Tensor) -> Tensor:
+        """What the attention adds."""
+        return block.drop_path1(_scaled(mixed, block.gamma_1))
+
+    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
+        """See :meth:`Adapter.feed_forward`."""
+        return x + block.drop_path2(_scaled(block.mlp(block.norm2(x)), block.gamma_2))
+
+
+class ResPost(BlockParts):
+    """Attention → norm → residual, MLP → norm → residual."""
+
+    def attend(
+        self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: Tensor | None
+    ) -> tuple[Tensor, Read]:
+        """See :meth:`Adapter.attend`."""
+        mixed, heads = run_attention(block.attn, tokens.x, tokens, index, needs)
+        x = tokens.x + block.drop_path1(block.norm1(mixed))
+        return x, reader(block.attn, heads, tokens, x, needs, nn.Identity())  # no norm is before
+
+    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
+        """See :meth:`Adapter.feed_forward`."""
+        return x + block.drop_path2(block.norm2(block.mlp(x)))
+
+
+def reader(
+    attn: nn.Module,
+    heads: Heads | None,
+    tokens: Tokens,
+    x: Tensor,
+    needs: frozenset[str],
+    norm: Any,
+) -> Read:
+    """Reads from an attention's heads what is needed.
+
+    Args:
+        attn: the attention.
+        heads: its queries, keys and values.
+        tokens: those that entered the block.
+        x: all tokens after attention, B×T×C.
+        needs: what to read.
+        norm: what the MLP sees the tokens through.
+    """
+    if not needs:
+        return nothing
+    found = [] if heads is None else [heads]
+
+    def read() -> Any:
+        bias = parts_of(attn, ATTENTIONS).bias(attn, tokens)
+        normed = norm(x) if "normed" in needs else None
+        return seen_by(found, tokens, x, needs, bias, normed)
+
+    return read
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else gamma * x
+
+
+class TimmAdapter(Adapter):
+    """timm's ViT classes: a list of blocks, ``patch_embed``, ``norm`` and ``forward_head``."""
+
+    def embedded(self, vit: Any, images: Tensor) -> tuple[Tensor, Positions | None]:
+        """Tokens B×T×C in front of the first block, and what later blocks want to know of
+        positions.
+        """
+        return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images)))), None
+
+    def asks_positions(self, vit: Any) -> bool:
+        """Whether the blocks ask where a token is, beyond what was added in front of the first."""
+        return False
+
+    def pools_prefix(self, vit: Any) -> bool:
+        """Whether the head pools over the prefix tokens too."""
+        return bool(getattr(vit, "pool_include_prefix", False))
+
+    def embedding(self, vit: Any) -> Any:
+        """The module that makes patches of images."""
+        return vit.patch_embed
+
+    def channels(self, vit: Any) -> int:
+        """Number of image channels."""
+        # In hybrid models the patches are made of a convolutional network's features: its first
+        # layer sees the image.
+        layers = self.embedding(vit).modules()
+        first = next(layer for layer in layers if isinstance(layer, nn.Conv2d))
+        return first.in_channels
+
+    def class_tokens(self, vit: Any) -> int:
+        """The class token, and the distillation token of distilled models, because both feed the
+        classifier; register tokens do not. 0 for a model without a class token.
+        """
+        if getattr(vit, "cls_token", None) is None:
+            return 0
+        return 2 if getattr(vit, "dist_token", None) is not None else 1
+
+    def info(self, vit: Any) -> ModelInfo:
+        """See :meth:`Adapter.info`."""
+        known = ("token", _UNPOOLED, *_OVER_PATCHES)
+        if vit.global_pool not in known:
+            raise UnsupportedModelError(
+                f"{type(vit).__name__} pools by {vit.global_pool!r}, and how merged tokens would"
+                f" count there is not known; known are {', '.join(map(repr, known))}"
+            )
+        rows, columns = self.grid(vit, self.input_size(vit)[1:])
+        drop = getattr(vit, "patch_drop", None)
+        return ModelInfo(
+            depth=len(vit.blocks),
+            patches=rows * columns,
+            width=vit.embed_dim,
+            heads=_first_heads(vit.blocks[0]),
+            prefix=vit.num_prefix_tokens,
+            class_tokens=self.class_tokens(vit),
+            pooling="token" if vit.global_pool == "token" else "patches",
+            relative_positions=self.asks_positions(vit),
+            random_patches=not isinstance(drop, (nn.Identity, type(None))),
+            num_classes=vit.num_classes,
+            device=next(vit.parameters()).device,
+        )
+
+    def input_size(self, vit: Any) -> tuple[int, int, int]:
+        """See :meth:`Adapter.input_size`."""
+        embed = self.embedding(vit)
+        height, width = getattr(embed, "img_size", None) or vit.pretrained_cfg["input_size"][1:]
+        return self.channels(vit), height, width
+
+    def grid(self, vit: Any, size: Size) -> Size:
+        """See :meth:`Adapter.grid`."""
+        rows, columns = self.embedding(vit).dynamic_feat_size(size)
+        return int(rows), int(columns)
+
+    def blocks(self, vit: Any) -> Sequence[nn.Module]:
+        """See :meth:`Adapter.blocks`."""
+        return vit.blocks
+
+    def check(self, vit: Any, requirements: Requirements) -> None:
+        """See :meth:`Adapter.check`."""
+        for block in vit.blocks:
+            _check_block(block)
+            if requirements.rows:
+                _check_rows(block)
+
+    def needs_sizes(self, vit: Any) -> bool:
+        """See :meth:`Adapter.needs_sizes`."""
+        return vit.global_pool in _OVER_PATCHES
+
+    def embed(self, vit: Any, images: Tensor, info: ModelInfo) -> Tokens:
+        """See :meth:`Adapter.embed`."""
+        self.check_images(vit, images)
+        x, positions = self.embedded(vit, images)
+        patches = x.shape[1] - info.prefix
+        if patches != info.patches:
+            info = replace(info, patches=patches)
+        size = None
+        if self.needs_sizes(vit) or (positions is not None and positions.columns is not None):
+            size = torch.ones(x.shape[0], patches, device=x.device)
+        return Tokens(x, info.prefix, info, size, positions)
+
+    def check_images(self, vit: Any, images: Tensor) -> None:
+        """Raise ``ValueError`` for images that the model cannot take."""
+        channels, embed = self.channels(vit), self.embedding(vit)
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise SettingError(
+                f"images must have shape B×{channels}×H×W for this model, got {tuple(images.shape)}"
+            )
+        height, width = images.shape[-2:]
+        expected = getattr(embed, "img_size", None)
+        if getattr(embed, "strict_img_size", False) and expected is not None:
+            if (height, width) != tuple(expected):
+                raise SettingError(
+                    f"images must be {expected[0]}×{expected[1]} for this model, got"
+                    f" {height}×{width}; resize them, or create the timm model with"
+                    " img_size=… or dynamic_img_size=True"
+                )
+            return  # a model's own size may leave a margin that is no full patch
+        patch = embed.patch_size
+        if height < patch[0] or width < patch[1]:
+            raise SettingError(
+                f"an image of {height}×{width} is smaller than one patch, {patch[0]}×{patch[1]}"
+            )
+        padded = getattr(embed, "dynamic_img_pad", False)
+        if not padded and (height % patch[0] or width % patch[1]):
+            raise SettingError(
+                f"images must be a multiple of the patch size {patch[0]}×{patch[1]} for this"
+                f" model, got {height}×{width}; resize them, or create the timm model with"
+                " dynamic_img_pad=True"
+            )
+
+    def attend(
+        self,
+        block: Any,
+        index: int,
+        tokens: Tokens,
+        needs: frozenset[str],
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Read]:
+        """See :meth:`Adapter.attend`."""
+        return parts_of(block, BLOCKS).attend(block, index, tokens, needs, rows)
+
+    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
+        """See :meth:`Adapter.feed_forward`."""
+        return parts_of(block, BLOCKS).feed_forward(block, x)
+
+    def norm(self, vit: Any, x: Tensor) -> Tensor:
+        """See :meth:`Adapter.norm`."""
+        return vit.norm(x)
+
+    def head(
+        self, vit: Any, features: Tensor, size: Tensor | None = None, pre_logits: bool = False
+    ) -> Tensor:
+        """See :meth:`Adapter.head`.
+
+        Average pooling becomes the mean over *patches*, that is over tokens weighted by ``size``;
+        attention pooling adds ``log(size)`` to the logits, which equals letting each token appear
+        ``size`` times. Class-token pooling needs no sizes.
+        """
+        if size is None or not self.needs_sizes(vit):
+            return vit.forward_head(features, pre_logits=pre_logits)
+        with_prefix, prefix = self.pools_prefix(vit), vit.num_prefix_tokens
+        weight = nn.functional.pad(size, (prefix, 0), value=1.0) if with_prefix else size
+        x = features if with_prefix else features[:, prefix:]
+        if vit.global_pool in ("map", "prr"):
+            pooled = vit.attn_pool(x, attn_mask=log_size(weight, x.dtype))
+            pooled = vit.head_drop(vit.fc_norm(pooled))
+            return pooled if pre_logits else vit.head(pooled)
+        pooled = mean_over_patches(x, weight)
+        if vit.global_pool in ("avgmax", "max"):
+            largest = x.masked_fill((weight == 0).unsqueeze(-1), -torch.inf)
+            largest = largest.amax(dim=1, keepdim=True)
+            pooled = largest if vit.global_pool == "max" else 0.5 * (pooled + largest)
+        # Present the pooled feature as the only patch: whatever else the model's head does stays
+        # its own.
+        if not with_prefix:
+            pooled = torch.cat((features[:, :prefix], pooled), dim=1)
+        return vit.forward_head(pooled, pre_logits=pre_logits)
+
+
+def _first_heads(block: nn.Module) -> int:
+    heads = (inner.num_heads for inner in block.modules() if hasattr(inner, "num_heads"))
+    return int(next(heads, 0))
+
+
+def _check_block(block: nn.Module) -> None:
+    parts = BLOCKS.get(type(block))
+    if parts is None:
+        known = ", ".join(cls.__name__ for cls in BLOCKS)
+        raise UnsupportedModelError(
+            f"its blocks are {type(block).__module__}.{type(block).__name__}; supported are {known}"
+        )
+    for attention in parts.attentions(block):
+        if type(attention) not in ATTENTIONS:
+            known = ", ".join(cls.__name__ for cls in ATTENTIONS)
+            raise UnsupportedModelError(
+                f"its attention is {type(attention).__name__}; supported are {known}"
+            )
+
+
+def _check_rows(block: nn.Module) -> None:
+    parts = BLOCKS[type(block)]
+    attentions = parts.attentions(block)
+    if parts.takes_rows and all(ATTENTIONS[type(attention)].plain for attention in attentions):
+        return
+    inner = "".join(f" with {type(attention).__name__}" for attention in attentions[:1])
+    raise UnsupportedModelError(
+        "chosen rows of a block are computed, which takes timm's Block with its Attention; this"
+        f" model's is {type(block).__name__}{inner}. Take a model with plain blocks, or another"
+        " strategy such as EViT or TDM"
+    )
