@@ -59,8 +59,8 @@ def at_budget(
     input_size: tuple[int, int, int] | None = None,
     total: bool = False,
 ) -> Strategy:
-    """A strategy like this one, its largest of its :meth:`~tdm_lightning.Strategy.search_space` within
-    a budget.
+    """A strategy like this one, its largest of its :meth:`~tdm_lightning.Strategy.search_space`
+    within a budget.
 
     Args:
         model: as :func:`solve_keep_rate`, as are the other arguments and errors.

@@ -72,7 +72,7 @@ def test_a_strategy_without_a_keep_rate(vit):
 def test_tome_merges_as_little_as_the_budget_allows(vit):
     solved = at_budget(vit, tdm.ToMe(1, proportional_attention=False), 0.04)
     assert not solved.proportional_attention
-    r = solved.schedule(3)
+    r = solved.schedule.fewer(3)
     assert max(r) - min(r) <= 1
     assert r == sorted(r, reverse=True)
 

@@ -59,15 +59,15 @@ def test_parts_sum_to_the_whole_and_follow_the_formula():
 
 
 def test_the_merger_costs_what_its_products_cost():
-    """Class rows, inattentive distances N_i²·C and the bipartite similarity; gathering and adding
-    up cost nothing.
+    """Class rows of queries and keys that are there, inattentive distances N_i²·C and the
+    bipartite similarity; gathering and adding up cost nothing.
     """
     report = mac_report(tdm.attach(deit("small"), tdm.TDM(0.7)))
-    width, heads, n = 384, 6, 196
+    width, n = 384, 196
     for block in report.blocks:
         if block.strategy:
             keep = math.ceil(0.7 * n)
-            row = 2 * width**2 + heads * (n + 1) * width
+            row = (n + 1) * width
             similar = math.ceil(keep / 2) * (keep // 2) * width
             assert block.strategy == row + (n - keep) ** 2 * width + similar
             n = keep

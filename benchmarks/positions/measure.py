@@ -38,9 +38,9 @@ def at_mean(tokens: Tokens, *reduction: Any) -> Tokens:
 
 
 def _with_columns(tokens: Tokens, columns: int | None) -> Tokens:
-    assert tokens.geometry is not None
+    assert tokens.positions is not None
     size = torch.ones_like(tokens.patches[..., 0]) if tokens.size is None else tokens.size
-    return tokens.replace(geometry=replace(tokens.geometry, columns=columns), size=size)
+    return tokens.replace(positions=replace(tokens.positions, columns=columns), size=size)
 
 
 RULES = {"most important": at_most_important, "mean": at_mean}

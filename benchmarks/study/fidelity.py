@@ -5,8 +5,8 @@ model, not accuracy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import torch
 from PIL import Image
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from benchmarks.study.plan import METHODS, RATES, Cell, chosen_methods
 from benchmarks.study.results import Fidelity
 from benchmarks.study.run import NoSetting, solved
-from tdm_lightning.core import Seen, Tokens
+from tdm_lightning.core import ModelInfo, Seen, Tokens
 from tdm_lightning.ops import unmerge
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.vit import TokenReducedViT, attach
@@ -27,60 +27,44 @@ TRAINING_FREE = ("TDM", "TDM (6 blocks)", "EViT", "TopK", "DPC-KNN", "ToMe", "Ra
 LAST_BLOCKS = 3
 
 
-class Watching(Strategy):
-    """Another strategy, and a look at the class attention of some blocks, carried as ``seen``:
-    dense maps B×N0 by block.
+@dataclass(frozen=True)
+class Watched:
+    """The class attention to each patch, B×N0, by block."""
+
+    seen: dict[int, Tensor]
+
+
+class Watcher(Strategy):
+    """A look at the class attention of some blocks; stands beside the strategy that reduces.
 
     Only for passes with a trace.
     """
 
-    def __init__(self, inner: Strategy, blocks: Sequence[int]) -> None:
+    keeps_tokens = True
+
+    def __init__(self, blocks: Sequence[int]) -> None:
         super().__init__()
-        self.inner = inner
         self.blocks = tuple(blocks)
 
-    def bind(self, vit: Any, patches: int) -> None:
-        """See :class:`Strategy`, as for all that follows."""
-        self.inner.bind(vit, patches)
-
-    def needs(self, index: int) -> frozenset[str]:
-        """Also the importance, in the watched blocks."""
-        return self.inner.needs(index) | (
-            frozenset({"importance"}) if index in self.blocks else frozenset()
-        )
-
-    def tracks_size(self) -> bool:
-        """As the other."""
-        return self.inner.tracks_size()
+    def needs(self, index: int, info: ModelInfo) -> frozenset[str]:
+        """Importance, in the watched blocks."""
+        return frozenset({"importance"} if index in self.blocks else ())
 
     def begin(self, tokens: Tokens) -> Tokens:
-        """As the other."""
-        return self.inner.begin(tokens).carrying(seen={})
-
-    def before_block(self, index: int, tokens: Tokens) -> Tokens:
-        """As the other."""
-        return self.inner.before_block(index, tokens)
+        """Nothing has been seen."""
+        return tokens.replace(state=Watched({}))
 
     def after_attention(self, index: int, tokens: Tokens, seen: Seen) -> Tokens:
         """Note the attention over the tokens that the block saw."""
-        if index in self.blocks:
-            assert observed.importance is not None
-            assert tokens.source is not None
-            tokens = tokens.carrying(
-                seen={**tokens.carry["seen"], index: spread(observed.importance, tokens.source)}
-            )
-        return self.inner.after_attention(index, tokens, observed)
-
-    def after_block(self, index: int, tokens: Tokens) -> Tokens:
-        """As the other."""
-        return self.inner.after_block(index, tokens)
-
-    def finish(self, tokens: Tokens) -> Tokens:
-        """As the other."""
-        return self.inner.finish(tokens)
+        if index not in self.blocks:
+            return tokens
+        assert seen.importance is not None
+        assert tokens.history is not None
+        dense = to_patches(seen.importance, tokens.history.source)
+        return tokens.replace(state=Watched({**tokens.state.seen, index: dense}))
 
 
-def spread(attention: Tensor, source: Tensor) -> Tensor:
+def to_patches(attention: Tensor, source: Tensor) -> Tensor:
     """Attention to tokens as attention to patches: each token's share divided evenly among the
     patches it holds.
 
@@ -91,7 +75,7 @@ def spread(attention: Tensor, source: Tensor) -> Tensor:
     Returns:
         B×N0, with the same sum, but for tokens that hold no patch.
 
-    >>> spread(torch.tensor([[0.6, 0.4]]), torch.tensor([[0, 0, 1, -1]]))
+    >>> to_patches(torch.tensor([[0.6, 0.4]]), torch.tensor([[0, 0, 1, -1]]))
     tensor([[0.3000, 0.3000, 0.4000, 0.0000]])
     """
     held = (source >= 0).to(attention.dtype)
@@ -106,9 +90,9 @@ def observed(vit: nn.Module, strategy: Strategy, images: Tensor) -> tuple[Tensor
     """
     depth = len(vit.blocks)  # type: ignore[arg-type]
     blocks = range(max(0, depth - LAST_BLOCKS), depth)
-    model: TokenReducedViT = attach(vit, Watching(strategy, blocks)).eval()
+    model: TokenReducedViT = attach(vit, [Watcher(blocks), strategy]).eval()
     _, (features,) = model.forward_intermediates(images, 1, norm=True, output_fmt="NLC")
-    seen = model.run(images, trace=True).carry["seen"]
+    seen = model.run(images, trace=True).state[0].seen
     return features, torch.stack([seen[block] for block in blocks], dim=1)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tdm_lightning.core import Reduction, Role, Tokens
 from tdm_lightning.ops import gather_tokens, inverse_order
 from tdm_lightning.strategies import TDM, Strategy
+from tdm_lightning.vit.adapters import model_info
 from tdm_lightning.vit.attach import attach
-from tdm_lightning.vit.adapters import family_of, patch_count
 
 KEEP_RATE = 0.7
 
@@ -116,12 +116,12 @@ def examine(vit: Any, images: Tensor) -> Examined:
         identity = _gap(attach(vit, reduction(vit, 1.0))(images), plain)
         shuffled = _gap(attach(vit, Shuffled())(images), plain)
         stray = math.nan
-        if family_of(vit).places(vit):
+        if model_info(vit).relative_positions:
             stray = _gap(attach(vit, Shuffled(follow=False))(images), plain)
     logits, trace = attach(vit, reduction(vit)).trace(images)
     logits.square().mean().backward()
     reduced = _gap(logits.detach(), plain)
-    counts = [patch_count(vit), *trace.token_counts]
+    counts = [model_info(vit).patches, *trace.token_counts]
     problems = {
         "its own output is not finite": not plain.isfinite().all(),
         f"at keep rate 1 it is off by {identity:.1e}": not identity < SAME,
@@ -160,5 +160,6 @@ def _gradients_flow(vit: Any) -> bool:
         if parameter.grad is not None
     ):
         return False
-    first = next(family_of(vit).embedding(vit).parameters())
+    embedding = getattr(vit, "patch_embed", None) or vit.embeds  # NaFlexVit has its own name
+    first = next(embedding.parameters())
     return first.grad is not None and bool(first.grad.abs().sum() > 0)

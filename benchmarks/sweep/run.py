@@ -17,8 +17,8 @@ from benchmarks.sweep.names import Facts, facts_of, outlined
 from benchmarks.sweep.shrink import Arguments, shrinking, shrunk_text
 from benchmarks.sweep.table import Row, append_row, read_rows, write_rows
 from tdm_lightning.errors import SettingError
-from tdm_lightning.vit.attach import attach
 from tdm_lightning.vit.adapters import input_size
+from tdm_lightning.vit.attach import attach
 
 
 @dataclass(frozen=True)

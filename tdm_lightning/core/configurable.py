@@ -35,6 +35,10 @@ class Configurable:
 
     _registry: ClassVar[dict[str, type[Configurable]]] = {}
 
+    #: Arguments that releases before this one had, and the value that files hold where nobody set
+    #: them: they are read over. No other value can be followed any more.
+    retired: ClassVar[Mapping[str, Any]] = {}
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         Configurable._registry[f"{cls.__module__}.{cls.__qualname__}"] = cls
@@ -67,8 +71,10 @@ class Configurable:
                 short name.
             TypeError: if an argument is unknown.
         """
-        arguments = {name: _built(value) for name, value in (config.get("init_args") or {}).items()}
-        return cls._find(config["class_path"])(**arguments)  # type: ignore[return-value]
+        found = cls._find(config["class_path"])
+        given = without_retired(found, config.get("init_args") or {})
+        arguments = {name: _built(value) for name, value in given.items()}
+        return found(**arguments)  # type: ignore[return-value]
 
     @classmethod
     def _find(cls, path: str) -> type[Configurable]:
@@ -92,6 +98,21 @@ class Configurable:
             f"{path!r} is not a known {cls.__name__}; known are {', '.join(names)}. If it is your"
             " own class, import its module before loading."
         )
+
+
+def without_retired(cls: type[Configurable], init_args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a stored object without those that its class no longer has.
+
+    Raises:
+        ValueError: if one of these was set to something that the class cannot do any more.
+    """
+    for name, value in init_args.items():
+        if name in cls.retired and value != cls.retired[name]:
+            raise SettingError(
+                f"{cls.__name__} no longer has {name}={value!r}: no measurement ever chose it."
+                " Files that use it need tdm-lightning 0.1.0"
+            )
+    return {name: value for name, value in init_args.items() if name not in cls.retired}
 
 
 def _plain(value: Any) -> Any:

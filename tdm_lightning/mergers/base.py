@@ -99,8 +99,8 @@ def check_merger(merger: object, sees: Set[str] = WORDS) -> Merger | None:
     if missing := merger.requires() - sees:
         raise SettingError(
             f"this strategy merges before a block, so {merger!r} has nothing to compare: it asks"
-            f" for {_listed(missing)} of an attention that has not been computed. Take a merger that"
-            " goes by the tokens, such as TokenMerger(features='tokens')"
+            f" for {_listed(missing)} of an attention that has not been computed. Take a merger"
+            " that goes by the tokens, such as TokenMerger(features='tokens')"
         )
     return merger
 

@@ -104,6 +104,8 @@ class TokenMerger(Merger):
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
     """
 
+    retired = {"cutoff": 0.02, "assignment": "nearest"}  # noqa: RUF012 - never changed
+
     def __init__(
         self,
         cluster_fraction: float = 0.25,

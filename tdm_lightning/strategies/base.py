@@ -21,7 +21,8 @@ class Requirements:
     """What a strategy asks of the model and of the run around it.
 
     Attributes:
-        pooling: ``"patches"``: the model's head must average over its patches; ``None``: any.
+        pooling: what the model's head must read: ``"patches"``, their average, or the class
+            ``"token"``; ``None``: either.
         absolute_positions: tokens without a position on the grid run through the blocks, which RoPE
             and relative position biases rule out.
         rows: blocks compute chosen rows only, so the model's blocks must be able to.
@@ -29,7 +30,7 @@ class Requirements:
         teacher: the loss compares with a frozen, unreduced copy of the model.
     """
 
-    pooling: Literal["patches"] | None = None
+    pooling: Literal["patches", "token"] | None = None
     absolute_positions: bool = False
     rows: bool = False
     sizes: bool = False

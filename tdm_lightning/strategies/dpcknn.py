@@ -53,7 +53,7 @@ class DPCKNN(TokenReduction):
         self.scorers = nn.ModuleList()
 
     @property
-    def scores(self) -> bool:
+    def scores_tokens(self) -> bool:
         """Only with learned weights."""
         return self.learned_weights
 
@@ -63,10 +63,10 @@ class DPCKNN(TokenReduction):
         if self.learned_weights:
             self.scorers.extend(nn.Linear(info.width, 1, device=info.device) for _ in self.layers)
 
-    def score(self, index: int, seen: Seen) -> Tensor | None:
+    def score_tokens(self, index: int, seen: Seen) -> Tensor | None:
         """The learned weights, where there are some."""
         if not self.learned_weights:
-            return super().score(index, seen)
+            return super().score_tokens(index, seen)
         score = self.scorers[self.layers.index(index)](seen.x).squeeze(-1).float()
         # Only ratios inside a cluster count, so the largest score may be taken off first: exp
         # cannot overflow.

@@ -204,8 +204,8 @@ class IARED2(Strategy, TrainingObjective):
         do.
 
         Raises:
-            ValueError: if an interpreter learns and ``teacher``, what :meth:`second_pass` gave for the
-                same images, is missing.
+            ValueError: if an interpreter learns and ``teacher``, what :meth:`second_pass` gave for
+                the same images, is missing.
         """
         log_probability = output.state.log_probability
         if log_probability is None:

@@ -76,8 +76,8 @@ class TokenReduction(Strategy):
         return self.schedule.layers  # type: ignore[attr-defined]
 
     @property
-    def scores(self) -> bool:
-        """Whether :meth:`score` says how much each token matters."""
+    def scores_tokens(self) -> bool:
+        """Whether :meth:`score_tokens` says how much each token matters."""
         return self.importance is not None
 
     def requires(self) -> Requirements:
@@ -92,7 +92,7 @@ class TokenReduction(Strategy):
             ValueError: if the schedule does not fit it, the merger cannot make so many tokens, or
                 it goes by importance and there is none.
         """
-        if "importance" in self.reducer.requires() and not self.scores:
+        if "importance" in self.reducer.requires() and not self.scores_tokens:
             raise SettingError(
                 f"{self.reducer!r} goes by importance, and there is none; set importance, for"
                 " example to ClassAttention()"
@@ -124,7 +124,7 @@ class TokenReduction(Strategy):
         """Reduce, where that comes inside the block."""
         return tokens if self.before else self._reduced(index, tokens, seen)
 
-    def score(self, index: int, seen: Seen) -> Tensor | None:
+    def score_tokens(self, index: int, seen: Seen) -> Tensor | None:
         """How much each token matters, B×N; ``None``: nothing is known of that."""
         if self.importance is None:
             return None
@@ -135,7 +135,7 @@ class TokenReduction(Strategy):
         if keep >= tokens.count:
             return tokens
         seen = tokens.seen() if seen is None else seen
-        score = self.score(index, seen)
+        score = self.score_tokens(index, seen)
         seen = Seen(seen.x, tokens.size, score, seen.keys, seen.normed, seen.prefix)
         reduction = merger(seen, keep)
         check_reduction(reduction, seen, keep, merger, index)

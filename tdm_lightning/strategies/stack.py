@@ -30,7 +30,7 @@ class Stack(Strategy):
 
     Raises:
         TypeError: if a member is no strategy.
-        ValueError: if several reduce tokens, or one is there twice.
+        ValueError: if several reduce tokens or want another pooling, or one is there twice.
     """
 
     def __init__(self, members: Sequence[Strategy] = ()) -> None:
@@ -39,6 +39,12 @@ class Stack(Strategy):
         self.members: Any = nn.ModuleList(flat)
         self.adaptive = any(member.adaptive for member in flat)
         self.keeps_tokens = all(map(_keeps_tokens, flat))
+        poolings = {member.requires().pooling for member in flat} - {None}
+        if len(poolings) > 1:
+            raise SettingError(
+                "the members want the model to pool in different ways,"
+                f" {sorted(map(str, poolings))}"
+            )
 
     def config(self) -> dict[str, Any]:
         """See :class:`~tdm_lightning.core.configurable.Configurable`."""

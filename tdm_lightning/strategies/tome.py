@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tdm_lightning.importance import ClassAttention
 from tdm_lightning.mergers import Merger, PairMerger
 from tdm_lightning.schedules import FewerPerBlock
 from tdm_lightning.strategies.reduction import TokenReduction
@@ -20,7 +21,8 @@ class ToMe(TokenReduction):
         r: tokens to merge, see :class:`~tdm_lightning.FewerPerBlock`.
         proportional_attention: add ``log(size)`` of each token to the logits of its key, so that a
             token attracts as much attention as the patches it stands for would (eq. 1).
-        merger: what merges; ``None``: :class:`~tdm_lightning.PairMerger`.
+        merger: what merges, by class attention where it goes by importance; ``None``:
+            :class:`~tdm_lightning.PairMerger`.
 
     Raises:
         TypeError, ValueError: if ``r`` is of the wrong kind or negative.
@@ -33,6 +35,8 @@ class ToMe(TokenReduction):
         merger: Merger | None = None,
     ) -> None:
         schedule, own = FewerPerBlock(r), PairMerger(proportional_attention=proportional_attention)
-        super().__init__(None, schedule, own if merger is None else merger)
+        wanted = frozenset() if merger is None else merger.requires()
+        importance = ClassAttention() if "importance" in wanted else None
+        super().__init__(importance, schedule, own if merger is None else merger)
         self.r, self.proportional_attention = schedule.r, own.proportional_attention
         self.merger = merger

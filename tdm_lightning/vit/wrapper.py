@@ -32,8 +32,8 @@ class HookPoint(nn.Identity):
     """
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """The tokens as they are, B×T×C; ``valid``, B×T, bool, says which are no padding, ``None``:
-        all.
+        """The tokens as they are, B×T×C; ``valid``, B×T, bool, says which are no padding,
+        ``None``: all.
         """
         return x
 
@@ -48,9 +48,9 @@ class TokenReducedViT(nn.Module, Shareable):
     Attributes:
         vit: the timm model, untouched.
         strategy: what happens between its layers.
-        hook_points: one identity module per block, called with the tokens after that block, B×T×C, and
-            which of them are no padding. Register forward hooks here: the blocks' own hooks do not
-            fire, because their halves are run one by one.
+        hook_points: one identity module per block, called with the tokens after that block,
+            B×T×C, and which of them are no padding. Register forward hooks here: the blocks' own
+            hooks do not fire, because their halves are run one by one.
     """
 
     def __init__(self, vit: Any, strategy: Strategy) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import tdm_lightning as tdm
-from benchmarks.study.fidelity import TRAINING_FREE, Watching, compare, observed, spread
+from benchmarks.study.fidelity import TRAINING_FREE, Watcher, compare, observed, to_patches
 from benchmarks.study.plan import METHODS
 from benchmarks.study.results import read_fidelity
 from tdm_lightning.cli import main
@@ -49,15 +49,15 @@ def test_the_plain_model_is_true_to_itself(vit, images):
 def test_watching_changes_nothing(vit, images, method):
     strategy = method.make(0.5)
     expected, trace = tdm.attach(vit, strategy).trace(images)
-    model = tdm.attach(vit, Watching(method.make(0.5), (7, 8, 9)))
+    model = tdm.attach(vit, [Watcher((7, 8, 9)), method.make(0.5)])
     output = model.run(images, trace=True)
     torch.testing.assert_close(output.logits, expected)
     assert output.trace.token_counts == trace.token_counts
-    assert sorted(output.carry["seen"]) == [7, 8, 9]
+    assert sorted(output.state[0].seen) == [7, 8, 9]
 
 
 def test_the_attention_that_was_seen_is_the_class_tokens(vit, images):
-    seen = tdm.attach(vit, Watching(tdm.Strategy(), (9,))).run(images, trace=True).carry["seen"][9]
+    seen = tdm.attach(vit, [Watcher((9,)), tdm.Strategy()]).run(images, trace=True).state[0].seen[9]
     captured = {}
     vit.blocks[9].attn.register_forward_pre_hook(
         lambda module, inputs: captured.update(x=inputs[0])
@@ -84,7 +84,7 @@ def test_dropped_patches_count_as_nothing(vit, images):
 
 def test_a_tokens_attention_is_shared_by_its_patches():
     attention, source = torch.rand(3, 5), torch.tensor([[0, 1, 1, 2, 3, 4, 4, 4]]).expand(3, -1)
-    dense = spread(attention, source)
+    dense = to_patches(attention, source)
     torch.testing.assert_close(dense.sum(1), attention.sum(1))
     torch.testing.assert_close(dense[:, 5], attention[:, 4] / 3)
 

@@ -27,7 +27,7 @@ from benchmarks.sweep import (
 from benchmarks.sweep.shrink import shrinking
 from benchmarks.sweep.table import Row, append_row, write_rows
 from tdm_lightning.cli import main
-from tdm_lightning.vit.blocks import BlockAdapter
+from tdm_lightning.vit.adapters import eva
 
 SMALL = {
     "img_size": 32,
@@ -106,7 +106,7 @@ def test_every_parameter_has_a_say():
 
 def test_positions_that_stay_behind_are_seen(monkeypatch):
     monkeypatch.setattr(
-        BlockAdapter, "rope", lambda self, tokens: tokens.geometry.rope[0][: tokens.count]
+        eva, "rotation", lambda tokens, index: tokens.positions.rope[0][: tokens.count]
     )
     (problem,) = found(rotary()).problems
     assert problem.startswith("with its patches shuffled it is off by")

@@ -70,7 +70,7 @@ class Half(Strategy):
     def after_attention(self, index, tokens, seen):
         if index != 1:
             return tokens
-        score = observed.importance
+        score = seen.importance
         keep = int((score > score.mean(1, keepdim=True)).sum(1).max())
         order = rank_order(score)
         assignment = torch.full_like(order, -1).scatter(

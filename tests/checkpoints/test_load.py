@@ -247,7 +247,7 @@ class Scored(tdm.EViT):
     """A strategy with a layer of its own."""
 
     def bind(self, vit, info):
-        super().bind(vit, patches)
+        super().bind(vit, info)
         self.score = torch.nn.Linear(2, 1)
 
 

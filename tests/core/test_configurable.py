@@ -57,7 +57,7 @@ def test_arguments_are_optional():
     )
 
 
-@pytest.mark.parametrize("path", ["os.system", "Nothing", "torch.nn.Linear", "TokenMerger"])
+@pytest.mark.parametrize("path", ["os.system", "Nonexistent", "torch.nn.Linear", "TokenMerger"])
 def test_only_known_strategies_are_built(path):
     with pytest.raises(ValueError, match=r"is not a known Strategy; known are .*EViT.*TDM"):
         tdm.Strategy.from_config({"class_path": path, "init_args": {}})

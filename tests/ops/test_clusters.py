@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from tdm_lightning.ops import cluster_density_peaks, pairwise_distances
 
-DENSITIES = ("gaussian", "cutoff", "knn")
-ASSIGNMENTS = ("nearest", "denser")
+DENSITIES = ("gaussian", "knn")
 
 
 def distances_by_loops(x):
@@ -22,48 +21,35 @@ def distances_by_loops(x):
     ]
 
 
-def densities_by_loops(d, kernel, cutoff, neighbours):
+def densities_by_loops(d, kernel, neighbours):
     n = len(d)
     if kernel == "gaussian":
         return [sum(math.exp(-(d[i][j] ** 2)) for j in range(n) if j != i) for i in range(n)]
-    if kernel == "cutoff":
-        between = sorted(d[i][j] for i in range(n) for j in range(n) if i != j)
-        if not between:
-            return [0.0]
-        radius = between[max(1, round(cutoff * len(between))) - 1]
-        return [
-            sum(math.exp(-((d[i][j] / radius) ** 2)) for j in range(n) if j != i) for i in range(n)
-        ]
     k = min(neighbours, n)
     return [math.exp(-sum(v**2 for v in sorted(row)[:k]) / k) for row in d]
 
 
-def peaks_by_loops(x, clusters, kernel, assignment, cutoff=0.02, neighbours=5):
+def peaks_by_loops(x, clusters, kernel, neighbours=5):
     """Labels and centres of one token set, N×C, in the words of the method: nothing is
     vectorised.
     """
     d = distances_by_loops(x)
     n = len(d)
-    rho = densities_by_loops(d, kernel, cutoff, neighbours)
+    rho = densities_by_loops(d, kernel, neighbours)
     by_density = sorted(range(n), key=lambda i: (-rho[i], i))
-    delta, parent = [0.0] * n, [0] * n
-    for place, i in enumerate(by_density):
-        if place == 0:
-            delta[i], parent[i] = max(d[i]), i
-        else:
-            parent[i] = min(by_density[:place], key=lambda j: d[i][j])
-            delta[i] = d[i][parent[i]]
+    delta = [0.0] * n
+    for rank, i in enumerate(by_density):
+        denser = by_density[:rank]
+        delta[i] = min(d[i][j] for j in denser) if denser else max(d[i])
     score = [rho[i] * delta[i] for i in range(n)]
     # Every other score is at most the densest token's; being the densest decides an exact tie.
     centres = sorted(range(n), key=lambda i: (-score[i], i != by_density[0]))[:clusters]
     labels = [-1] * n
     for label, centre in enumerate(centres):
         labels[centre] = label
-    for i in by_density:
-        if labels[i] < 0 and assignment == "nearest":
+    for i in range(n):
+        if labels[i] < 0:
             labels[i] = min(range(clusters), key=lambda k: d[i][centres[k]])
-        elif labels[i] < 0:
-            labels[i] = labels[parent[i]]
     return labels, centres
 
 
@@ -82,7 +68,6 @@ def test_distances_of_half_precision_tokens_do_not_overflow(dtype):
     assert found[0, 0].tolist() == pytest.approx([0, 600, 300])
 
 
-@pytest.mark.parametrize("assignment", ASSIGNMENTS)
 @pytest.mark.parametrize("density", DENSITIES)
 @given(
     n=st.integers(1, 30),
@@ -90,40 +75,34 @@ def test_distances_of_half_precision_tokens_do_not_overflow(dtype):
     seed=st.integers(0, 10**6),
     spread=st.sampled_from([0.3, 1.0, 3.0]),
 )
-def test_equals_the_loops(density, assignment, n, share, seed, spread):
+def test_equals_the_loops(density, n, share, seed, spread):
     """Also for tokens so far apart that their densities vanish beside the token's own share of
     1.
     """
     x = torch.randn(2, n, 6, generator=torch.Generator().manual_seed(seed)) * spread
     clusters = max(1, math.floor(share * n))
-    labels, centres = cluster_density_peaks(
-        x, clusters, density, assignment, cutoff=0.1, neighbours=4
-    )
+    labels, centres = cluster_density_peaks(x, clusters, density, neighbours=4)
     for image in range(2):
-        wanted = peaks_by_loops(
-            x[image].double().tolist(), clusters, density, assignment, cutoff=0.1, neighbours=4
-        )
+        wanted = peaks_by_loops(x[image].double().tolist(), clusters, density, neighbours=4)
         assert (labels[image].tolist(), centres[image].tolist()) == wanted
 
 
-@pytest.mark.parametrize("assignment", ASSIGNMENTS)
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("n", [1, 2, 5, 40, 196])
-def test_always_a_partition_into_exactly_k(density, assignment, n):
+def test_always_a_partition_into_exactly_k(density, n):
     for clusters in {1, 2, n // 4, n // 2, n} - {0}:
         if clusters > n:
             continue
-        labels, centres = cluster_density_peaks(torch.randn(2, n, 8), clusters, density, assignment)
+        labels, centres = cluster_density_peaks(torch.randn(2, n, 8), clusters, density)
         for image in range(2):
             assert sorted(set(labels[image].tolist())) == list(range(clusters))
             assert labels[image][centres[image]].tolist() == list(range(clusters))
 
 
-@pytest.mark.parametrize("assignment", ASSIGNMENTS)
 @pytest.mark.parametrize("density", DENSITIES)
-def test_identical_tokens_still_give_k_clusters(density, assignment):
+def test_identical_tokens_still_give_k_clusters(density):
     """Every distance and every score ties: no centre may be lost, no number may be undefined."""
-    labels, centres = cluster_density_peaks(torch.ones(2, 9, 4), 3, density, assignment)
+    labels, centres = cluster_density_peaks(torch.ones(2, 9, 4), 3, density)
     assert len(set(centres[0].tolist())) == 3
     assert sorted(set(labels[0].tolist())) == [0, 1, 2]
 
@@ -138,19 +117,16 @@ def test_equal_densities_are_told_apart_by_rank():
     assert labels.tolist() == [[0, 1, 0, 1]]
 
 
-@pytest.mark.parametrize("assignment", ASSIGNMENTS)
-@pytest.mark.parametrize(
-    ("density", "cutoff"), [("gaussian", 0.02), ("cutoff", 0.1), ("knn", 0.02)]
-)
+@pytest.mark.parametrize("density", DENSITIES)
 @given(seed=st.integers(0, 10**6), groups=st.integers(1, 6))
-def test_planted_clusters_are_recovered(density, cutoff, assignment, seed, groups):
+def test_planted_clusters_are_recovered(density, seed, groups):
     generator = torch.Generator().manual_seed(seed)
     planted = torch.arange(groups).repeat_interleave(8)[
         torch.randperm(8 * groups, generator=generator)
     ]
     centres = torch.eye(groups, 16) * 25
     x = centres[planted] + torch.randn(8 * groups, 16, generator=generator) * 0.5
-    labels, _ = cluster_density_peaks(x.unsqueeze(0), groups, density, assignment, cutoff=cutoff)
+    labels, _ = cluster_density_peaks(x.unsqueeze(0), groups, density)
     pairs = set(zip(planted.tolist(), labels[0].tolist(), strict=True))
     assert len(pairs) == groups  # a one-to-one map between planted and found groups
 

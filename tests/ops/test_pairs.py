@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tdm_lightning.ops import match_pairs
 
-RULES = ("bipartite", "greedy", "mutual")
+RULES = ("bipartite", "greedy")
 
 
 def similarity_by_loops(x):
@@ -28,15 +28,6 @@ def fusions_by_loops(x, pairs, rule):
         edges.sort(key=lambda edge: -edge[0])
         return {a: b for _, a, b in edges[:pairs]}
     free, fused = set(range(n)), {}
-    if rule == "mutual":
-        best = [max((j for j in range(n) if j != i), key=lambda j: s[i][j]) for i in range(n)]
-        mutual = sorted(
-            ((s[i][best[i]], i) for i in range(n) if i < best[i] and best[best[i]] == i),
-            reverse=True,
-        )
-        for _, i in mutual[:pairs]:
-            fused[best[i]] = i
-            free -= {i, best[i]}
     while len(fused) < pairs:
         _, i, j = max((s[i][j], i, j) for i in free for j in free if i < j)
         fused[j] = i
@@ -92,10 +83,9 @@ def test_exactly_n_minus_p_groups(rule, n, pairs):
         assert shared[image].tolist() == [labels.count(label) > 1 for label in labels]
 
 
-@pytest.mark.parametrize("rule", ["greedy", "mutual"])
-def test_one_to_one_rules_never_fuse_three(rule):
+def test_the_greedy_rule_never_fuses_three():
     x = torch.ones(1, 8, 4) + 0.01 * torch.randn(1, 8, 4)
-    group, _ = match_pairs(x, 4, rule)
+    group, _ = match_pairs(x, 4, "greedy")
     assert group[0].bincount().tolist() == [2, 2, 2, 2]
 
 
@@ -106,15 +96,6 @@ def test_bipartite_may_fuse_several_into_one():
     group, shared = match_pairs(x, 2)
     assert group.tolist() == [[0, 0, 0, 1]]
     assert shared.tolist() == [[True, True, True, False]]
-
-
-def test_mutual_takes_reciprocal_pairs_before_closer_ones():
-    """2 and 3 are close, but 2 prefers 1; 4 and 5 are far apart, but choose each other."""
-    angles = torch.tensor([0.0, 0.10, 0.22, 0.45, 1.20, 1.60])
-    x = torch.stack((angles.cos(), angles.sin()), dim=1).unsqueeze(0)
-    assert match_pairs(x, 2, "greedy")[0].tolist() == [[0, 0, 1, 1, 2, 3]]
-    assert match_pairs(x, 2, "mutual")[0].tolist() == [[0, 0, 1, 2, 3, 3]]
-    assert match_pairs(x, 3, "mutual")[0].tolist() == [[0, 0, 1, 1, 2, 2]]
 
 
 @pytest.mark.parametrize("rule", RULES)

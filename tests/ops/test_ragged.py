@@ -26,10 +26,11 @@ class Bright(Strategy):
 class Rows(Strategy):
     """Computes every other patch in one block, and those only from then on."""
 
-    def before_block(self, index, tokens):
-        if index != 1:
-            return tokens
-        return tokens.replace(queries=torch.arange(0, tokens.x.shape[1], 2))
+    def requires(self):
+        return tdm.Requirements(rows=True)
+
+    def rows(self, index, tokens):
+        return torch.arange(0, tokens.x.shape[1], 2) if index == 1 else None
 
 
 @pytest.fixture
@@ -91,15 +92,15 @@ def test_every_patch_may_go(images):
 def test_chosen_rows_leave_as_they_would_among_all(images):
     plain, chosen = tdm.attach(vit(), Strategy()), tdm.attach(vit(), Rows())
     full, few = [], []
-    plain.hook_points[1].register_forward_hook(lambda tap, inputs, x: full.append(x))
-    chosen.hook_points[1].register_forward_hook(lambda tap, inputs, x: few.append(x))
+    plain.hook_points[1].register_forward_hook(lambda point, inputs, x: full.append(x))
+    chosen.hook_points[1].register_forward_hook(lambda point, inputs, x: few.append(x))
     plain(images), chosen(images)
     torch.testing.assert_close(few[0], full[0][:, ::2], atol=1e-5, rtol=1e-5)
     assert tdm.flops.count_macs(chosen) < tdm.flops.count_macs(plain)
 
 
 def test_blocks_that_compute_all_rows_say_so(images):
-    with pytest.raises(TypeError, match="some rows"):
+    with pytest.raises(TypeError, match="chosen rows"):
         tdm.attach(
             timm.create_model("test_vit", img_size=32, patch_size=8, attn_layer="diff").eval(),
             Rows(),

@@ -14,6 +14,7 @@ import tdm_lightning as tdm
 from tdm_lightning import slimming
 from tdm_lightning.cli import main
 from tdm_lightning.slimming.error import relative_error
+from tdm_lightning.vit.adapters.timm_base import ATTENTIONS
 from tdm_lightning.vit.find import hook_blocks
 
 SHAPE = {
@@ -120,11 +121,9 @@ def test_attention_maps_are_timms():
         lambda weights: maps.append(weights) or original(weights),
     )
     attn(x)
-    from tdm_lightning.vit.attention import query_key
-
-    torch.testing.assert_close(
-        slimming.attention_maps(x, query_key(attn)), maps[0], atol=1e-6, rtol=1e-5
-    )
+    heads = ATTENTIONS[type(attn)].heads(attn, x, None, 0)
+    found = slimming.attention_maps(heads.q, heads.k, heads.scale)
+    torch.testing.assert_close(found, maps[0], atol=1e-6, rtol=1e-5)
 
 
 def test_impact_against_matrices_spelled_out():

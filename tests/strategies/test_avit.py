@@ -73,8 +73,8 @@ def test_both_forms_follow_the_definition(scale, center, eps):
     for i, image in enumerate(images):
         sums, blocks, rest = slowly(model.vit, image, model.strategy)
         close(masked.features[i], model.vit.norm(sums), 1e-4)
-        assert torch.equal(masked.carry["blocks"][i].long(), blocks)
-        close(masked.carry["ponder"][i], blocks + rest, 1e-5)
+        assert torch.equal(masked.state.blocks[i].long(), blocks)
+        close(masked.state.ponder[i], blocks + rest, 1e-5)
         assert [count[i].item() for count in masked.trace.token_counts] == [
             (blocks[1:] > at).sum() for at in range(6)
         ]

@@ -23,14 +23,14 @@ def test_the_loss_has_its_terms(images):
     terms = model.objective.loss(output, target, F.cross_entropy)
     assert list(terms) == ["task", "ponder", "prior"]
     close(terms["task"], F.cross_entropy(output.logits, target))
-    close(terms["ponder"], 0.5 * output.carry["ponder"].mean())
+    close(terms["ponder"], 0.5 * output.state.ponder.mean())
     density = torch.distributions.Normal(3.0, 1.5).log_prob(torch.arange(6.0)).exp()
     wanted = density * 0.98 / density[:3].sum()
-    share = torch.stack(output.carry["scores"]).mean((1, 2))
+    share = torch.stack(output.state.scores).mean((1, 2))
     share = (share / share.sum()).clamp(0.01, 0.99)
     close(terms["prior"], 2 * torch.nn.KLDivLoss(reduction="batchmean")(share.log(), wanted), 1e-5)
     assert terms["prior"] > 0
-    close(model.objective.report(output, target)["blocks"], output.carry["blocks"].mean())
+    close(model.objective.report(output, target)["blocks"], output.state.blocks.mean())
     model.eval()
     assert list(model.objective.loss(model.run(images), target, F.cross_entropy)) == ["task"]
 
@@ -46,11 +46,9 @@ def test_a_negative_divergence_asks_for_nothing():
 
 def test_weights_of_a_token_sum_to_one(images):
     output = masking(small()).run(images)
-    scores, blocks = torch.stack(output.carry["scores"]), output.carry["blocks"]
+    scores, blocks = torch.stack(output.state.scores), output.state.blocks
     before_halting = torch.arange(6).view(6, 1, 1) < blocks - 1
-    close(
-        (scores * before_halting).sum(0) + output.carry["ponder"] - blocks, torch.ones(4, 17), 1e-6
-    )
+    close((scores * before_halting).sum(0) + output.state.ponder - blocks, torch.ones(4, 17), 1e-6)
     assert blocks.unique().tolist() == [2, 3, 4, 5, 6]
 
 

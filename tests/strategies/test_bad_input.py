@@ -54,7 +54,7 @@ def test_layers_that_the_model_lacks(strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("merger", ["TokenMerger", tdm.TokenMerger, 3])
 def test_merger_of_another_kind(strategy, merger):
-    with pytest.raises(TypeError, match="merger must be a TokenMerger or None"):
+    with pytest.raises(TypeError, match="merger must be a Merger such as TokenMerger"):
         strategy(merger=merger)
 
 

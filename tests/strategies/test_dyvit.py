@@ -12,7 +12,8 @@ from torch.nn import functional as F
 import tdm_lightning as tdm
 from tdm_lightning.core import Output, Role, Tokens
 from tdm_lightning.ops import policy_softmax
-from tdm_lightning.vit.attention import full_attention
+from tdm_lightning.vit.adapters import model_info
+from tdm_lightning.vit.adapters.timm_base import run_attention
 from tests.helpers.vits import grouped
 
 
@@ -73,7 +74,7 @@ def test_official_training(official_training):
     tensors, _, output = official_training()
     torch.testing.assert_close(output.logits, tensors["train.logits"], atol=1e-4, rtol=0)
     torch.testing.assert_close(output.features[:, 1:], tensors["train.features"], atol=2e-4, rtol=0)
-    assert torch.equal(torch.stack(output.carry["decisions"]), tensors["train.stage_decisions"])
+    assert torch.equal(torch.stack(output.state.decisions), tensors["train.stage_decisions"])
 
 
 @pytest.mark.parametrize(
@@ -153,6 +154,11 @@ def test_gradients_are_finite_where_the_policy_is_zero(dtype):
     assert policy.grad[0, 1] != 0  # a dropped token still learns whether it was missed
 
 
+def explicit(attention, tokens):
+    """An attention under a policy."""
+    return run_attention(attention, tokens.x, tokens, 0, frozenset())[0]
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [{}, {"qk_norm": True}, {"scale_norm": True}, {"gated": True}, {"qkv_bias": True}],
@@ -161,11 +167,9 @@ def test_gradients_are_finite_where_the_policy_is_zero(dtype):
 def test_explicit_attention_is_timms(kwargs):
     attention = Attention(32, num_heads=4, norm_layer=torch.nn.LayerNorm, **kwargs).eval()
     x, bias = torch.randn(2, 9, 32), torch.randn(2, 1, 1, 9)
-    tokens = Tokens(x, 1, policy=torch.ones(2, 9))
-    torch.testing.assert_close(
-        full_attention(attention, x, tokens), attention(x), atol=1e-5, rtol=1e-4
-    )
-    biased = full_attention(attention, x, tokens.replace(key_bias=bias))
+    tokens = Tokens(x, 1, info=None, policy=torch.ones(2, 9))
+    torch.testing.assert_close(explicit(attention, tokens), attention(x), atol=1e-5, rtol=1e-4)
+    biased = explicit(attention, tokens.replace(key_bias=bias))
     torch.testing.assert_close(biased, attention(x, attn_mask=bias), atol=1e-5, rtol=1e-4)
 
 
@@ -196,7 +200,7 @@ def test_training_needs_plain_attention(kind):
 def test_a_dropped_token_never_returns_and_is_seen_by_nobody(images):
     model = small().train()
     output = model.run(images)
-    first, second = output.carry["decisions"]
+    first, second = output.state.decisions
     assert set(first.unique().tolist()) == {0.0, 1.0}
     assert (second <= first).all()
     assert output.features.shape == (3, 17, model.embed_dim)
@@ -206,10 +210,9 @@ def test_a_dropped_token_never_returns_and_is_seen_by_nobody(images):
         policy[0, 5] = 0
         x = torch.ones(1, 17, 64).cumsum(1).sin()
         x[0, 5] += changed
-        tokens = Tokens(x, 1, policy=policy)
-        return full_attention(model.vit.blocks[0].attn, x, tokens)[
-            0, [i for i in range(17) if i != 5]
-        ]
+        tokens = Tokens(x, 1, model_info(model.vit), policy=policy)
+        found = explicit(model.vit.blocks[0].attn, tokens)
+        return found[0, [i for i in range(17) if i != 5]]
 
     torch.testing.assert_close(class_token(0.0), class_token(3.0), atol=1e-4, rtol=0)
 
@@ -217,11 +220,11 @@ def test_a_dropped_token_never_returns_and_is_seen_by_nobody(images):
 def test_sampling_varies_in_training_only(images):
     model = small().train()
     assert not torch.equal(
-        model.run(images).carry["decisions"][0], model.run(images).carry["decisions"][0]
+        model.run(images).state.decisions[0], model.run(images).state.decisions[0]
     )
     model.eval()
     assert torch.equal(model(images), model(images))
-    assert "decisions" not in model.run(images).carry
+    assert model.run(images).state.decisions is None
 
 
 def test_a_model_ready_for_inference_is_pruned(images):
@@ -252,7 +255,7 @@ def test_the_ratio_loss_moves_the_kept_share_to_the_schedule():
     for _ in range(60):
         output = model.run(images)
         terms = model.objective.loss(output, labels, F.cross_entropy)
-        history.append([decision.mean().item() for decision in output.carry["decisions"]])
+        history.append([decision.mean().item() for decision in output.state.decisions])
         optimizer.zero_grad()
         sum(terms.values()).backward()
         optimizer.step()
@@ -297,10 +300,10 @@ def test_merged_tokens_are_weighted_by_the_keep_probability(images):
     seen = {}
 
     class Spy(tdm.TokenMerger):
-        def __call__(self, x, importance, keep, features=None):
-            seen.setdefault("x", x), seen.setdefault("importance", importance)
-            seen.setdefault("reduction", super().__call__(x, importance, keep, features))
-            return super().__call__(x, importance, keep, features)
+        def __call__(self, given, keep):
+            seen.setdefault("x", given.x), seen.setdefault("importance", given.importance)
+            seen.setdefault("reduction", super().__call__(given, keep))
+            return super().__call__(given, keep)
 
     model.strategy.merger = Spy()
     _, trace = model.trace(images)
@@ -315,14 +318,14 @@ def test_training_with_the_merger_merges_for_real(images):
     model = small(merger=tdm.TokenMerger()).train()
     output = model.run(images)
     assert output.features.shape[1] == 1 + 5
-    assert output.carry["holder"].shape == (3, 16)
-    assert output.carry["holder"].unique().tolist() == list(range(5))
+    assert output.state.holder.shape == (3, 16)
+    assert output.state.holder.unique().tolist() == list(range(5))
     teacher = tdm.attach(model.vit, tdm.Strategy()).run(images)
     terms = model.objective.loss(output, torch.tensor([0, 1, 2]), F.cross_entropy, teacher)
-    held = F.one_hot(output.carry["holder"], 5).float()
+    held = F.one_hot(output.state.holder, 5).float()
     mean = held.transpose(1, 2) @ teacher.features[:, 1:] / held.sum(1).unsqueeze(-1)
     torch.testing.assert_close(terms["tokens"], 0.5 * F.mse_loss(output.features[:, 1:], mean))
-    shares = torch.stack([decision.sum(1) / 16 for decision in output.carry["decisions"]])
+    shares = torch.stack([decision.sum(1) / 16 for decision in output.state.decisions])
     ratio = ((shares - torch.tensor([[0.6], [0.36]])) ** 2).mean()
     torch.testing.assert_close(terms["ratio"], 2 * ratio)
 
@@ -340,7 +343,7 @@ def test_the_policy_of_merged_tokens_changes_nothing_forward(images, monkeypatch
 @pytest.mark.parametrize(
     ("merger", "error", "message"),
     [
-        ("yes", TypeError, "TokenMerger or None"),
+        ("yes", TypeError, "must be a Merger such as"),
         (tdm.TokenMerger(features="keys"), ValueError, "merges before a block"),
         (tdm.TokenMerger(features="normed"), ValueError, "merges before a block"),
     ],

@@ -9,7 +9,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
 import tdm_lightning as tdm
-from tdm_lightning.core import Role, Tokens
+from tdm_lightning.core import ModelInfo, Role, Tokens
+from tdm_lightning.strategies.evovit import EvoState
+
+INFO = ModelInfo(
+    depth=8, patches=64, width=32, heads=2, prefix=1, class_tokens=1, pooling="patches"
+)
 
 
 @pytest.fixture
@@ -84,11 +89,11 @@ def test_official_training(official):
     model.train()
     output = model.run(tensors["input"])
     close(output.logits, tensors["train.logits"])
-    close(output.carry["class_logits"], tensors["train.logits_cls"])
+    close(output.state.class_logits, tensors["train.logits_cls"])
     model.objective.on_progress(epoch=199, step=0, total_steps=1)
     output = model.run(tensors["input"])
     close(output.logits, tensors["layerwise.train.logits"])
-    close(output.carry["class_logits"], tensors["layerwise.train.logits_cls"])
+    close(output.state.class_logits, tensors["layerwise.train.logits_cls"])
     model.objective.on_progress(epoch=200, step=0, total_steps=1)
     close(model(tensors["input"]), tensors["train.logits"])
 
@@ -152,7 +157,7 @@ def test_running_attention_against_its_definition(images):
         layer[index] = block.attn
     seen = {}
     for index in range(5):
-        layer[index].register_forward_hook(
+        layer[index].qkv.register_forward_hook(
             lambda module, args, out, index=index: seen.__setitem__(index, args[0])
         )
     _, trace = model.trace(images)
@@ -187,7 +192,7 @@ def test_one_number_is_that_number_in_every_block(images):
 def test_importance_is_only_asked_for_where_it_is_used():
     def asked(**kwargs):
         strategy = tdm.EvoViT(0.5, **kwargs)
-        return [index for index in range(12) if strategy.needs(index)]
+        return [index for index in range(12) if strategy.needs(index, INFO)]
 
     assert asked() == [3, 4, 5, 6, 7]
     assert asked(tradeoff=0.5) == list(range(8))
@@ -208,8 +213,8 @@ def changes_of_the_waiting(model, images):
     def spy(index, tokens):
         tokens = original(index, tokens)
         if index == 5:
-            seen["parked"], seen["group"] = tokens.parked, tokens.carry.get("stands_for")
-            seen["start"] = tokens.carry.get("stand_in")
+            seen["parked"], seen["group"] = tokens.state.parked, tokens.state.stands_for
+            seen["start"] = tokens.state.stand_in
         return tokens
 
     strategy.before_block = spy
@@ -245,7 +250,8 @@ def test_every_cluster_gets_its_own_change(images):
 def test_stand_ins_attract_attention_for_all_they_stand_for(proportional):
     merger = tdm.TokenMerger(proportional_attention=proportional)
     strategy = tdm.EvoViT(0.5, layers=(2, 5), merger=merger)
-    tokens = Tokens(torch.randn(2, 65, 32), prefix=1, depth=8).carrying(attention=torch.rand(2, 64))
+    state = EvoState(attention=torch.rand(2, 64))
+    tokens = Tokens(torch.randn(2, 65, 32), 1, INFO, state=state)
     tokens = strategy.before_block(2, tokens)
     if not proportional:
         assert tokens.key_bias is None
@@ -253,7 +259,7 @@ def test_stand_ins_attract_attention_for_all_they_stand_for(proportional):
     prefix, stand_ins, updated = tokens.key_bias.exp().split((1, 8, 32), dim=-1)
     assert (prefix == 1).all()
     assert (updated == 1).all()
-    members = torch.nn.functional.one_hot(tokens.carry["stands_for"], 8).sum(1)
+    members = torch.nn.functional.one_hot(tokens.state.stands_for, 8).sum(1)
     torch.testing.assert_close(stand_ins.flatten(1), members.float())
     assert strategy.finish(tokens).key_bias is None
 
@@ -328,7 +334,7 @@ def test_half_the_loss_comes_from_the_class_token(images):
     assert terms.keys() == {"task", "class_head"}
     torch.testing.assert_close(terms["task"], 0.5 * F.cross_entropy(output.logits, labels))
     torch.testing.assert_close(
-        terms["class_head"], 0.5 * F.cross_entropy(output.carry["class_logits"], labels)
+        terms["class_head"], 0.5 * F.cross_entropy(output.state.class_logits, labels)
     )
     sum(terms.values()).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.strategy.parameters())
@@ -340,7 +346,7 @@ def test_the_class_head_follows_another_number_of_classes(images):
     model = small(class_head=True).train()
     model.reset_classifier(9)
     output = model.run(images)
-    assert output.logits.shape == output.carry["class_logits"].shape == (2, 9)
+    assert output.logits.shape == output.state.class_logits.shape == (2, 9)
 
 
 def test_official_weights_load_with_and_without_the_class_head(official, golden):

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import tdm_lightning as tdm
 from tdm_lightning.core import Output
+from tdm_lightning.strategies.iared2 import PolicyState
 from tests.helpers.iared2s import LABELS, small
 from tests.helpers.trainers import QUIET
 from tests.helpers.vits import grouped
@@ -25,8 +26,8 @@ def images():
 def outcome(kept, right, group=0):
     """A pass over four images of class 0 with ten patches."""
     wrong = ~torch.tensor(right)
-    carry = {"kept": torch.tensor(kept), "initial": 10, "group": group}
-    return Output(F.one_hot(wrong.long(), 3).float(), torch.zeros(4, 1, 2), None, carry)
+    state = PolicyState(10, group, torch.tensor(kept))
+    return Output(F.one_hot(wrong.long(), 3).float(), torch.zeros(4, 1, 2), None, state)
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -59,7 +60,7 @@ def test_policy_gradient_by_hand(images):
     x = model.vit._pos_embed(model.vit.patch_embed(images)).detach()
     score = strategy.interpreters[0](x[:, :1], x[:, 1:])
     log_probability = torch.distributions.Bernoulli(score).log_prob(drawn).sum(1)
-    torch.testing.assert_close(output.carry["log_probability"], log_probability)
+    torch.testing.assert_close(output.state.log_probability, log_probability)
     advantage = strategy.reward(output, LABELS) - strategy.reward(baseline, LABELS)
     terms = strategy.loss(output, LABELS, F.cross_entropy, baseline)
     assert terms.keys() == {"policy"}
@@ -73,12 +74,12 @@ def test_padding_has_no_part_in_the_policy(images):
     output = model.run(images)
     counts = (model.eval().trace(images)[1].token_counts)[0]
     assert len(set(counts.tolist())) > 1
-    assert (output.carry["kept"] <= counts).all()
+    assert (output.state.kept <= counts).all()
     scores = [model.trace(image[None])[1].layers[1].importance for image in images]
     least = torch.stack([torch.minimum(score, 1 - score).log().sum() for score in scores])
     most = torch.stack([torch.maximum(score, 1 - score).log().sum() for score in scores])
-    assert (output.carry["log_probability"] >= least - 1e-4).all()
-    assert (output.carry["log_probability"] <= most + 1e-4).all()
+    assert (output.state.log_probability >= least - 1e-4).all()
+    assert (output.state.log_probability <= most + 1e-4).all()
 
 
 def test_draws_vary_and_follow_the_scores(images):
@@ -107,7 +108,7 @@ def test_baseline_is_inference_without_a_trace_of_it(images):
     )  # blocks learn the task, and need none
     strategy.on_progress(0, 0, 1)
     output = model.run(images)
-    with pytest.raises(ValueError, match="strategy.baseline"):
+    with pytest.raises(ValueError, match="strategy.second_pass"):
         strategy.loss(output, LABELS, F.cross_entropy)
 
 

@@ -11,9 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
 import tdm_lightning as tdm
-from tdm_lightning.core import Role, Tokens
-from tdm_lightning.ops import class_row
-from tdm_lightning.vit import blocks
+from tdm_lightning.core import History, Role, Tokens
+from tdm_lightning.ops import class_attention
+from tdm_lightning.vit.adapters import attention, model_info
 from tests.helpers.exporting import check_compiled, check_exported, check_onnx
 from tests.helpers.vits import lively
 
@@ -21,7 +21,6 @@ MERGERS = {
     "default": lambda: tdm.TokenMerger(),
     "other": lambda: tdm.TokenMerger(
         density="knn",
-        assignment="denser",
         matching="greedy",
         features="keys",
         proportional_attention=True,
@@ -148,17 +147,16 @@ def test_commutes_with_a_permutation_of_the_patches(strategy, pooling):
     shuffled = torch.cat((embedded[:, :prefix], embedded[:, prefix:][:, shuffle]), dim=1)
     before, after = through(model, embedded), through(model, shuffled)
     torch.testing.assert_close(before.x, after.x, atol=1e-4, rtol=1e-3)
-    assert torch.equal(before.source[:, shuffle], after.source)
+    assert torch.equal(before.history.source[:, shuffle], after.history.source)
 
 
 def through(model, embedded):
     """The blocks alone, on tokens B×T×C."""
-    prefix = model.vit.num_prefix_tokens
-    batch, patches = embedded.shape[0], embedded.shape[1] - prefix
-    source = torch.arange(patches).expand(batch, -1)
-    tokens = model.strategy.begin(
-        Tokens(embedded, prefix, size=torch.ones(batch, patches), source=source)
-    )
+    info = model_info(model.vit)
+    batch, patches = embedded.shape[0], embedded.shape[1] - info.prefix
+    history = History(torch.arange(patches).expand(batch, -1))
+    size = torch.ones(batch, patches)
+    tokens = model.strategy.begin(Tokens(embedded, info.prefix, info, size=size, history=history))
     for index in range(len(model.vit.blocks)):
         tokens = model._block(index, tokens, lambda stage, block: None)
     return model.strategy.finish(tokens)
@@ -196,14 +194,14 @@ def test_a_pass_leaves_no_state_behind(vit, strategy):
     model = tdm.attach(vit, strategy())
     first, second = torch.randn(2, 3, 32, 32), torch.randn(1, 3, 32, 32)
     kept = everything_kept(model)
-    merger = model.strategy.merger and dict(vars(model.strategy.merger))
+    merger = dict(vars(model.strategy.reducer))
     one = model(first), model(second), model.trace(first)[0]
     other = model.trace(second)[0], model(first), model(first)
     assert torch.equal(one[0], other[1])
     assert torch.equal(one[1], other[0])
     assert torch.equal(one[2], other[2])
     after = everything_kept(model)
-    assert merger == (model.strategy.merger and vars(model.strategy.merger))
+    assert merger == vars(model.strategy.reducer)
     assert kept.keys() == after.keys()
     for name, attributes in kept.items():
         assert attributes.keys() == after[name].keys()
@@ -216,21 +214,23 @@ def test_a_pass_leaves_no_state_behind(vit, strategy):
 def test_without_a_trace_no_source_map_is_made(vit, images, strategy, monkeypatch):
     model = tdm.attach(vit, strategy())
     made = []
-    initialise = Tokens.__init__
+    replace = Tokens.replace
 
-    def spy(self, *args, **kwargs):
-        initialise(self, *args, **kwargs)
-        made.append((self.source is None, not self.layers, self.size is None))
+    def spy(self, **changes):
+        changed = replace(self, **changes)
+        made.append((changed.history is None, changed.size is None))
+        return changed
 
-    monkeypatch.setattr(Tokens, "__init__", spy)
+    monkeypatch.setattr(Tokens, "replace", spy)
     model(images)
     assert made
-    assert all(no_source and no_layers for no_source, no_layers, _ in made)
-    if not model.strategy.tracks_size():
-        assert all(no_size for _, _, no_size in made)
+    assert all(no_history for no_history, _ in made)
+    if not model.strategy.requires().sizes:
+        assert all(no_size for _, no_size in made)
     made.clear()
     model.trace(images)
-    assert not any(no_source for no_source, _, _ in made)
+    assert not all(no_history for no_history, _ in made)
+    assert not made[-1][0]
 
 
 # 7 --------------------------------------------------------------------------------------------
@@ -311,7 +311,9 @@ def test_every_block_attends_through_the_fused_kernel(vit, images, strategy, mod
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k)
     )
-    monkeypatch.setattr(blocks, "class_row", lambda *a, **k: rows.append(1) or class_row(*a, **k))
+    monkeypatch.setattr(
+        attention, "class_attention", lambda *a, **k: rows.append(1) or class_attention(*a, **k)
+    )
     model(images)
     model.eval()
     assert len(calls) == 12

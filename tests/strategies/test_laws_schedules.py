@@ -10,7 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
 import tdm_lightning as tdm
-from tdm_lightning.core import Role, Tokens
+from tdm_lightning.core import History, Role, Tokens
+from tdm_lightning.vit.adapters import model_info
 from tests.helpers.exporting import check_compiled, check_exported, check_onnx
 from tests.helpers.vits import lively
 
@@ -121,9 +122,9 @@ def test_dense_features_follow_every_patch(images, name):
 
 def through(model, embedded):
     """The blocks alone, on tokens B×T×C."""
-    source = torch.arange(64).expand(embedded.shape[0], -1)
-    size = torch.ones(embedded.shape[0], 64)
-    tokens = model.strategy.begin(Tokens(embedded, 1, depth=6, size=size, source=source))
+    history = History(torch.arange(64).expand(embedded.shape[0], -1))
+    size, info = torch.ones(embedded.shape[0], 64), model_info(model.vit)
+    tokens = model.strategy.begin(Tokens(embedded, 1, info, size=size, history=history))
     for index in range(6):
         tokens = model._block(index, tokens, lambda stage, block: None)
     return model.strategy.finish(tokens)
@@ -137,7 +138,7 @@ def test_commutes_with_a_permutation_of_the_patches(name):
     shuffled = torch.cat((embedded[:, :1], embedded[:, 1:][:, shuffle]), dim=1)
     before, after = through(model, embedded), through(model, shuffled)
     torch.testing.assert_close(before.x, after.x, atol=1e-4, rtol=1e-3)
-    assert torch.equal(before.source[:, shuffle], after.source)
+    assert torch.equal(before.history.source[:, shuffle], after.history.source)
 
 
 @every_strategy

@@ -108,7 +108,7 @@ def test_dynamic_int8(images, name, quantise):
     assert all(is_quantized(layer) for layer in small.modules() if wide_enough(layer))
     found, again = seeded(small, images)
     assert found.isfinite().all()
-    assert same_decisions(again, trace) > 0.65  # random weights: many near ties
+    assert same_decisions(again, trace) > 0.6  # random weights: many near ties
     if name not in ADAPTIVE:
         assert again.token_counts == trace.token_counts
     assert torch.equal(seeded(model, images)[0], logits)  # the model itself is as it was
@@ -117,17 +117,22 @@ def test_dynamic_int8(images, name, quantise):
 @pytest.mark.parametrize("quantise", [packed, subclassed])
 @torch.no_grad()
 def test_int8_decides_by_its_own_attention(images, quantise):
-    """With weights that eight bits hold exactly only the activations are rounded, and importance is
-    that of the float model.
+    """Importance is the class row of the attention that the quantised model computes; with weights
+    that eight bits hold exactly only the activations are rounded.
     """
     model = reduced("tdm")
     for layer in model.vit.modules():
         if isinstance(layer, nn.Linear):
             layer.weight.copy_((layer.weight * 64).round().clamp(-127, 127) / 64)
             layer.weight[0, 0] = 127 / 64  # sets the scale
-    small = quantise(model)
+    small, projected = quantise(model), []
+    attn = small.vit.blocks[1].attn
+    attn.qkv.register_forward_hook(lambda layer, inputs, out: projected.append(out))
     a, b = (seeded(each, images)[1].layers[0].importance for each in (model, small))
-    assert (a - b).abs().max() < 0.02
+    q, k, _ = projected[0].unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    own = (q[:, :, :1] @ k.transpose(-2, -1) * attn.scale).softmax(-1).mean((1, 2))
+    torch.testing.assert_close(b, own[:, model.num_prefix_tokens :], atol=1e-6, rtol=1e-4)
+    assert (a - b).abs().max() < 0.03
     assert torch.nn.functional.cosine_similarity(a, b, dim=1).min() > 0.98
 
 

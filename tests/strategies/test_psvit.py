@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import tdm_lightning as tdm
 from tdm_lightning.core import Role
 from tdm_lightning.metrics.recorder import DiversityRecorder
-from tdm_lightning.strategies.psvit import spread_order
+from tdm_lightning.strategies.psvit import evenly_distributed_order
 from tdm_lightning.visualize import panels
 
 COUNTS = (14, 14, 9, 4, 4, 0)
@@ -229,7 +229,7 @@ def test_placeholder_keeps_a_share_of_the_block_before():
 @pytest.mark.parametrize("side", [4, 8, 13, 14, 16, 21])
 def test_spread_order_is_even(side):
     """Every quarter of the grid gets about its share of the first patches."""
-    order = spread_order(side * side)
+    order = evenly_distributed_order(side * side)
     assert sorted(order.tolist()) == list(range(side * side))
     rows, columns = order // side, order % side
     for count in (side * side // 8, side * side // 4, side * side // 2):
@@ -481,7 +481,7 @@ def test_blocks_that_cannot_compute_chosen_rows(kwargs):
     vit = make_vit(**kwargs)
     assert kwargs != {"attn_layer": "diff"} or isinstance(vit.blocks[0].attn, DiffAttention)
     with pytest.raises(
-        TypeError, match="PSViT computes chosen rows.*plain blocks, or another strategy"
+        TypeError, match="with PSViT: chosen rows.*plain blocks, or another strategy"
     ):
         tdm.attach(vit, tdm.PSViT())
 

@@ -317,7 +317,7 @@ def test_positions_follow_the_tokens(images):
 
     model.strategy.before_block = spy
     trace = model.trace(images)[1]
-    layer, position = trace.layers[0], placed[1].position
+    layer, position = trace.layers[0], placed[1].positions.index
     for image in range(4):
         kept = layer.role[image] == Role.KEPT
         assert (
@@ -347,7 +347,7 @@ def test_positions_follow_the_tokens(images):
         ({"layers": (3, 3)}, ValueError, "repeat"),
         ({"package": "max"}, ValueError, "'sum', 'mean'"),
         ({"merger": tdm.TokenMerger()}, ValueError, "fixed_count=True"),
-        ({"merger": "yes", "fixed_count": True}, TypeError, "TokenMerger or None"),
+        ({"merger": "yes", "fixed_count": True}, TypeError, "must be a Merger such as"),
         (
             {"merger": tdm.TokenMerger(features="keys"), "fixed_count": True},
             ValueError,

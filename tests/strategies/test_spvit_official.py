@@ -66,8 +66,8 @@ def test_official_training(official, monkeypatch):
     torch.testing.assert_close(
         output.features[:, 1:197], tensors["train.features"], atol=2e-4, rtol=0
     )
-    assert torch.equal(torch.stack(output.carry["decisions"]), tensors["train.stage_decisions"])
-    assert torch.equal(output.carry["decisions"][-1].unsqueeze(-1), tensors["train.decision"])
+    assert torch.equal(torch.stack(output.state.decisions), tensors["train.stage_decisions"])
+    assert torch.equal(output.state.decisions[-1].unsqueeze(-1), tensors["train.decision"])
     for index, (votes, probability) in zip((3, 6, 9), scored, strict=True):
         torch.testing.assert_close(votes, tensors[f"pred_score.{index}"], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(

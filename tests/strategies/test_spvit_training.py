@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import tdm_lightning as tdm
 from tdm_lightning.core import Output, Role
 from tdm_lightning.ops import policy_softmax
+from tdm_lightning.strategies.spvit import PackageState
 from tests.helpers.spvits import small, without_noise
 from tests.helpers.vits import grouped
 
@@ -29,7 +30,8 @@ def test_training_computes_what_inference_does(images, monkeypatch):
     """Without noise and ε, pooling over patches included."""
     monkeypatch.setattr(F, "gumbel_softmax", without_noise)
     monkeypatch.setattr(
-        "tdm_lightning.vit.attention.policy_softmax", functools.partial(policy_softmax, eps=0)
+        "tdm_lightning.vit.adapters.attention.policy_softmax",
+        functools.partial(policy_softmax, eps=0),
     )
     for vit in ({}, {"global_pool": "avg"}, {"global_pool": "avgmax", "class_token": False}):
         model = small(vit)
@@ -44,7 +46,7 @@ def test_training_computes_what_inference_does(images, monkeypatch):
 
 def test_a_dropped_patch_never_returns(images):
     output = small(std=0.2).train().run(images)
-    first, second = output.carry["decisions"]
+    first, second = output.state.decisions
     assert first.shape == second.shape == (4, 16)
     assert set(first.unique().tolist()) == {0.0, 1.0}
     assert (second <= first).all()
@@ -88,7 +90,7 @@ def test_losses_by_hand(images):
         tdm.attach(copy.deepcopy(model.vit), tdm.Strategy()).eval().run(images),
     )
     terms = model.objective.loss(output, LABELS, F.cross_entropy, teacher)
-    first, second = output.carry["decisions"]
+    first, second = output.state.decisions
     ratio = ((first.mean() - 0.6) ** 2 + (second.mean() - 0.3) ** 2) / 2
     kl = F.kl_div(
         output.logits.log_softmax(1),
@@ -115,9 +117,7 @@ def test_losses_by_hand(images):
 def test_only_the_batch_is_held_to_the_targets():
     decision = torch.zeros(2, 10)
     decision[0] = 1  # one image keeps all, the other none
-    output = Output(
-        torch.zeros(2, 5), torch.zeros(2, 11, 8), None, {"initial": 10, "decisions": (decision,)}
-    )
+    output = Output(torch.zeros(2, 5), torch.zeros(2, 11, 8), None, PackageState(10, (decision,)))
     strategy = tdm.SPViT(layers=(1,), targets=(0.5,), distill_weight=0, token_weight=0)
     assert strategy.loss(output, LABELS[:2], F.cross_entropy)["ratio"] == 0
 
@@ -143,7 +143,7 @@ def test_the_ratio_loss_moves_the_kept_share_to_the_targets():
     history = []
     for _ in range(80):
         output = model.run(images)
-        history.append([decision.mean().item() for decision in output.carry["decisions"]])
+        history.append([decision.mean().item() for decision in output.state.decisions])
         optimizer.zero_grad()
         sum(model.objective.loss(output, labels, F.cross_entropy).values()).backward()
         optimizer.step()
@@ -189,13 +189,13 @@ def test_training_with_the_merger_merges_for_real(images):
     model = small(fixed_count=True, merger=tdm.TokenMerger(), std=0.2).train()
     output = model.run(images)
     assert output.features.shape[1] == 1 + 4
-    assert output.carry["holder"].shape == (4, 16)
+    assert output.state.holder.shape == (4, 16)
     teacher = tdm.attach(copy.deepcopy(model.vit), tdm.Strategy()).eval().run(images)
     terms = model.objective.loss(output, LABELS, F.cross_entropy, teacher)
-    held = F.one_hot(output.carry["holder"], 4).float()
+    held = F.one_hot(output.state.holder, 4).float()
     mean = held.transpose(1, 2) @ teacher.features[:, 1:] / held.sum(1).unsqueeze(-1)
     torch.testing.assert_close(terms["tokens"], 0.5 * F.mse_loss(output.features[:, 1:], mean))
-    shares = torch.stack([decision.sum(1).mean() / 16 for decision in output.carry["decisions"]])
+    shares = torch.stack([decision.sum(1).mean() / 16 for decision in output.state.decisions])
     torch.testing.assert_close(
         terms["ratio"], 2 * ((shares - torch.tensor([0.6, 0.3])) ** 2).mean()
     )

@@ -48,7 +48,7 @@ def test_a_stack_that_reduces_nothing_is_the_plain_model(members):
     torch.testing.assert_close(tdm.attach(vit().eval(), members)(x), plain(x))
 
 
-class Recording(tdm.Strategy):
+class Recording(tdm.Strategy, tdm.TrainingObjective):
     """Writes down what it is told."""
 
     keeps_tokens = True
@@ -134,16 +134,16 @@ def test_a_stack_is_what_its_members_are():
         "task",
         "ratio",
     }
-    assert set(stack(tdm.SViTE()).strategy.loss(model.run(images), labels, F.cross_entropy)) == {
+    assert set(stack(tdm.SViTE()).objective.loss(model.run(images), labels, F.cross_entropy)) == {
         "task"
     }
-    groups, expected = (each.strategy.param_groups(each, 1e-3, 0.05) for each in (model, alone))
+    groups, expected = (each.objective.param_groups(each, 1e-3, 0.05) for each in (model, alone))
     assert [len(group["params"]) for group in groups] == [
         len(group["params"]) for group in expected
     ]
     assert tdm.Stack([tdm.SViTE(), tdm.DyViT()]).requires().teacher
-    assert tdm.Stack([tdm.EvoViT()]).global_pool == tdm.EvoViT().global_pool
-    assert tdm.Stack([tdm.SViTE(), tdm.ToMe(2)]).tracks_size()
+    assert tdm.Stack([tdm.EvoViT()]).requires() == tdm.EvoViT().requires()
+    assert tdm.Stack([tdm.SViTE(), tdm.ToMe(2)]).requires().sizes
 
 
 def test_learned_layers_of_members_are_counted():
@@ -173,7 +173,8 @@ def test_what_does_not_stack(members, error, message):
 
 def test_members_that_want_different_optimizers_or_poolings():
     class Groups(Recording):
-        global_pool = "avg"
+        def requires(self):
+            return tdm.Requirements(pooling="patches")
 
         def param_groups(self, model, lr, weight_decay):
             return [{"params": list(model.parameters())}]
@@ -183,7 +184,8 @@ def test_members_that_want_different_optimizers_or_poolings():
         model.objective.param_groups(model, 1e-3, 0.0)
 
     class Token(Recording):
-        global_pool = "token"
+        def requires(self):
+            return tdm.Requirements(pooling="token")
 
     with pytest.raises(ValueError, match="pool in different ways"):
         tdm.Stack([Groups(), Token()])

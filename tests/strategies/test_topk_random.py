@@ -92,9 +92,14 @@ def test_bad_arguments(vit, make, arguments, error, message):
 
 
 @pytest.mark.parametrize("make", [tdm.TopK, tdm.Random, tdm.DPCKNN])
-def test_takes_no_merger(make):
-    with pytest.raises(TypeError, match="merger"):
-        make(0.7, merger=tdm.TokenMerger())
+def test_takes_a_merger_that_needs_no_more_than_there_is(vit, make):
+    merger = tdm.Cluster()
+    model = tdm.attach(vit, make(0.7, layers=(1, 3), merger=merger)).eval()
+    plain = tdm.attach(vit, make(0.7, layers=(1, 3))).eval()
+    images = torch.randn(1, *tdm.flops.default_input_size(vit))
+    (_, merged), (_, alone) = model.trace(images), plain.trace(images)
+    assert merged.token_counts == alone.token_counts
+    assert Role.DROPPED not in merged.layers[0].role
 
 
 def test_bad_seed():

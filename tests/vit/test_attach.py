@@ -18,8 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import tdm_lightning as tdm
-from tdm_lightning.vit.adapters import class_rows
-from tdm_lightning.vit.heads import forward_head
+from tdm_lightning.vit.adapters import adapter_for, model_info
 
 LAYERS = (1, 2)
 
@@ -119,9 +118,9 @@ def test_importance_comes_from_the_class_tokens_rows(images):
         (FAMILIES["dinov2-registers"], 1),
     ):
         vit = small(**kwargs)
-        assert class_rows(vit) == rows
+        assert model_info(vit).class_tokens == rows
         inputs = []
-        handle = vit.blocks[1].attn.register_forward_pre_hook(
+        handle = vit.blocks[1].attn.qkv.register_forward_pre_hook(
             lambda module, args, kept=inputs: kept.append(args[0])
         )
         seen = tdm.attach(vit, tdm.EViT(0.7, (1,))).trace(images)[1].layers[0].importance
@@ -145,12 +144,12 @@ def test_pooling_counts_a_token_as_often_as_it_has_patches(family):
     repeated = torch.cat(
         (features[:, :prefix], features[:, prefix:].repeat_interleave(sizes, dim=1)), dim=1
     )
-    weighted = forward_head(vit, features, sizes.float().unsqueeze(0))
+    weighted = adapter_for(vit).head(vit, features, sizes.float().unsqueeze(0))
     torch.testing.assert_close(weighted, vit.forward_head(repeated), atol=1e-5, rtol=1e-4)
     if family != "max":
         assert not torch.allclose(weighted, vit.forward_head(features), atol=1e-4)
     torch.testing.assert_close(
-        forward_head(vit, features, sizes.float().unsqueeze(0), pre_logits=True),
+        adapter_for(vit).head(vit, features, sizes.float().unsqueeze(0), pre_logits=True),
         vit.forward_head(repeated, pre_logits=True),
         atol=1e-5,
         rtol=1e-4,

@@ -175,7 +175,7 @@ def placed(model, images, block):
     """The tokens behind the reduction in a block, and what its trace says."""
     seen, original = [], type(model.strategy).after_attention
 
-    def after_attention(self, index, tokens, seen):
+    def after_attention(self, index, tokens, observed):
         seen.append(original(self, index, tokens, observed))
         return seen[-1]
 
@@ -192,7 +192,8 @@ def test_under_rope_a_merged_token_stands_where_its_most_important_member_stood(
         for token in range(tokens.count):
             members = (layer.assignment[image] == token).nonzero().flatten()
             assert (
-                tokens.position[image, token] == members[layer.importance[image, members].argmax()]
+                tokens.positions.index[image, token]
+                == members[layer.importance[image, members].argmax()]
             )
 
 
@@ -205,7 +206,7 @@ def test_under_a_relative_bias_a_merged_token_stands_in_the_middle_of_its_patche
         for token in range(tokens.count):
             members = (layer.assignment[image] == token).nonzero().flatten().double()
             row, column = (members // columns).mean().round(), (members % columns).mean().round()
-            assert tokens.position[image, token] == row * columns + column
+            assert tokens.positions.index[image, token] == row * columns + column
 
 
 @pytest.mark.parametrize("name", ["eva", "beit", "relpos"])

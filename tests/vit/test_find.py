@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import tdm_lightning as tdm
-from tdm_lightning.vit.find import find_vit, inner_vit, hook_blocks
+from tdm_lightning.vit.find import find_vit, hook_blocks, inner_vit
 
 
 def small():

@@ -50,7 +50,7 @@ class Adapter(ABC):
     def blocks(self, vit: Any) -> Sequence[nn.Module]:
         """The transformer blocks, in order."""
 
-    def check(self, vit: Any, requirements: Requirements) -> None:
+    def check(self, vit: Any, requirements: Requirements) -> None:  # noqa: B027 - may have none
         """Refuse a model that cannot be taken apart, or not as a strategy asks for.
 
         Raises:
