@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tdm_lightning import checkpoints, export, flops, metrics, sparsity
+from tdm_lightning import checkpoints, export, flops, hub, metrics, sparsity
 from tdm_lightning.budget import solve_keep_rate
 from tdm_lightning.core import ModelInfo, Output, Reduction, Role, Seen, Tokens, Trace
 from tdm_lightning.importance import Chance, ClassAttention, Importance, ReceivedAttention
@@ -96,6 +96,7 @@ __all__ = [
     "detach",
     "export",
     "flops",
+    "hub",
     "metrics",
     "register_adapter",
     "solve_keep_rate",

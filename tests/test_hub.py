@@ -444,7 +444,7 @@ def test_a_checkpoint_is_shared_by_the_command(tmp_path, images, capsys):
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     out = tmp_path / "shared"
-    main(["export", f"--ckpt_path={tmp_path / 'last.ckpt'}", "--format=hub", f"--out={out}"])
+    main(["export", f"--weights={tmp_path / 'last.ckpt'}", "--format=hub", f"--out={out}"])
     again = load(out)
     assert torch.equal(again(images), module.eval()(images))
     assert again.pretrained_cfg["label_names"] == names

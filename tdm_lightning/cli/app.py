@@ -1,19 +1,20 @@
 """The ``tdm`` command: LightningCLI's ``fit``, ``validate``, ``test`` and ``predict``, and the
-library's own subcommands.
+library's own commands.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from importlib import import_module
-from inspect import Parameter, signature
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from tdm_lightning.cli.configs import named_configs, with_named_configs
+from tdm_lightning.cli.runner import run_function
+from tdm_lightning.core.plugins import load_plugins
+from tdm_lightning.errors import TokenReductionError
 
-#: Our own subcommands: name → (module, function, summary). Imported when called, so that help
-#: stays quick.
+#: Our own commands: name → (module, function, summary). Imported when called, so that help stays
+#: quick.
 COMMANDS = {
     "compare": ("tdm_lightning.cli.compare", "compare", "Time methods against each other."),
     "export": (
@@ -39,6 +40,16 @@ _TRAINER = {
     "predict": "Write class probabilities to a CSV file.",
 }
 
+#: Options of 0.1.0, and what they are called now.
+_RENAMED = {
+    "--model.pretrained": "--model.weights true",
+    "--model.checkpoint": "--model.weights",
+    "--pretrained": "--weights true",
+    "--checkpoint": "--weights",
+    "--from_pretrained": "--weights",
+    "--ckpt": "--weights",
+}
+
 
 def main(
     args: Sequence[str] | None = None,
@@ -54,11 +65,12 @@ def main(
         datamodule_class: likewise for :class:`~tdm_lightning.ImageNetDataModule`.
 
     Returns:
-        The ``LightningCLI`` for ``fit`` and its like, or what the library's own subcommand returns.
+        The ``LightningCLI`` for ``fit`` and its like, or what the library's own command returns.
 
     Raises:
-        SystemExit: with code 2 if the arguments cannot be parsed, 1 if a setting or the data is
-            wrong.
+        SystemExit: with code 2 for what the user can mend: arguments that cannot be parsed, and the
+            library's own errors, which are printed in one line. Given ``args``, those are raised.
+            Every other exception is a bug and keeps its traceback.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     command = arguments[0] if arguments else "--help"
@@ -70,17 +82,22 @@ def main(
 
         print(f"tdm-lightning {__version__}")
         return None
+    if command not in _TRAINER and command not in COMMANDS and not command.startswith("-"):
+        known = ", ".join([*_TRAINER, *COMMANDS])
+        _stop("", f"unknown command {command!r}; the commands are {known}")
+    _refuse_renamed(command, arguments)
+    load_plugins()
     try:
         if command in COMMANDS:
-            return _run_command(command, arguments[1:])
-        return _run_trainer(arguments, model_class, datamodule_class)
-    except (ValueError, TypeError, OSError) as error:
-        # A wrong setting, file or data set: the message says it all. Anything else is a bug and
-        # keeps its traceback.
-        print(f"tdm {command}: error: {error}", file=sys.stderr)
+            module, name, summary = COMMANDS[command]
+            return run_function(f"tdm {command}", summary, module, name, arguments[1:])
+        from tdm_lightning.cli.trainer import run
+
+        return run(with_named_configs(arguments), model_class, datamodule_class)
+    except TokenReductionError as error:
         if args is not None:
             raise
-        raise SystemExit(1) from error
+        _stop(command, str(error), error)
 
 
 def entry() -> None:
@@ -88,50 +105,29 @@ def entry() -> None:
     main()
 
 
-def _run_trainer(
-    arguments: list[str], model_class: type | None, datamodule_class: type | None
-) -> Any:
-    if arguments[0] not in _TRAINER and not arguments[0].startswith("-"):
-        known = ", ".join([*_TRAINER, *COMMANDS])
-        print(
-            f"tdm: error: unknown command {arguments[0]!r}; the commands are {known}",
-            file=sys.stderr,
-        )
-        raise SystemExit(2)
-    from tdm_lightning.cli.trainer import run
-
-    return run(with_named_configs(arguments), model_class, datamodule_class)
+def _stop(command: str, message: str, cause: Exception | None = None) -> NoReturn:
+    """Print one line and end with code 2."""
+    prefix = f"tdm {command}" if command else "tdm"
+    print(f"{prefix}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2) from cause
 
 
-def _run_command(command: str, arguments: list[str]) -> Any:
-    from jsonargparse import ArgumentParser
-
-    module, name, summary = COMMANDS[command]
-    function: Callable[..., Any] = getattr(import_module(module), name)
-    parser = ArgumentParser(prog=f"tdm {command}", description=summary)
-    parser.add_argument("--config", action="config", help="file with any of the settings below")
-    # Arguments without a default are lists of files, given without a flag.
-    files = [
-        key
-        for key, value in signature(function).parameters.items()
-        if value.default is Parameter.empty
-    ]
-    for key in files:
-        parser.add_argument(key, nargs="+", help="one or more files")
-    parser.add_function_arguments(function, skip=set(files), as_group=False)
-    arguments = with_named_configs([_underscored(argument) for argument in arguments])
-    settings = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
-    return function(**{key: settings[key] for key in signature(function).parameters})
-
-
-def _underscored(argument: str) -> str:
-    """An option's name as our functions spell it: ``--match-gmacs=3`` is ``--match_gmacs=3``."""
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
+def _refuse_renamed(command: str, arguments: Sequence[str]) -> None:
+    """Tell the new name of an option that 0.1.0 had."""
+    renamed = dict(_RENAMED)
+    if command in COMMANDS:
+        renamed["--ckpt_path"] = "--weights"
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if option in renamed:
+            _stop(command, f"{option} is {renamed[option]} now: a file, a folder, or a hub name")
 
 
 def _overview() -> str:
-    rows = [*_TRAINER.items(), *((name, summary) for name, (_, _, summary) in COMMANDS.items())]
+    rows = [
+        *_TRAINER.items(),
+        *((name, summary) for name, (_, _, summary) in COMMANDS.items()),
+    ]
     width = max(len(name) for name, _ in rows)
     lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
     return (

@@ -23,7 +23,7 @@ def compare(
     device: str = "auto",
     dtype: str = "float32",
     match_gmacs: float | None = None,
-    ckpt: str | None = None,
+    weights: bool | str | None = None,
     data: ImageNetDataModule | None = None,
     training: bool = False,
     runtime: str = "eager",
@@ -49,7 +49,7 @@ def compare(
         dtype: ``float32``, ``bfloat16`` or ``float16``, of weights and images.
         match_gmacs: solve every method's keep rate, or ToMe's r, for this many 10⁹
             multiply-accumulates per image.
-        ckpt: weights for all methods, an official checkpoint or one of ``tdm fit``; ``None``:
+        weights: for all methods: a file, a folder or a hub name; ``None``:
             random ones, which do for speed.
         data: images for top-1, and to time on in place of random numbers, which matters for methods
             that decide image by image; the model they are prepared for is filled in.
@@ -72,9 +72,9 @@ def compare(
     from tdm_lightning.visualize.sheet import make_folder
 
     plan = Plan(batch_size, rounds, warmup, device, dtype, seed, training, runtime)
-    if data is not None and ckpt is None:
+    if data is not None and weights is None:
         raise SettingError(
-            "an untrained model's accuracy means nothing: give --ckpt FILE with the data"
+            "an untrained model's accuracy means nothing: give --weights FILE with the data"
         )
     if data is not None and data.hparams.model is None:
         data = type(data)(**{**data.hparams, "model": model, "model_kwargs": model_kwargs})
@@ -89,7 +89,7 @@ def compare(
             strategies,
             plan,
             {**classes, **(model_kwargs or {})},
-            ckpt,
+            weights,
             match_gmacs,
             progress,
             data,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import yaml
+
+from tdm_lightning.core.configurable import modern
 from tdm_lightning.errors import SettingError
 
 
@@ -31,9 +35,9 @@ def with_named_configs(arguments: list[str]) -> list[str]:
     resolved = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if before in ("--config", "-c"):
-            argument = _resolve(argument)
+            argument = current(_resolve(argument))
         elif argument.startswith("--config="):
-            argument = f"--config={_resolve(argument.removeprefix('--config='))}"
+            argument = f"--config={current(_resolve(argument.removeprefix('--config=')))}"
         resolved.append(argument)
     return resolved
 
@@ -48,3 +52,27 @@ def _resolve(value: str) -> str:
             f" {', '.join(named_configs())}"
         )
     return str(shipped)
+
+
+def current(config: str) -> str:
+    """A configuration as it is, or, where 0.1.0 wrote it, its content as this release has it.
+
+    Classes go by their public names, arguments that no longer exist are left out, and
+    ``model.pretrained`` and ``model.checkpoint`` are ``model.weights``.
+
+    Args:
+        config: a file, or YAML itself.
+    """
+    path = Path(config)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else config)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return config  # the parser says what is wrong with it
+    if not isinstance(content, dict):
+        return config
+    changed = modern(content)
+    model = changed.get("model")
+    if isinstance(model, dict) and model.keys() & {"pretrained", "checkpoint"}:
+        pretrained, checkpoint = model.pop("pretrained", None), model.pop("checkpoint", None)
+        model.setdefault("weights", checkpoint or (True if pretrained else None))
+    return config if changed == content else json.dumps(changed)

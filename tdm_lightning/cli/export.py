@@ -9,21 +9,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tdm_lightning.cli.models import Chosen, choose_model
-from tdm_lightning.errors import SettingError
+from tdm_lightning.cli.models import Chosen, check_trained, choose_model
 from tdm_lightning.strategies import Strategy
 
 _ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "hub": ""}
 
 
 def export(
-    ckpt_path: str | None = None,
-    from_pretrained: str | None = None,
+    weights: bool | str | None = None,
     model: str = "deit_small_patch16_224",
     model_kwargs: dict[str, Any] | None = None,
     strategy: Strategy | list[Strategy] | None = None,
-    pretrained: bool = False,
-    checkpoint: str | None = None,
     random_weights: bool = False,
     format: Literal["onnx", "pt2", "hub"] = "onnx",
     images: list[str] | None = None,
@@ -37,14 +33,12 @@ def export(
     counted.
 
     Args:
-        ckpt_path: a checkpoint of ``tdm fit``; it brings model and strategy along.
-        from_pretrained: a folder or hub repository that ``save_pretrained`` or ``tdm export
-            --format hub`` wrote; likewise.
-        model: otherwise, the name of a timm ViT.
+        weights: a checkpoint of ``tdm fit``, a folder that ``save_pretrained`` or ``tdm export
+            --format hub`` wrote or a hub repository, which bring along what is not given of model
+            and strategy; an official checkpoint; or ``true`` for timm's pretrained weights.
+        model: the name of a timm ViT.
         model_kwargs: passed to ``timm.create_model``.
-        strategy: the token-reduction method; ``None``: what was brought along, or TDM at 0.7.
-        pretrained: take timm's pretrained weights.
-        checkpoint: take the weights in this file, an official checkpoint or one of ``tdm fit``.
+        strategy: the token-reduction method; ``None``: that of the weights, or TDM at 0.7.
         random_weights: export an untrained model all the same, to measure its speed.
         format: ``onnx``; ``pt2`` for torch alone; ``hub`` for other users of this library and of
             timm.
@@ -61,14 +55,8 @@ def export(
     """
     from tdm_lightning.export import export_onnx, export_program
 
-    if not (ckpt_path or from_pretrained or pretrained or checkpoint or random_weights):
-        raise SettingError(
-            "an untrained model is of no use to others: give --ckpt_path FILE, --from_pretrained"
-            " FOLDER, --pretrained true or --checkpoint FILE, or insist with --random_weights true"
-        )
-    chosen = choose_model(
-        ckpt_path, from_pretrained, model, model_kwargs, strategy, pretrained, checkpoint
-    )
+    check_trained(weights, random_weights, "an untrained model is of no use to others")
+    chosen = choose_model(weights, model, model_kwargs, strategy)
     path = Path(out or f"model{_ENDINGS[format]}")
     if format == "hub":
         return _share(chosen, path)

@@ -1,12 +1,16 @@
-"""The reduced model that a subcommand's settings describe."""
+"""The reduced model that a command's settings describe."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from tdm_lightning.checkpoints import load_weights, open_weights
+from tdm_lightning.errors import FileError, SettingError
 from tdm_lightning.strategies import TDM, Strategy
+from tdm_lightning.strategies.stack import stacked
 from tdm_lightning.vit import TokenReducedViT, attach
+from tdm_lightning.vit.create import create_vit
 
 
 @dataclass(frozen=True)
@@ -24,67 +28,67 @@ class Chosen:
 
 
 def choose_model(
-    ckpt_path: str | None,
-    folder: str | None,
+    weights: bool | str | None,
     model: str,
     model_kwargs: dict[str, Any] | None,
     strategy: Strategy | list[Strategy] | None,
-    pretrained: bool,
-    checkpoint: str | None,
 ) -> Chosen:
-    """Take the model from the first of these that is given.
+    """Make a model and load its weights.
 
     Args:
-        ckpt_path: a checkpoint of ``tdm fit``; it brings model and strategy along.
-        folder: what ``save_pretrained`` wrote, or a repository of the hub; it brings them along
-            too.
+        weights: ``True`` for timm's pretrained ones, or what
+            :func:`~tdm_lightning.checkpoints.open_weights` takes; otherwise they are random.
         model: the name of a timm ViT.
         model_kwargs: passed to ``timm.create_model``.
-        strategy: the token-reduction method; ``None``: what was brought along, or TDM at 0.7.
-        pretrained: take timm's pretrained weights.
-        checkpoint: take the weights in this file.
+        strategy: the token-reduction method; ``None``: TDM at 0.7, or none where the weights say
+            that they were trained without.
 
     Raises:
-        ValueError, TypeError, OSError: if something is missing or does not fit.
+        ValueError, TypeError: if something is missing or does not fit.
     """
-    if ckpt_path:
-        chosen = _from_run(ckpt_path)
-    elif folder:
-        chosen = Chosen(TokenReducedViT.from_pretrained(folder))
-    else:
-        return _from_timm(model, model_kwargs or {}, strategy or TDM(), pretrained, checkpoint)
-    if strategy is not None:
-        chosen = Chosen(attach(chosen.model.vit, strategy), chosen.config)
-    chosen.model.eval()
-    return chosen
+    arguments = model_kwargs or {}
+    vit = create_vit(model, pretrained=weights is True, **arguments)
+    if not isinstance(weights, str):
+        return Chosen(attach(vit, strategy or TDM()).eval(), {"model_args": arguments})
+    source = open_weights(weights)
+    chosen = strategy or (TDM() if source.stored is None else Strategy())
+    reduced = attach(vit, chosen).eval()
+    if source.stored is not None and _differs(chosen, source.stored.strategy):
+        source = source.without_strategy()
+    report = load_weights(reduced, source)
+    if own := [name for name in report.untouched if name.startswith("strategy.")]:
+        raise FileError(
+            f"{type(reduced.strategy).__name__} has layers of its own, and {weights} holds no"
+            f" {own[0]}; give the strategy that it was trained with, or train this one first"
+        )
+    config = {"model_args": arguments} if source.stored is None else source.stored.config
+    return Chosen(reduced, config)
 
 
-def _from_run(path: str) -> Chosen:
-    from tdm_lightning.training.module import TokenReductionClassifier
+def check_trained(weights: bool | str | None, random_weights: bool, why: str) -> None:
+    """Whether there are weights, or the user insists on random ones.
 
-    module = TokenReductionClassifier.load_from_checkpoint(
-        path, map_location="cpu", weights_only=True
-    )
-    hp: Any = module.hparams
-    arguments = {"global_pool": hp.global_pool, **(hp.model_kwargs or {})}
-    config = {"model_args": {name: value for name, value in arguments.items() if value is not None}}
-    return Chosen(
-        module.model, config | ({"label_names": module.label_names} if module.label_names else {})
-    )
+    Args:
+        weights: as in :func:`choose_model`.
+        random_weights: whether the user insists.
+        why: why random ones are of no use.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not weights and not random_weights:
+        raise SettingError(
+            f"{why}: give --weights FILE (or a folder, a hub name, or true for timm's pretrained"
+            " weights), or insist with --random_weights true"
+        )
 
 
-def _from_timm(
-    name: str,
-    arguments: dict[str, Any],
-    strategy: Strategy | list[Strategy],
-    pretrained: bool,
-    checkpoint: str | None,
-) -> Chosen:
-    import timm
+def _differs(given: Strategy | list[Strategy], stored: Any) -> bool:
+    """Whether a strategy is of another class than the stored one, so that its layers are others."""
+    there = [] if stored is None else [Strategy.from_config(stored)]
+    mine, theirs = stacked(given), stacked(there)
 
-    from tdm_lightning.checkpoints import load_official
+    def kinds(strategy: Strategy) -> list[type]:
+        return [type(member) for member in getattr(strategy, "members", [strategy])]
 
-    reduced = attach(timm.create_model(name, pretrained=pretrained, **arguments), strategy).eval()
-    if checkpoint is not None:
-        load_official(reduced, checkpoint)
-    return Chosen(reduced, {"model_args": arguments})
+    return kinds(mine) != kinds(theirs)

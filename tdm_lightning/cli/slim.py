@@ -9,8 +9,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from tdm_lightning.checkpoints import load_weights, open_weights
+from tdm_lightning.cli.models import check_trained
 from tdm_lightning.data import ImageNetDataModule
 from tdm_lightning.errors import SettingError
+from tdm_lightning.vit.create import create_vit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,11 +22,9 @@ if TYPE_CHECKING:
 
 
 def slim(
-    ckpt_path: str | None = None,
+    weights: bool | str | None = None,
     model: str = "deit_small_patch16_224",
     model_kwargs: dict[str, Any] | None = None,
-    pretrained: bool = False,
-    checkpoint: str | None = None,
     data: ImageNetDataModule | None = None,
     bound: float = 0.02,
     step: int = 10,
@@ -40,16 +41,15 @@ def slim(
     block within an error bound.
 
     The table is printed and saved as ``slim.csv``; weights and masks go to ``slim.safetensors``,
-    which ``tdm test`` and ``tdm fit`` take with ``--config strategies/psvit --model.checkpoint
+    which ``tdm test`` and ``tdm fit`` take with ``--config strategies/psvit --model.weights
     …/slim.safetensors``. Labels are not used.
 
     Args:
-        ckpt_path: a checkpoint of ``tdm fit``; it brings the model along. Its strategy, if any, is
-            left out.
-        model: otherwise, the name of a timm ViT.
+        weights: a checkpoint of ``tdm fit``, a folder that ``save_pretrained`` wrote or a hub
+            repository, which bring along what is not given of the model (a strategy is left out);
+            an official checkpoint; or ``true`` for timm's pretrained weights.
+        model: the name of a timm ViT.
         model_kwargs: passed to ``timm.create_model``.
-        pretrained: take timm's pretrained weights.
-        checkpoint: take the weights in this file, an official checkpoint or one of ``tdm fit``.
         data: images; those of the training split are used, prepared as for evaluation.
         bound: largest relative error of each block.
         step: patches that are switched on at a time.
@@ -86,24 +86,16 @@ def slim(
         raise SettingError(
             "a search needs images: give --data ImageNetDataModule --data.dataset NAME_OR_FOLDER"
         )
-    if not (ckpt_path or pretrained or checkpoint):
-        raise SettingError(
-            "an untrained model's attention means nothing: give --ckpt_path FILE, --pretrained true"
-            " or --checkpoint FILE"
-        )
+    check_trained(weights, False, "an untrained model's attention means nothing")
     where = choose_device(device)
     folder = make_folder(out)
     torch.manual_seed(seed)
-    if ckpt_path:
-        vit, model, model_kwargs = _from_run(ckpt_path)
-        data = _prepared(data, model, model_kwargs)
-    else:
-        data = _prepared(data, model, model_kwargs)
-        vit = _from_timm(
-            model, {"num_classes": data.num_classes, **(model_kwargs or {})}, pretrained, checkpoint
-        )
+    data = type(data)(
+        **{**data.hparams, "model": model, "model_kwargs": model_kwargs, "augment": False}
+    )
+    vit = _trained(weights, model, {"num_classes": data.num_classes, **(model_kwargs or {})})
     if match_gmacs is not None:
-        counts = _affordable(vit, match_gmacs)
+        counts = _counts_within(vit, match_gmacs)
     data.setup("fit")
     vit = vit.to(where)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
@@ -127,37 +119,15 @@ def slim(
     return slimmed
 
 
-def _prepared(
-    data: ImageNetDataModule, model: str, model_kwargs: dict[str, Any] | None
-) -> ImageNetDataModule:
-    """The same data for the model, its training images without augmentation."""
-    return type(data)(
-        **{**data.hparams, "model": model, "model_kwargs": model_kwargs, "augment": False}
-    )
-
-
-def _from_run(path: str) -> tuple[nn.Module, str, dict[str, Any] | None]:
-    """The timm model of a checkpoint, its name, and what it was created with."""
-    from tdm_lightning.training.module import TokenReductionClassifier
-
-    module = TokenReductionClassifier.load_from_checkpoint(path, map_location="cpu")
-    return module.model.vit, module.hparams["model"], module.hparams["model_kwargs"]
-
-
-def _from_timm(
-    name: str, arguments: dict[str, Any], pretrained: bool, checkpoint: str | None
-) -> nn.Module:
-    import timm
-
-    from tdm_lightning.checkpoints import load_official
-
-    vit = timm.create_model(name, pretrained=pretrained, **arguments)
-    if checkpoint is not None:
-        load_official(vit, checkpoint)
+def _trained(weights: bool | str | None, name: str, arguments: dict[str, Any]) -> nn.Module:
+    """The timm model with its weights."""
+    vit = create_vit(name, pretrained=weights is True, **arguments)
+    if isinstance(weights, str):
+        load_weights(vit, open_weights(weights).without_strategy())
     return vit
 
 
-def _affordable(vit: nn.Module, gmacs: float) -> list[int]:
+def _counts_within(vit: nn.Module, gmacs: float) -> list[int]:
     """The counts of PSViT's own schedule within a budget."""
     from tdm_lightning.budget import at_budget
     from tdm_lightning.strategies import PSViT

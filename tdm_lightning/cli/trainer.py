@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-import csv
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import tdm_lightning.callbacks  # noqa: F401 - makes callbacks known by their short names
+from tdm_lightning.checkpoints import read_file
+from tdm_lightning.cli.predictions import PredictionTable
+from tdm_lightning.cli.stored import checkpoint_file, differences, fill_in
 from tdm_lightning.data import ImageNetDataModule
-from tdm_lightning.training.module import TokenReductionClassifier
+from tdm_lightning.errors import FileError, SettingError
+from tdm_lightning.training import TokenReductionClassifier
+
+#: Hyperparameters that follow from the data.
+_LINKED = ("num_classes", "label_names")
+
+#: Those that say which model it is.
+_MODEL = ("model.model", "model.model_kwargs", "model.global_pool", "model.strategy")
 
 
 class TokenReductionCLI(LightningCLI):
     """Links data and model: the classes flow to the model, the model's name and arguments to the
     transforms.
+
+    A checkpoint's hyperparameters fill in what is not given; Lightning's own command line reads
+    them over it (Lightning-AI/pytorch-lightning#20801).
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -26,29 +42,60 @@ class TokenReductionCLI(LightningCLI):
         parser.link_arguments("data.label_names", "model.label_names", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """See ``LightningCLI``, which warns about arguments given from Python: here they always
-        are.
+        """See ``LightningCLI``. The order is command line, configurations, environment, checkpoint,
+        defaults.
         """
-        self.config = parser.parse_args(args)
+        command = args[0] if args else ""
+        if command == "predict":  # they are written batch by batch
+            self._subcommand_parsers[command].set_defaults({"return_predictions": False})
+        path = checkpoint_file(args, f"PL_{command.upper()}__CKPT_PATH")
+        if command not in self.subcommands() or path is None:
+            self.config = parser.parse_args(args)
+            return
+        stored = _hyperparameters(path)
+        own = self._subcommand_parsers[command]
+        known = own.get_defaults(skip_validation=True)
+        if unknown := sorted(name for name in stored if name not in known):
+            raise SettingError(
+                f"{path.name} was trained by another module class: it has"
+                f" {', '.join(unknown)}; run it by that class's own command line"
+            )
 
-    def after_predict(self) -> None:
-        """Write the predictions as a table."""
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        batches = self.trainer.predict_loop.predictions or []
-        path = folder / "predictions.csv"
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image", "label", "name", "probability"])
-            index = 0
-            for batch in batches:
-                best = batch["probabilities"].max(dim=-1).values.tolist()
-                for label, name, probability in zip(
-                    batch["label"].tolist(), batch["name"], best, strict=True
-                ):
-                    writer.writerow([index, label, name, f"{probability:.6f}"])
-                    index += 1
-        print(f"wrote {index} predictions to {path}")
+        def parse() -> Namespace:
+            self.config = parser.parse_args(args)
+            return self.config[command]
+
+        settings = fill_in(own, parse, stored, "model.strategy")
+        compared = {name: stored[name] for name in _MODEL if name in stored}
+        if found := differences(settings, compared):
+            text = "; ".join(found).replace("in the file", f"in {path.name}")
+            print(f"tdm {command}: {text}", file=sys.stderr)
+
+    def _parse_ckpt_path(self) -> None:
+        """Done by :meth:`parse_arguments`."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """See ``LightningCLI``."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand == "predict":
+            trainer.callbacks.append(PredictionTable())  # type: ignore[attr-defined]
+        return trainer
+
+
+def _hyperparameters(path: Path) -> dict[str, Any]:
+    """A checkpoint's hyperparameters under the names of the options; nothing in it is run."""
+    if not path.is_file():
+        raise FileError(f"there is no checkpoint {str(path)!r}, which --ckpt_path names")
+    content = read_file(path)
+    if "pytorch-lightning_version" not in content:
+        raise FileError(
+            f"{path} is no checkpoint of `tdm fit`; weights of another kind are taken by"
+            f" --model.weights {path}"
+        )
+    given = content.get("hyper_parameters")
+    given = given if isinstance(given, Mapping) else {}
+    skipped = ("_instantiator", *_LINKED)
+    return {f"model.{name}": value for name, value in given.items() if name not in skipped}
 
 
 def _name(model: Any) -> str | None:

@@ -7,19 +7,16 @@ from typing import Any
 
 import torch
 
-from tdm_lightning.cli.models import choose_model
-from tdm_lightning.errors import SettingError
+from tdm_lightning.cli.models import check_trained, choose_model
 from tdm_lightning.strategies import Strategy
 
 
 def visualize(
     images: list[str],
-    ckpt_path: str | None = None,
+    weights: bool | str | None = None,
     model: str = "deit_small_patch16_224",
     model_kwargs: dict[str, Any] | None = None,
     strategy: Strategy | None = None,
-    pretrained: bool = False,
-    checkpoint: str | None = None,
     random_weights: bool = False,
     out: str = "panels",
     layer: int = -1,
@@ -30,12 +27,12 @@ def visualize(
 
     Args:
         images: image files.
-        ckpt_path: a checkpoint of ``tdm fit``; it brings model and strategy along.
-        model: otherwise, the name of a timm ViT.
+        weights: a checkpoint of ``tdm fit``, a folder that ``save_pretrained`` wrote or a hub
+            repository, which bring along what is not given of model and strategy; an official
+            checkpoint; or ``true`` for timm's pretrained weights.
+        model: the name of a timm ViT.
         model_kwargs: passed to ``timm.create_model``.
-        strategy: the token-reduction method; ``None``: that of the checkpoint, or TDM at 0.7.
-        pretrained: take timm's pretrained weights.
-        checkpoint: take the weights in this file, an official checkpoint or one of ``tdm fit``.
+        strategy: the token-reduction method; ``None``: that of the weights, or TDM at 0.7.
         random_weights: draw with an untrained model all the same; its attention means nothing.
         out: folder for the PNG files, one an image.
         layer: which reducing block the panels show, counted among them; -1: the last.
@@ -50,14 +47,8 @@ def visualize(
     """
     from tdm_lightning.visualize import visualize_images
 
-    if not (ckpt_path or pretrained or checkpoint or random_weights):
-        raise SettingError(
-            "an untrained model's attention means nothing: give --ckpt_path FILE, --pretrained true"
-            " or --checkpoint FILE, or insist with --random_weights true"
-        )
-    reduced = choose_model(
-        ckpt_path, None, model, model_kwargs, strategy, pretrained, checkpoint
-    ).model
+    check_trained(weights, random_weights, "an untrained model's attention means nothing")
+    reduced = choose_model(weights, model, model_kwargs, strategy).model
     with torch.inference_mode():
         written = visualize_images(images, reduced, out, layer, together=together)
     for path in written:

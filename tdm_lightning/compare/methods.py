@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 from torch import nn
 
 from tdm_lightning.budget import at_budget
-from tdm_lightning.checkpoints import load_official
+from tdm_lightning.checkpoints import load_weights
 from tdm_lightning.core.configurable import arguments_line
-from tdm_lightning.errors import SettingError
+from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.mergers import TokenMerger
 from tdm_lightning.sparsity import SViTE
 from tdm_lightning.sparsity.extract import as_extracted
@@ -34,6 +32,7 @@ from tdm_lightning.strategies import (
     TopK,
 )
 from tdm_lightning.vit import attach
+from tdm_lightning.vit.create import create_vit
 
 #: Arguments that make a method what it is in a table: shown even where they have their defaults.
 _KNOBS = ("keep_rate", "r", "masks")
@@ -95,38 +94,25 @@ def posters_strategies(adjustable: bool = False, static: bool = False) -> list[S
     ]
 
 
-def make_vit(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """A timm model with random weights.
-
-    Raises:
-        ValueError: if timm has no model of that name.
-    """
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models('*vit*')"
-        raise SettingError(f"timm has no model {name!r}; {hint}")
-    return timm.create_model(name, **arguments)
-
-
-def make_plain(name: str, arguments: Mapping[str, Any], ckpt: str | None) -> Method:
+def make_plain(name: str, arguments: Mapping[str, Any], weights: bool | str | None) -> Method:
     """The unreduced model.
 
     Raises:
         ValueError: if timm does not know the model, or the weights do not fit.
         TypeError: if its tokens cannot be reduced.
     """
-    vit = make_vit(name, arguments)
+    vit = create_vit(name, weights is True, **arguments)
     attach(vit, Strategy())  # refuses what cannot be reduced, before anything is measured
-    if ckpt is not None:
-        load_official(vit, ckpt)
-    return Method("plain", "", vit.eval(), trained=ckpt is not None)
+    if isinstance(weights, str):
+        load_weights(vit, weights)
+    return Method("plain", "", vit.eval(), trained=bool(weights))
 
 
 def make_method(
     strategy: Strategy,
     name: str,
     arguments: Mapping[str, Any],
-    ckpt: str | None = None,
+    weights: bool | str | None = None,
     match_gmacs: float | None = None,
 ) -> Method:
     """The model under a strategy, pooling as the strategy needs it.
@@ -135,8 +121,8 @@ def make_method(
         strategy: a method that is not attached yet.
         name: of a timm model.
         arguments: for ``timm.create_model``.
-        ckpt: file with weights. If it does not hold all of the method's, the model keeps its random
-            ones and says so.
+        weights: a file, folder or hub name, or ``True`` for timm's pretrained ones. If they are
+            not all of the method's, the model keeps its random ones and says so.
         match_gmacs: budget to solve the method's setting for.
 
     Raises:
@@ -147,31 +133,27 @@ def make_method(
     if strategy.requires().pooling == "patches":
         arguments = {"global_pool": "avg", **arguments}
     try:
-        vit = make_vit(name, arguments)
+        vit = create_vit(name, weights is True, **arguments)
         if match_gmacs is not None:
             strategy = at_budget(vit, strategy, match_gmacs)
             title, settings = describe(strategy)
         model = attach(vit, strategy).eval()
-    except (
-        ValueError,
-        TypeError,
-        AssertionError,
-    ) as error:  # timm asserts on poolings that a model cannot have
-        kind = TypeError if isinstance(error, TypeError) else ValueError
+    except (ValueError, TypeError) as error:
+        kind = SettingTypeError if isinstance(error, TypeError) else SettingError
         raise kind(f"{title}({settings}) does not fit {name}: {error}") from error
-    trained, remark = (False, "") if ckpt is None else _load(model, ckpt)
+    trained, remark = _load(model, weights) if isinstance(weights, str) else (bool(weights), "")
     return Method(title, settings, model, trained, remark, extracted=as_extracted(model))
 
 
-def _load(model: nn.Module, ckpt: str) -> tuple[bool, str]:
+def _load(model: nn.Module, weights: str) -> tuple[bool, str]:
     """Load a file; whether it held all weights, and if not, what was wrong."""
     try:
-        untouched = load_official(model, ckpt).untouched
+        untouched = load_weights(model, weights).untouched
     except ValueError as error:
         return False, " ".join(str(error).split())
     if untouched:
         others = f" and {len(untouched) - 1} others" if len(untouched) > 1 else ""
-        return False, f"{ckpt} has no weights for {untouched[0]}{others}"
+        return False, f"{weights} has no weights for {untouched[0]}{others}"
     return True, ""
 
 

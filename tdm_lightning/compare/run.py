@@ -181,7 +181,7 @@ def prepare(
     strategies: Sequence[Strategy],
     plan: Plan,
     model_kwargs: dict[str, Any] | None = None,
-    ckpt: str | None = None,
+    weights: bool | str | None = None,
     match_gmacs: float | None = None,
     progress: Progress | None = None,
     data: ImageNetDataModule | None = None,
@@ -193,7 +193,7 @@ def prepare(
         strategies: methods that are not attached yet.
         plan: how to measure.
         model_kwargs: for ``timm.create_model``.
-        ckpt: file with weights for all of them.
+        weights: file with weights for all of them.
         match_gmacs: budget to solve every method's setting for, in 10⁹ multiply-accumulates per
             image.
         progress: where to show a bar.
@@ -206,7 +206,7 @@ def prepare(
     """
     device, dtype = choose_device(plan.device), choose_dtype(plan.dtype)
     torch.manual_seed(plan.seed)
-    methods = [make_plain(model, model_kwargs or {}, ckpt)]
+    methods = [make_plain(model, model_kwargs or {}, weights)]
     size = default_input_size(methods[0].model)
     images = (
         torch.randn(plan.batch_size, *size) if data is None else _batch(data, plan.batch_size)
@@ -215,13 +215,13 @@ def prepare(
     chosen = progress.track(strategies, description="models")
     for strategy in chosen:
         torch.manual_seed(plan.seed)  # whatever stands beside it, a method gets the same weights
-        methods.append(make_method(strategy, model, model_kwargs or {}, ckpt, match_gmacs))
+        methods.append(make_method(strategy, model, model_kwargs or {}, weights, match_gmacs))
     for method in methods:
         check_runs(method.model.to(device, dtype), plan.runtime)
     facts = {
         "model": (
             f"{model}, {'×'.join(map(str, size))},"
-            f" {f'weights of {ckpt}' if ckpt else 'random weights'}"
+            f" {f'weights of {weights}' if weights else 'random weights'}"
         ),
         "measured": (
             f"batch {plan.batch_size}, {plan.dtype}, {plan.rounds} interleaved rounds after"

@@ -20,7 +20,7 @@ def stored_name(cls: type) -> str:
 
     ``tdm_lightning.TDM`` and its like for what this library defines, the import path for a user's.
     """
-    if cls.__module__.partition(".")[0] == _LIBRARY:
+    if _is_own(cls):
         return f"{_LIBRARY}.{cls.__name__}"
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -113,6 +113,35 @@ def without_retired(cls: type[Configurable], init_args: Mapping[str, Any]) -> di
                 " Files that use it need tdm-lightning 0.1.0"
             )
     return {name: value for name, value in init_args.items() if name not in cls.retired}
+
+
+def modern(value: Any) -> Any:
+    """Plain values that an earlier release may have written, as this one writes them.
+
+    Classes of this library go by their public names, and arguments that they no longer have are
+    left out.
+
+    Raises:
+        ValueError: see :func:`without_retired`.
+    """
+    if isinstance(value, (list, tuple)):
+        return [modern(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    found = {key: modern(item) for key, item in value.items()}
+    path = found.get("class_path")
+    if not isinstance(path, str) or not path.startswith(f"{_LIBRARY}."):
+        return found
+    known = {one.__name__: one for one in Configurable.known().values() if _is_own(one)}
+    name = path.rpartition(".")[2]
+    if name in known:
+        arguments = without_retired(known[name], found.get("init_args") or {})
+        found = {**found, "class_path": f"{_LIBRARY}.{name}", "init_args": arguments}
+    return found
+
+
+def _is_own(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == _LIBRARY
 
 
 def _plain(value: Any) -> Any:

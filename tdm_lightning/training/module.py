@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import timm
 import torch
 from lightning.pytorch import LightningModule
 from timm.data import Mixup
@@ -18,15 +17,16 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from tdm_lightning.checkpoints import load_official
+from tdm_lightning.checkpoints import load_weights
 from tdm_lightning.core import Output
 from tdm_lightning.core.randomness import given_seed, reseed
-from tdm_lightning.errors import SettingError
+from tdm_lightning.errors import FileError, SettingError
 from tdm_lightning.flops import step_flops
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.strategies.stack import stacked
 from tdm_lightning.training.recipe import even, freeze, make_cosine, make_criterion
 from tdm_lightning.vit import TokenReducedViT, attach
+from tdm_lightning.vit.create import create_vit
 
 Batch = tuple[Tensor, Tensor]
 
@@ -53,9 +53,9 @@ class TokenReductionClassifier(LightningModule):
             them; ``None`` trains the plain model.
         num_classes: number of classes; ``None``: the timm model's own.
         label_names: what the classes are called, for :meth:`predict_step`.
-        pretrained: start from timm's pretrained weights.
-        checkpoint: start from the weights in this file: an official checkpoint of a method, of
-            DeiT, or one of this class.
+        weights: what to start from: ``true`` for timm's pretrained weights, a file (an official
+            checkpoint of a method or of DeiT, one of this class), a folder that
+            ``save_pretrained`` wrote, or a repository of the hub.
         global_pool: how timm's head pools tokens, such as ``"avg"``; ``None``: the model's own.
         model_kwargs: passed to ``timm.create_model``, such as ``img_size`` or ``in_chans``.
         drop_path: stochastic depth rate of the last block, rising linearly from 0.
@@ -87,8 +87,7 @@ class TokenReductionClassifier(LightningModule):
         strategy: Strategy | list[Strategy] | None = None,
         num_classes: int | None = None,
         label_names: list[str] | None = None,
-        pretrained: bool = False,
-        checkpoint: str | None = None,
+        weights: bool | str | None = None,
         global_pool: str | None = None,
         model_kwargs: dict[str, Any] | None = None,
         drop_path: float = 0.1,
@@ -142,12 +141,12 @@ class TokenReductionClassifier(LightningModule):
             arguments = {name: value for name, value in arguments.items() if value is not None} | (
                 hp.model_kwargs or {}
             )
-            model = timm.create_model(model, pretrained=hp.pretrained, **arguments)
+            model = create_vit(model, pretrained=hp.weights is True, **arguments)
         reduced = attach(model, strategy)
         if hp.num_classes not in (None, reduced.num_classes):
             reduced.reset_classifier(hp.num_classes)
-        if hp.checkpoint is not None:
-            load_official(reduced, hp.checkpoint)
+        if isinstance(hp.weights, str):
+            load_weights(reduced, hp.weights)
         return reduced
 
     def configure_mixing(self) -> Mixup | None:
@@ -177,14 +176,10 @@ class TokenReductionClassifier(LightningModule):
         Raises:
             ValueError: if the model started from random weights.
         """
-        if (
-            not (self.hparams["pretrained"] or self.hparams["checkpoint"])
-            and "model" in self.hparams
-        ):
+        if not self.hparams["weights"] and "model" in self.hparams:
             raise SettingError(
                 f"{type(self.model.strategy).__name__} learns from a trained, unreduced model, but"
-                " these weights are random; set model.pretrained=true or model.checkpoint=FILE (on"
-                " resuming too)"
+                " these weights are random; set model.weights to true or a file (on resuming too)"
             )
         teacher = attach(copy.deepcopy(self.model.vit), Strategy())
         return teacher.requires_grad_(False).eval()
@@ -330,8 +325,18 @@ class TokenReductionClassifier(LightningModule):
         """Forget where the weights started: loading a checkpoint must not need another file or a
         download.
         """
-        for name in ("pretrained", "checkpoint"):
-            checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).pop(name, None)
+        checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).pop("weights", None)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As torch's.
+
+        Raises:
+            ValueError: if the weights do not fit, instead of a ``RuntimeError``.
+        """
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            raise FileError(_misfit(self, state_dict)) from error
 
     # Evaluation
 
@@ -372,3 +377,21 @@ class TokenReductionClassifier(LightningModule):
             self.label_names[index] if self.label_names else str(index) for index in label.tolist()
         ]
         return {"probabilities": probabilities, "label": label, "name": names}
+
+
+def _misfit(module: nn.Module, weights: Mapping[str, Any]) -> str:
+    """What does not fit, by name, in one line."""
+    own = module.state_dict()
+    shapes = [
+        f"{name} is {tuple(weights[name].shape)} in the file and {tuple(value.shape)} here"
+        for name, value in own.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    missing = [f"{name} is not in the file" for name in own if name not in weights]
+    unknown = [f"{name} is only in the file" for name in weights if name not in own]
+    found = [*shapes, *missing, *unknown]
+    more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+    return (
+        f"the checkpoint's weights do not fit this model: {'; '.join(found[:3])}{more}. Give model"
+        " and strategy as they were trained, or leave both to the checkpoint"
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from timm.models._features import feature_take_indices
@@ -15,7 +16,6 @@ from tdm_lightning.core.reduction import Seen
 from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.core.trace import History, Trace
 from tdm_lightning.errors import SettingError
-from tdm_lightning.hub import Shareable
 from tdm_lightning.ops import unmerge
 from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.strategies.objective import TrainingObjective
@@ -38,7 +38,7 @@ class HookPoint(nn.Identity):
         return x
 
 
-class TokenReducedViT(nn.Module, Shareable):
+class TokenReducedViT(nn.Module):
     """A timm Vision Transformer that reduces its tokens as it goes. Made by
     :func:`tdm_lightning.attach`.
 
@@ -52,6 +52,9 @@ class TokenReducedViT(nn.Module, Shareable):
             B×T×C, and which of them are no padding. Register forward hooks here: the blocks' own
             hooks do not fire, because their halves are run one by one.
     """
+
+    #: Saves, loads and uploads reduced models; put here by :mod:`tdm_lightning.hub`, two floors up.
+    sharing: ClassVar[Any] = None
 
     def __init__(self, vit: Any, strategy: Strategy) -> None:
         super().__init__()
@@ -273,6 +276,95 @@ class TokenReducedViT(nn.Module, Shareable):
             source = torch.arange(patches, device=device).expand(batch, -1)
             tokens = tokens.replace(history=History(source))
         return tokens
+
+    # Sharing
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        config: Mapping[str, Any] | None = None,
+        license: str | None = None,
+        repo_id: str = "USER/NAME",
+    ) -> None:
+        """Write the model to a folder: weights, strategy, and a model card.
+
+        First it is built again from what would be written, and must give the same outputs.
+
+        Args:
+            save_directory: the folder, made if need be; a ``README.md`` that is there stays.
+            config: entries of ``config.json`` to add or replace: ``label_names``, or
+                ``model_args``, the arguments of ``timm.create_model`` where the model does not know
+                them any more.
+            license: the licence of the weights, as the hub spells it; ``None``: left open.
+            repo_id: the repository that the model card says to load from.
+
+        Raises:
+            ValueError: if the model cannot be built again from its architecture's name and these
+                arguments.
+            OSError: if the folder cannot be written.
+        """
+        self.sharing.save(self, save_directory, config, license, repo_id)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+    ) -> TokenReducedViT:
+        """The model of a folder or a repository of the hub, ready for inference.
+
+        Args:
+            pretrained_model_name_or_path: what :meth:`save_pretrained` wrote, or a repository,
+                ``USER/NAME``.
+            force_download: download again what lies in the cache.
+            token: for private repositories; by default that of ``hf auth login``.
+            cache_dir: folder for downloads.
+            local_files_only: use only what has been downloaded before.
+            revision: branch, tag or commit.
+
+        Raises:
+            ValueError: if there is no such repository within reach, or its files are incomplete, of
+                a newer version of this library, for another model, or name a strategy that is not
+                imported.
+        """
+        return cls.sharing.load(
+            pretrained_model_name_or_path,
+            force_download=force_download,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            revision=revision,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        config: Mapping[str, Any] | None = None,
+        license: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        **commit: Any,
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes.
+
+        Args:
+            repo_id: the repository, ``USER/NAME``; made if need be.
+            config: as in :meth:`save_pretrained`.
+            license: likewise.
+            private: whether a new repository is private.
+            token: by default that of ``hf auth login``.
+            commit: passed to ``HfApi.upload_folder``, such as ``commit_message`` or ``create_pr``.
+
+        Returns:
+            The address of the commit.
+        """
+        return self.sharing.push(self, repo_id, config, license, private, token, **commit)
 
     # What timm's tools ask of a model. Parameter names carry the prefix of the attribute they hang
     # on.

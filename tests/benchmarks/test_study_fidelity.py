@@ -100,7 +100,7 @@ def test_command(tmp_path):
         "--methods=[TDM]",
         "--rates=[0.7,0.4]",
     ]
-    main(["fidelity", *arguments, f"--checkpoint={tmp_path / 'vit.pth'}", f"--out={tmp_path}"])
+    main(["fidelity", *arguments, f"--weights={tmp_path / 'vit.pth'}", f"--out={tmp_path}"])
     found = read_fidelity(tmp_path)
     assert {(one.method, one.rate) for one in found} == {("TDM", 0.7), ("TDM", 0.4)}
     assert all(-1 <= one.features <= 1 for one in found)

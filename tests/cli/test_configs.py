@@ -28,7 +28,7 @@ TINY = {
             "embed_dim": 32,
             "num_heads": 2,
         },
-        "pretrained": False,
+        "weights": None,
         "warmup_epochs": 0,
     },
     "data": {"dataset": "digits", "batch_size": 4, "num_workers": 0},
@@ -89,7 +89,7 @@ def test_every_strategy_with_its_recipes(tiny, tmp_path, strategy, recipe):
         )
         start = tmp_path / "start.yaml"
         torch.save({"model": vit.state_dict()}, tmp_path / "start.pth")
-        start.write_text(yaml.safe_dump({"model": {"checkpoint": str(tmp_path / "start.pth")}}))
+        start.write_text(yaml.safe_dump({"model": {"weights": str(tmp_path / "start.pth")}}))
         strategy_layers = (strategy, recipe, str(start))
     else:
         strategy_layers = (strategy, recipe)
@@ -128,7 +128,7 @@ def test_full_size_model_takes_a_step(tmp_path, monkeypatch):
         yaml.safe_dump(
             {
                 "trainer": {**TINY["trainer"], "callbacks": None, "limit_val_batches": 0},
-                "model": {"pretrained": False, "model_kwargs": {"in_chans": 1}, "warmup_epochs": 0},
+                "model": {"weights": None, "model_kwargs": {"in_chans": 1}, "warmup_epochs": 0},
                 "data": {**TINY["data"], "batch_size": 2},
             }
         )

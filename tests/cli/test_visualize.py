@@ -50,7 +50,7 @@ def test_strategy_and_weights_from_the_command_line(photo, tmp_path):
         "deit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=32, num_heads=2
     )
     torch.save({"model": vit.state_dict()}, tmp_path / "vit.pth")
-    extra = [f"--checkpoint={tmp_path / 'vit.pth'}", "--strategy=EViT", "--strategy.keep_rate=0.5"]
+    extra = [f"--weights={tmp_path / 'vit.pth'}", "--strategy=EViT", "--strategy.keep_rate=0.5"]
     (written,) = call(photo, tmp_path, *extra)
     assert written.exists()
 
@@ -81,13 +81,13 @@ def test_a_checkpoint_of_fit(photo, tmp_path):
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     (own,) = main(
-        ["visualize", photo, f"--ckpt_path={tmp_path / 'run.ckpt'}", f"--out={tmp_path / 'own'}"]
+        ["visualize", photo, f"--weights={tmp_path / 'run.ckpt'}", f"--out={tmp_path / 'own'}"]
     )
     (other,) = main(
         [
             "visualize",
             photo,
-            f"--ckpt_path={tmp_path / 'run.ckpt'}",
+            f"--weights={tmp_path / 'run.ckpt'}",
             "--strategy=ToMe",
             f"--out={tmp_path / 'other'}",
         ]

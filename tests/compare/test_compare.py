@@ -142,7 +142,7 @@ def test_an_interrupt_of_the_memory_measurement(compare, tmp_path, monkeypatch):
         ("--runtime=tensorrt", "runtime must be one of 'eager'"),
         (["--runtime=onnx", "--dtype=bfloat16"], "runtime=onnx runs on the CPU in float32"),
         (["--runtime=compile", "--training=true"], "training steps are timed with runtime=eager"),
-        ("--ckpt=missing.pth", "missing.pth"),
+        ("--weights=missing.pth", "missing.pth"),
         ("--data.dataset=digits", "give --ckpt"),
     ],
 )
@@ -183,7 +183,7 @@ def test_top1_of_the_methods_whose_weights_are_all_there(compare, tmp_path):
         {"class_path": "EvoViT", "init_args": {"layers": [1]}},
     ]
     extra = ["--data.dataset=digits", "--data.num_workers=0", "--data.batch_size=500"]
-    compare(f"--ckpt={tmp_path / 'vit.pth'}", *extra, strategies=strategies, rounds=1)
+    compare(f"--weights={tmp_path / 'vit.pth'}", *extra, strategies=strategies, rounds=1)
     rows = table(tmp_path)
 
     data = tdm.ImageNetDataModule(

@@ -172,7 +172,7 @@ def test_real_images_are_timed_on(compare, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(run, "peak_bytes", lambda model, images: seen.append(images) or 1)
     extra = ["--data.dataset=digits", "--data.num_workers=0", "--data.batch_size=500"]
-    compare(f"--ckpt={tmp_path / 'vit.pth'}", *extra, rounds=1, strategies=STRATEGIES[:1])
+    compare(f"--weights={tmp_path / 'vit.pth'}", *extra, rounds=1, strategies=STRATEGIES[:1])
     data = tdm.ImageNetDataModule(
         "digits", model=NAME, model_kwargs=SHAPE, num_workers=0, batch_size=2
     )

@@ -233,9 +233,7 @@ def test_command_exports_a_shared_model(tmp_path):
     vit = timm.create_model("deit_tiny_patch16_224", **TINY)
     model = tdm.attach(vit, tdm.TDM(0.5, (1,))).eval()
     model.save_pretrained(tmp_path / "shared", config={"model_args": TINY})
-    path = main(
-        ["export", f"--from_pretrained={tmp_path / 'shared'}", f"--out={tmp_path / 'm.onnx'}"]
-    )
+    path = main(["export", f"--weights={tmp_path / 'shared'}", f"--out={tmp_path / 'm.onnx'}"])
     session, images = onnxruntime.InferenceSession(path), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])

@@ -335,7 +335,7 @@ def command(trained, tmp_path, monkeypatch):
         model = [
             f"--model={NAME}",
             f"--model_kwargs={SHAPE}",
-            "--checkpoint=vit.pth",
+            "--weights=vit.pth",
             "--device=cpu",
             "--images=64",
         ]
@@ -389,7 +389,7 @@ def test_command_with_a_checkpoint_of_fit(trained, tmp_path, monkeypatch):
     found = main(
         [
             "slim",
-            "--ckpt_path=run.ckpt",
+            "--weights=run.ckpt",
             *DATA,
             "--counts=[8, 8, 6, 4, 4, 0]",
             "--device=cpu",
@@ -413,15 +413,15 @@ def test_command_for_a_budget(command, trained):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint=vit.pth"], "a search needs images: give --data"),
+        (["--weights=vit.pth"], "a search needs images: give --data"),
         (DATA, "untrained"),
-        (["--checkpoint=vit.pth", *DATA, "--bound=-1"], "bound"),
-        (["--checkpoint=vit.pth", *DATA, "--counts=[1, 0]", "--match_gmacs=1"], "give one of them"),
-        (["--checkpoint=vit.pth", *DATA, "--counts=[1, 0]"], "one number per block"),
-        (["--checkpoint=vit.pth", *DATA, "--device=tpu9"], "device"),
+        (["--weights=vit.pth", *DATA, "--bound=-1"], "bound"),
+        (["--weights=vit.pth", *DATA, "--counts=[1, 0]", "--match_gmacs=1"], "give one of them"),
+        (["--weights=vit.pth", *DATA, "--counts=[1, 0]"], "one number per block"),
+        (["--weights=vit.pth", *DATA, "--device=tpu9"], "device"),
         (
             [
-                "--checkpoint=vit.pth",
+                "--weights=vit.pth",
                 *DATA,
                 "--model_kwargs.global_pool=avg",
                 "--model_kwargs.fc_norm=false",

@@ -211,7 +211,7 @@ def test_starts_from_the_weights_of_another_run(tmp_path, loader):
     run = trainer(tmp_path, enable_checkpointing=True)
     run.fit(plain, loader)
     run.save_checkpoint(tmp_path / "plain.ckpt")
-    reduced = classifier(strategy=tdm.TDM(1.0), checkpoint=str(tmp_path / "plain.ckpt"))
+    reduced = classifier(strategy=tdm.TDM(1.0), weights=str(tmp_path / "plain.ckpt"))
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(reduced.eval()(images), plain.eval()(images))
 
@@ -220,7 +220,7 @@ def test_checkpoint_does_not_need_the_file_that_training_started_from(tmp_path, 
     start = tmp_path / "start.pth"
     torch.save({"model": VisionTransformer(**KWARGS, num_classes=CLASSES).state_dict()}, start)
     run = trainer(tmp_path, enable_checkpointing=True)
-    run.fit(classifier(checkpoint=str(start)), loader)
+    run.fit(classifier(weights=str(start)), loader)
     run.save_checkpoint(tmp_path / "model.ckpt")
     start.unlink()
     TokenReductionClassifier.load_from_checkpoint(tmp_path / "model.ckpt")
@@ -229,7 +229,7 @@ def test_checkpoint_does_not_need_the_file_that_training_started_from(tmp_path, 
 def test_dyvit_learns_from_its_starting_weights(tmp_path, loader):
     start = tmp_path / "start.pth"
     torch.save({"model": VisionTransformer(**KWARGS, num_classes=CLASSES).state_dict()}, start)
-    module = classifier(strategy=tdm.DyViT(freeze_epochs=1), checkpoint=str(start), lr=1e-3)
+    module = classifier(strategy=tdm.DyViT(freeze_epochs=1), weights=str(start), lr=1e-3)
     before = {name: value.clone() for name, value in module.model.named_parameters()}
     run = trainer(tmp_path, enable_checkpointing=True)
     run.fit(module, loader, loader)
@@ -250,7 +250,7 @@ def test_dyvit_learns_from_its_starting_weights(tmp_path, loader):
 
 
 def test_dyvit_without_trained_weights_has_no_teacher(tmp_path, loader):
-    with pytest.raises(ValueError, match="pretrained=true or model.checkpoint"):
+    with pytest.raises(ValueError, match="set model.weights"):
         trainer(tmp_path).fit(classifier(strategy=tdm.DyViT()), loader)
 
 

@@ -1,0 +1,132 @@
+"""Settings that a file brings along: they fill in what the user did not give."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from tdm_lightning.core.configurable import modern
+
+#: Names that ``Trainer.fit`` and its like take for a checkpoint that is not a file yet.
+_KEYWORDS = ("best", "last", "hpc", "registry")
+
+
+def given_value(arguments: Sequence[str], name: str, variable: str) -> str | None:
+    """The value that the user gives an option: on the command line, in a config file, or in the
+    environment, the first of these that says something.
+
+    Args:
+        arguments: of the command, its configurations resolved.
+        name: of the option, without dashes.
+        variable: of the environment.
+    """
+    found = os.environ.get(variable)
+    for path in _values(arguments, "config"):
+        content = _mapping(path)
+        found = content.get(name, found)
+    for value in _values(arguments, name):
+        found = value
+    return None if found in (None, "null", "") else str(found)
+
+
+def checkpoint_file(arguments: Sequence[str], variable: str) -> Path | None:
+    """The checkpoint that a run starts from, where that is a file."""
+    path = given_value(arguments, "ckpt_path", variable)
+    if path is None or path in _KEYWORDS or "://" in path:
+        return None
+    return Path(path)
+
+
+def fill_in(
+    parser: ArgumentParser,
+    parse: Callable[[], Namespace],
+    stored: Mapping[str, Any],
+    strategy: str,
+) -> Namespace:
+    """Parse; what the arguments do not say comes from a file, and then from the defaults.
+
+    Args:
+        parser: whose defaults are changed.
+        parse: gives the settings of that parser.
+        stored: settings by their full names, such as ``model.lr``.
+        strategy: the name of the strategy among them. Its arguments only fill in where the user
+            gives no other class: those of one method mean nothing to another.
+    """
+    stored = {name: modern(value) for name, value in stored.items()}
+    parser.set_defaults(dict(stored))
+    settings = parse()
+    if _classes(settings.get(strategy)) == _classes(stored.get(strategy)):
+        return settings
+    parser.set_defaults({strategy: None})
+    return parse()
+
+
+def differences(settings: Namespace, stored: Mapping[str, Any]) -> list[str]:
+    """What was given that a file says otherwise, ``NAME is GIVEN as given, STORED in the file``."""
+    found = []
+    for name, value in stored.items():
+        given = dict(_leaves(name, _plain(settings.get(name))))
+        there = dict(_leaves(name, modern(value)))
+        found += [
+            f"{key} is {_shown(given.get(key))} as given, {_shown(there.get(key))} in the file"
+            for key in sorted(given.keys() | there.keys())
+            if given.get(key) != there.get(key)
+        ]
+    return found
+
+
+def _values(arguments: Sequence[str], name: str) -> Iterator[str]:
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if before == f"--{name}" or (name == "config" and before == "-c"):
+            yield argument
+        elif argument.startswith(f"--{name}="):
+            yield argument.partition("=")[2]
+
+
+def _mapping(config: str) -> Mapping[str, Any]:
+    """A configuration: a file, or YAML itself."""
+    try:
+        text = Path(config).read_text(encoding="utf-8") if Path(config).is_file() else config
+        content = yaml.safe_load(text)
+    except (OSError, yaml.YAMLError):  # the parser says what is wrong with it
+        return {}
+    return content if isinstance(content, Mapping) else {}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _classes(value: Any) -> Any:
+    """The class of a strategy, or those of a list of them."""
+    value = _plain(value)
+    if isinstance(value, list):
+        return [_classes(item) for item in value]
+    return value.get("class_path") if isinstance(value, Mapping) else value
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Settings one by one, an object's arguments under its own name."""
+    if isinstance(value, Mapping) and "class_path" in value:
+        yield name, value["class_path"]
+        value = value.get("init_args") or {}
+    elif not isinstance(value, Mapping):
+        yield name, value
+        return
+    for key, item in value.items():
+        yield from _leaves(f"{name}.{key}", item)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)
