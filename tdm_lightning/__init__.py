@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tdm_lightning import checkpoints, export, flops, hub, metrics, sparsity
+from tdm_lightning import checkpoints, errors, export, flops, hub, metrics, sparsity
 from tdm_lightning.budget import solve_keep_rate
 from tdm_lightning.core import ModelInfo, Output, Reduction, Role, Seen, Tokens, Trace
 from tdm_lightning.importance import Chance, ClassAttention, Importance, ReceivedAttention
@@ -94,6 +94,7 @@ __all__ = [
     "attach",
     "checkpoints",
     "detach",
+    "errors",
     "export",
     "flops",
     "hub",

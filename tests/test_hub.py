@@ -210,7 +210,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(tmp_path, images):
 
 
 def test_the_licence_is_the_users(tmp_path):
-    save(reduced(tdm.SPViT((1,))), tmp_path, model_card_kwargs={"license": "cc-by-4.0"})
+    save(reduced(tdm.SPViT((1,))), tmp_path, license="cc-by-4.0")
     card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
     assert card.data.license == "cc-by-4.0"
     assert "cc-by-4.0" in card.text
@@ -221,12 +221,12 @@ def test_the_licence_is_the_users(tmp_path):
 
 
 class Hub:
-    """What the mixin asks of the hub's client; keeps a copy of what is uploaded."""
+    """What is asked of the hub's client; keeps a copy of what is uploaded."""
 
     def __init__(self, folder):
         self.folder, self.calls = folder, []
 
-    def __call__(self, token=None):
+    def __call__(self, **settings):
         return self
 
     def create_repo(self, repo_id, private, exist_ok):
@@ -242,10 +242,9 @@ class Hub:
 @torch.no_grad()
 def test_push_to_hub_uploads_what_save_pretrained_writes(tmp_path, images, monkeypatch):
     hub = Hub(tmp_path / "uploaded")
-    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", hub)
+    monkeypatch.setattr(tdm.hub, "HfApi", hub)
     model = reduced(tdm.DyViT(0.5, (1, 2)))
-    settings = {"model_card_kwargs": {"license": "mit"}}
-    address = model.push_to_hub("me/fast-deit", private=True, commit_message="First", **settings)
+    address = model.push_to_hub("me/fast-deit", private=True, license="mit", commit_message="First")
     assert address == "https://huggingface.co/me/fast-deit/commit/1"
     assert hub.calls == [("create", "me/fast-deit", True), ("upload", "me/fast-deit", "First")]
     files = {"README.md", "config.json", "model.safetensors", "strategy.safetensors"}
@@ -348,7 +347,7 @@ def test_a_strategy_with_an_argument_that_is_not_known(shared):
 
 
 def test_an_architecture_that_timm_does_not_have(shared):
-    with pytest.raises(ValueError, match=r"timm .* cannot make the 'vit_of_tomorrow'"):
+    with pytest.raises(ValueError, match=r"cannot be made: timm .* has no model 'vit_of_tomorrow'"):
         load(changed(shared, lambda config: config.update(architecture="vit_of_tomorrow")))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from tdm_lightning.cli.configs import with_named_configs
+from tdm_lightning.cli.mistakes import unwrapped
 from tdm_lightning.cli.stored import differences, fill_in, given_value
 
 
@@ -38,7 +39,8 @@ def run_function(title: str, summary: str, module: str, name: str, arguments: li
     parser.add_function_arguments(function, skip=set(files), as_group=False)
     arguments = with_named_configs([_underscored(argument) for argument in arguments])
     parsed = _with_stored(title, parser, list(parameters), arguments)
-    settings = parser.instantiate_classes(parsed).as_dict()
+    with unwrapped():
+        settings = parser.instantiate_classes(parsed).as_dict()
     return function(**{key: settings[key] for key in parameters})
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import tdm_lightning.callbacks  # noqa: F401 - makes callbacks known by their short names
 from tdm_lightning.checkpoints import read_file
+from tdm_lightning.cli.mistakes import unwrapped
 from tdm_lightning.cli.predictions import PredictionTable
 from tdm_lightning.cli.stored import checkpoint_file, differences, fill_in
 from tdm_lightning.data import ImageNetDataModule
@@ -74,9 +76,17 @@ class TokenReductionCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Done by :meth:`parse_arguments`."""
 
+    def instantiate_classes(self) -> None:
+        """See ``LightningCLI``."""
+        with unwrapped():
+            super().instantiate_classes()
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """See ``LightningCLI``."""
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:  # callbacks are there already: it is a setting
+            raise SettingError(f"the Trainer refuses its settings: {error}") from error
         if self.subcommand == "predict":
             trainer.callbacks.append(PredictionTable())  # type: ignore[attr-defined]
         return trainer
@@ -106,7 +116,20 @@ def _name(model: Any) -> str | None:
 def run(
     args: list[str], model_class: type | None = None, datamodule_class: type | None = None
 ) -> TokenReductionCLI:
-    """Parse the arguments and run the chosen ``Trainer`` method."""
+    """Parse the arguments and run the chosen ``Trainer`` method.
+
+    Raises:
+        TokenReductionError: for what the user can mend; of Lightning's errors those about settings.
+    """
+    try:
+        return _cli(args, model_class, datamodule_class)
+    except MisconfigurationException as error:
+        raise SettingError(str(error)) from error
+
+
+def _cli(
+    args: list[str], model_class: type | None, datamodule_class: type | None
+) -> TokenReductionCLI:
     return TokenReductionCLI(
         model_class or TokenReductionClassifier,
         datamodule_class or ImageNetDataModule,

@@ -43,9 +43,9 @@ def tiny(tmp_path, monkeypatch):
     return str(path)
 
 
-def run(tiny, *layers, commands=("fit", "test", "predict")):
+def run(tiny, *layers, commands=("fit", "test", "predict"), last=()):
     for command in commands:
-        arguments = [part for layer in (*layers, tiny) for part in ("--config", layer)]
+        arguments = [part for layer in (*layers, tiny, *last) for part in ("--config", layer)]
         yield main([command, *arguments])
 
 
@@ -90,10 +90,10 @@ def test_every_strategy_with_its_recipes(tiny, tmp_path, strategy, recipe):
         start = tmp_path / "start.yaml"
         torch.save({"model": vit.state_dict()}, tmp_path / "start.pth")
         start.write_text(yaml.safe_dump({"model": {"weights": str(tmp_path / "start.pth")}}))
-        strategy_layers = (strategy, recipe, str(start))
+        last = (str(start),)
     else:
-        strategy_layers = (strategy, recipe)
-    (cli,) = run(tiny, "deit_tiny", *strategy_layers, commands=["fit"])
+        last = ()
+    (cli,) = run(tiny, "deit_tiny", strategy, recipe, commands=["fit"], last=last)
     assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
 
 

@@ -143,7 +143,7 @@ def test_an_interrupt_of_the_memory_measurement(compare, tmp_path, monkeypatch):
         (["--runtime=onnx", "--dtype=bfloat16"], "runtime=onnx runs on the CPU in float32"),
         (["--runtime=compile", "--training=true"], "training steps are timed with runtime=eager"),
         ("--weights=missing.pth", "missing.pth"),
-        ("--data.dataset=digits", "give --ckpt"),
+        ("--data.dataset=digits", "give --weights"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_measured(
@@ -260,7 +260,7 @@ def test_the_posters_methods_at_their_published_settings():
     ("strategy", "expected"),
     [
         (tdm.TDM(), ("TDM", "keep_rate=0.7")),
-        (tdm.TDM(merger=tdm.TokenMerger(matching="mutual")), None),
+        (tdm.TDM(merger=tdm.TokenMerger(matching="greedy")), None),
         (tdm.EViT(0.5, fuse=False), ("EViT", "keep_rate=0.5, fuse=False")),
         (tdm.DyViT(merger=tdm.TokenMerger()), ("DyViT+TokenMerger", "keep_rate=0.7")),
         (tdm.ToMe([11] * 9 + [10] * 3), ("ToMe", "r=[11×9, 10×3]")),
@@ -277,7 +277,7 @@ def test_names_and_settings(strategy, expected):
     if expected is None:
         assert found[0] == "TDM"
         assert "TokenMerger(" in found[1]
-        assert "matching='mutual'" in found[1]
+        assert "matching='greedy'" in found[1]
     else:
         assert found == expected
 

@@ -62,5 +62,5 @@ def test_saved_configurations_run(stored, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = ["--config", str(folder / "config.yaml"), "--ckpt_path", str(path)]
     quiet = ["--trainer.logger=false", "--trainer.limit_test_batches=1", "--trainer.callbacks=null"]
-    cli = main(["test", *given, *quiet])
+    cli = main(["test", *given, *quiet, "--model.weights=null"])
     check(cli.model.model, expected)
