@@ -13,8 +13,7 @@ from tdm_lightning.callbacks.batches import is_sampled
 from tdm_lightning.callbacks.output import check_folder, output_folder
 
 from tdm_lightning.core.checks import check_choice, check_count
-from tdm_lightning.metrics import DiversityScore, Norm
-from tdm_lightning.metrics.recorder import DiversityRecorder
+from tdm_lightning.metrics import DiversityRecorder, DiversityScore, Norm
 from tdm_lightning.vit.find import find_vit
 
 _STAGES = ("train", "val", "test")

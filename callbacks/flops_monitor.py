@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tdm_lightning.core.checks import check_count
 from tdm_lightning.flops import ImageCosts, image_costs, mac_report
 from tdm_lightning.vit import TokenReducedViT
-from tdm_lightning.vit.adapters import grid_size
+from tdm_lightning.vit.adapters import grid_size, model_info
 from tdm_lightning.vit.find import find_vit
 
 
@@ -143,7 +143,8 @@ def cost(
     counts: list[float] = [block.tokens for block in report.blocks]
     if not counts:  # a plain model keeps all
         size = input_size[1:] if images is None else images.shape[-2:]  # type: ignore[index]
-        counts = [math.prod(grid_size(vit, (size[0], size[1])))] * len(vit.blocks)  # type: ignore[arg-type]
+        depth = model_info(vit).depth
+        counts = [math.prod(grid_size(vit, (size[0], size[1])))] * depth
     tokens = {f"tokens/block_{index:02d}": float(count) for index, count in enumerate(counts)}
     return {"flops/gmacs": report.backbone / 1e9, "flops/reduction": report.reduction, **tokens}
 

@@ -8,8 +8,7 @@ from tdm_lightning.callbacks.flops_monitor import cost
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tdm_lightning.core.checks import check_count
-from tdm_lightning.metrics import Norm
-from tdm_lightning.metrics.recorder import DiversityRecorder
+from tdm_lightning.metrics import DiversityRecorder, Norm
 from tdm_lightning.vit.find import find_vit
 
 

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
 import tdm_lightning as tdm
-from tdm_lightning.metrics.recorder import DiversityRecorder
+from tdm_lightning.metrics import DiversityRecorder
 
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tdm_lightning.metrics.recorder import DiversityRecorder
+from tdm_lightning.metrics import DiversityRecorder
 from tdm_lightning.vit import TokenReducedViT
 from tdm_lightning.vit.find import hook_blocks
 

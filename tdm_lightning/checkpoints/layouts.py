@@ -132,7 +132,7 @@ def _from_iared2(weights: Weights) -> Weights:
 
 
 def _is_ours(weights: Weights) -> bool:
-    return "vit.patch_embed.proj.weight" in weights
+    return any(name.startswith("vit.") for name in weights)
 
 
 def _from_ours(weights: Weights) -> Weights:

@@ -18,6 +18,7 @@ from tdm_lightning.checkpoints.layouts import LAYOUTS, Layout, Weights
 from tdm_lightning.core.checks import check_choice
 from tdm_lightning.errors import FileError, SettingTypeError
 from tdm_lightning.vit import TokenReducedViT
+from tdm_lightning.vit.adapters import find_adapter
 
 Grid = tuple[int, int]
 
@@ -75,7 +76,7 @@ def load_official(
     LoadReport(layout='deit', interpolated=((10, 10), (6, 6)), untouched=())
     """
     vit: Any = model.vit if isinstance(model, TokenReducedViT) else model
-    if not isinstance(vit, nn.Module) or not hasattr(vit, "patch_embed"):
+    if not isinstance(vit, nn.Module) or find_adapter(vit) is None:
         raise SettingTypeError(
             "load_official() takes a timm Vision Transformer, plain or reduced, got a"
             f" {type(model).__name__}"

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from tdm_lightning.core.configurable import modern
+from tdm_lightning.core.configurable import is_known, modern
+from tdm_lightning.errors import FileError
 
 #: Names that ``Trainer.fit`` and its like take for a checkpoint that is not a file yet.
 _KEYWORDS = ("best", "last", "hpc", "registry")
@@ -58,6 +59,16 @@ def fill_in(
             gives no other class: those of one method mean nothing to another.
     """
     stored = {name: modern(value) for name, value in stored.items()}
+    if not is_known(stored.get(strategy)):
+        # Nothing that a file names is imported, but the user may name the class too.
+        given = parse()
+        if not is_known(stored[strategy]):
+            if given.get(strategy) is None:
+                raise FileError(
+                    f"the stored strategy is {_classes(stored[strategy])}, which is not known here;"
+                    f" give --{strategy} with that class, or install its module as a plugin"
+                )
+            stored.pop(strategy)
     parser.set_defaults(dict(stored))
     settings = parse()
     if _classes(settings.get(strategy)) == _classes(stored.get(strategy)):

@@ -45,9 +45,7 @@ class Configurable:
 
     def config(self) -> dict[str, Any]:
         """The arguments this object was made with, as plain values."""
-        names = [
-            name for name in inspect.signature(type(self).__init__).parameters if name != "self"
-        ]
+        names = _arguments(type(self))
         return {
             "class_path": stored_name(type(self)),
             "init_args": {name: _plain(getattr(self, name)) for name in names},
@@ -138,6 +136,34 @@ def modern(value: Any) -> Any:
         arguments = without_retired(known[name], found.get("init_args") or {})
         found = {**found, "class_path": f"{_LIBRARY}.{name}", "init_args": arguments}
     return found
+
+
+def is_known(value: Any) -> bool:
+    """Whether all classes that plain values name have been imported."""
+    if isinstance(value, (list, tuple)):
+        return all(map(is_known, value))
+    if not isinstance(value, Mapping):
+        return True
+    path = value.get("class_path")
+    names = {
+        name for where, one in Configurable.known().items() for name in (where, stored_name(one))
+    }
+    return (path is None or path in names) and all(map(is_known, value.values()))
+
+
+def _arguments(cls: type) -> list[str]:
+    """Names of a class's ``__init__`` arguments, with those that it hands on to the next class."""
+    names: list[str] = []
+    for kind in cls.__mro__:
+        if kind is object or "__init__" not in vars(kind):
+            continue
+        parameters = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        own = [name for name, one in parameters.items() if one.kind in named and name != "self"]
+        names += [name for name in own if name not in names]
+        if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+            break
+    return names
 
 
 def _is_own(cls: type) -> bool:

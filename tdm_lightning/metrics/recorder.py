@@ -10,6 +10,7 @@ from types import TracebackType
 from torch import Tensor, nn
 
 from tdm_lightning.metrics import DiversityScore, Norm
+from tdm_lightning.vit.adapters import model_info
 from tdm_lightning.vit.find import find_vit, hook_blocks, inner_vit
 
 
@@ -49,9 +50,9 @@ class DiversityRecorder:
     ) -> None:
         self._vit = find_vit(module, vit)
         inner = inner_vit(self._vit)
-        device = next(inner.parameters()).device
-        self._metrics = [DiversityScore(norm, normalize).to(device) for _ in inner.blocks]
-        self._prefix = inner.num_prefix_tokens
+        info = model_info(inner)
+        self._metrics = [DiversityScore(norm, normalize).to(info.device) for _ in range(info.depth)]
+        self._prefix = info.prefix
         self._listening = ExitStack()
         self._heard: set[int] = set()
         self._images = 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tdm_lightning.metrics.recorder import DiversityRecorder
+from tdm_lightning.metrics import DiversityRecorder
 from tests.vit.test_dense import reduced
 
 
