@@ -81,6 +81,7 @@ def test_hugging_faces_trainer():
 BRIEF = ["--trainer.max_steps=1", "--trainer.max_epochs=1", "--model.warmup_epochs=0"]
 QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
 KEEP = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.dirpath=kept"]
+KEEP += ["--trainer.callbacks.every_n_train_steps=1"]
 
 
 @pytest.mark.parametrize(

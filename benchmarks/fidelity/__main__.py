@@ -1,18 +1,20 @@
-"""``tdm fidelity``: how far methods move what a pretrained ViT makes of photographs."""
+"""``python -m benchmarks.fidelity``: how far methods move what a pretrained ViT makes of
+photographs.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from benchmarks.runner import run
 from tdm_lightning.errors import SettingError
 
 
 def fidelity(
     model: str = "vit_small_patch14_dinov2",
     model_kwargs: dict[str, Any] | None = None,
-    pretrained: bool = False,
-    checkpoint: str | None = None,
+    weights: bool | str | None = None,
     methods: list[str] | None = None,
     rates: list[float] | None = None,
     out: str = "study",
@@ -22,14 +24,13 @@ def fidelity(
 
     The methods are those that need no training, each at the GMACs of TDM's keep rates. The
     photographs come with scikit-learn and scikit-image. Writes ``fidelity.csv`` and
-    ``fidelity.png``, which ``tdm study`` redraws, and ``panels.png`` with what the patches of each
-    photograph become under TDM at 0.7.
+    ``fidelity.png``, which ``python -m benchmarks.study`` redraws, and ``panels.png`` with what the
+    patches of each photograph become under TDM at 0.7.
 
     Args:
         model: name of a timm ViT.
         model_kwargs: passed to ``timm.create_model``, such as ``img_size``.
-        pretrained: take timm's pretrained weights.
-        checkpoint: take the weights in this file.
+        weights: a file, a folder or a hub name, or ``true`` for timm's pretrained ones.
         methods: only these methods.
         rates: only these of TDM's keep rates.
         out: folder for the files.
@@ -40,7 +41,6 @@ def fidelity(
     Raises:
         ValueError: without trained weights, or for a setting that does not fit.
     """
-    import timm
     import torch
     from timm.data import create_transform
 
@@ -48,25 +48,26 @@ def fidelity(
     from benchmarks.study.fidelity import measure_fidelity
     from benchmarks.study.photographs import photographs
     from benchmarks.study.results import write_fidelity
-    from tdm_lightning.checkpoints import load_official
+    from tdm_lightning.checkpoints import load_weights
     from tdm_lightning.strategies import TDM
     from tdm_lightning.visualize.images import data_config
     from tdm_lightning.visualize.sheet import make_folder, save_schools
     from tdm_lightning.vit import attach
+    from tdm_lightning.vit.create import create_vit
 
-    if not pretrained and checkpoint is None:
+    if not weights:
         raise SettingError(
-            "an untrained model's features mean nothing: give --checkpoint FILE or --pretrained"
-            " true"
+            "an untrained model's features mean nothing: give --weights FILE, or true for timm's"
+            " pretrained ones"
         )
     arguments = model_kwargs or {}
-    vit = timm.create_model(model, pretrained=pretrained, **arguments).eval()
-    if checkpoint is not None:
-        load_official(vit, checkpoint)
+    vit = create_vit(model, pretrained=weights is True, **arguments).eval()
+    if isinstance(weights, str):
+        load_weights(vit, weights)
     photos = photographs()
     found = measure_fidelity(
         vit,
-        lambda strategy: timm.create_model(model, **arguments),
+        lambda strategy: create_vit(model, **arguments),
         photos,
         create_transform(**data_config(vit)),
         methods,
@@ -84,3 +85,7 @@ def fidelity(
     for path in written:
         print(path)
     return written
+
+
+if __name__ == "__main__":
+    run(fidelity)

@@ -1,4 +1,6 @@
-"""``tdm study``: what each method keeps of a plain model's accuracy at equal cost."""
+"""``python -m benchmarks.study``: what each method keeps of a plain model's accuracy at equal
+cost.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Literal
 
+from benchmarks.runner import run
 from tdm_lightning.data import ImageNetDataModule
 from tdm_lightning.errors import SettingError
 
@@ -88,3 +91,7 @@ def study(
     recipe = Recipe(train_images, lr, weight_decay)
     run_cells(cells, start, data, folder / part, recipe, split or _SPLITS[part], eval_images)
     return []
+
+
+if __name__ == "__main__":
+    run(study)

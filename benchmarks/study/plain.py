@@ -80,6 +80,6 @@ class Plain:
             self.model,
             strategy,
             model_kwargs=self.kwargs_for(strategy),
-            checkpoint=self.checkpoint,
+            weights=self.checkpoint,
             **recipe,
         )

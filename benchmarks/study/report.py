@@ -47,7 +47,8 @@ def report(folder: Path) -> list[Path]:
         written.append(figures.save(figures.fidelity(found), folder / "fidelity.png"))
     if not written:
         raise SettingError(
-            f"there are no results in {folder}: run `tdm study --part grid` first, or give the"
+            f"there are no results in {folder}: run `python -m benchmarks.study --part grid`"
+            " first, or give the"
             " right --out"
         )
     return written

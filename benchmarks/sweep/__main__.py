@@ -1,4 +1,4 @@
-"""``tdm sweep``: which of timm's models can be reduced."""
+"""``python -m benchmarks.sweep``: which of timm's models can be reduced."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import sys
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
+
+from benchmarks.runner import run
 
 
 def sweep(
@@ -55,3 +57,7 @@ def sweep(
     )
     if not finished:
         raise SystemExit(130)  # as a shell reports a program that Ctrl-C ended
+
+
+if __name__ == "__main__":
+    run(sweep)

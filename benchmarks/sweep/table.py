@@ -116,9 +116,10 @@ def markdown(rows: Sequence[Row]) -> str:
     """The summary: names per module, kinds of blocks, and what was refused or failed."""
     modules = list(dict.fromkeys(row.module for row in rows))
     kinds = sorted({(row.kind, row.block, row.attention) for row in rows})
+    settings = ", ".join(sorted({row.settings for row in rows}))
     parts = [
         "# timm's Vision Transformers under TDM",
-        f"Made by `tdm sweep`; {', '.join(sorted({row.settings for row in rows}))}.",
+        f"Made by `python -m benchmarks.sweep`; {settings}.",
         (
             "A name counts as *reduced* if, with every parameter given a say by seeded noise, TDM"
             " attaches to it; it equals plain timm at keep rate 1 and with its patches (and their"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, NoReturn
 
 from tdm_lightning.cli.configs import named_configs, with_named_configs
@@ -90,7 +91,8 @@ def main(
     try:
         if command in COMMANDS:
             module, name, summary = COMMANDS[command]
-            return run_function(f"tdm {command}", summary, module, name, arguments[1:])
+            function = getattr(import_module(module), name)
+            return run_function(f"tdm {command}", summary, function, arguments[1:])
         from tdm_lightning.cli.trainer import run
 
         return run(with_named_configs(arguments), model_class, datamodule_class)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from inspect import Parameter, signature
 from typing import Any
 
@@ -15,7 +14,9 @@ from tdm_lightning.cli.mistakes import unwrapped
 from tdm_lightning.cli.stored import differences, fill_in, given_value
 
 
-def run_function(title: str, summary: str, module: str, name: str, arguments: list[str]) -> Any:
+def run_function(
+    title: str, summary: str, function: Callable[..., Any], arguments: list[str]
+) -> Any:
     """Parse arguments by a function's signature and call it.
 
     Where the function takes ``weights`` and these say what model they are of, that fills in what is
@@ -24,11 +25,9 @@ def run_function(title: str, summary: str, module: str, name: str, arguments: li
     Args:
         title: the command, for messages.
         summary: what it does, for its help.
-        module: where the function is.
-        name: of the function.
+        function: what to call.
         arguments: of the command line.
     """
-    function: Callable[..., Any] = getattr(import_module(module), name)
     parser = ArgumentParser(prog=title, description=summary)
     parser.add_argument("--config", action="config", help="file with any of the settings below")
     parameters = signature(function).parameters

@@ -1,4 +1,6 @@
-"""``tdm study`` from the command line to the figures, on digits with a tiny model."""
+"""``python -m benchmarks.study`` from the command line to the figures, on digits with a tiny
+model.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,8 @@ import yaml
 from filelock import FileLock
 
 import tdm_lightning as tdm
+from benchmarks.runner import run
+from benchmarks.study.__main__ import study as study_command
 from benchmarks.study.ablate import VARIANTS, ablation_cells
 from benchmarks.study.evaluate import evaluate
 from benchmarks.study.finetune import Recipe
@@ -28,7 +32,6 @@ from benchmarks.study.plan import (
 )
 from benchmarks.study.run import run_cell, solved
 from benchmarks.study.store import Store, unpack_bits
-from tdm_lightning.cli import main
 from tdm_lightning.data import ImageNetDataModule
 from tdm_lightning.slimming import select
 from tdm_lightning.training.module import TokenReductionClassifier
@@ -84,8 +87,9 @@ def study(checkpoint, tmp_path_factory):
     )
 
     def call(out, *extra):
-        return main(
-            ["study", "--config", str(config), f"--plain={checkpoint}", f"--out={out}", *extra]
+        return run(
+            study_command,
+            ["--config", str(config), f"--plain={checkpoint}", f"--out={out}", *extra],
         )
 
     return call
@@ -308,21 +312,21 @@ def test_report_redraws_from_the_tables_alone(study, finished, tmp_path):
         "--train-images=0",
         "--eval-images=20",
     )
-    written = {path.name for path in main(["study", f"--out={finished}"])}
+    written = {path.name for path in run(study_command, [f"--out={finished}"])}
     pictures = {"accuracy.png", "keep_rates.png", "diversity.png"}
     texts = {"grid.md", "ablation.md"}
     tables = {f"{part}{end}.csv" for part in ("grid", "ablation") for end in ("", "_correct")}
     assert written == pictures | texts | tables
     for name in tables:
         (tmp_path / name).write_bytes((finished / name).read_bytes())
-    assert {path.name for path in main(["study", f"--out={tmp_path}"])} == pictures | texts
+    assert {path.name for path in run(study_command, [f"--out={tmp_path}"])} == pictures | texts
     for name in texts:
         assert (tmp_path / name).read_text() == (finished / name).read_text()
     assert all(os.path.getsize(tmp_path / name) > 10_000 for name in pictures)
 
 
 def test_tables_say_what_the_cells_say(finished):
-    main(["study", f"--out={finished}"])
+    run(study_command, [f"--out={finished}"])
     cells = cells_in(finished / "grid")
     with (finished / "grid.csv").open() as file:
         rows = {(row["method"], row["rate"]): row for row in csv.DictReader(file)}
@@ -346,7 +350,7 @@ def test_placements_at_equal_cost(study, tmp_path):
     paper, other = cells["TDM-0.6-1"], cells["blocks 1 3 5 7 9-0.6-1"]
     assert 0.99 * paper["gmacs"] <= other["gmacs"] <= paper["gmacs"]
     assert len(set(other["tokens"])) == 6
-    assert {path.name for path in main(["study", f"--out={tmp_path}"])} == {
+    assert {path.name for path in run(study_command, [f"--out={tmp_path}"])} == {
         "placement.csv",
         "placement_correct.csv",
         "placement.md",
@@ -359,12 +363,12 @@ def test_placements_at_equal_cost(study, tmp_path):
 
 def test_nothing_to_report(tmp_path):
     with pytest.raises(ValueError, match="no results"):
-        main(["study", f"--out={tmp_path}"])
+        run(study_command, [f"--out={tmp_path}"])
 
 
 def test_what_a_run_needs(tmp_path):
     with pytest.raises(ValueError, match="--plain FILE"):
-        main(["study", "--part=grid", f"--out={tmp_path}"])
+        run(study_command, ["--part=grid", f"--out={tmp_path}"])
 
 
 def test_ablation_cells():

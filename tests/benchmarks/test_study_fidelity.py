@@ -9,10 +9,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 import tdm_lightning as tdm
+from benchmarks.fidelity.__main__ import fidelity
+from benchmarks.runner import run
+from benchmarks.study.__main__ import study
 from benchmarks.study.fidelity import TRAINING_FREE, Watcher, compare, observed, to_patches
 from benchmarks.study.plan import METHODS
 from benchmarks.study.results import read_fidelity
-from tdm_lightning.cli import main
 
 SHAPE = {
     "img_size": 48,
@@ -100,7 +102,7 @@ def test_command(tmp_path):
         "--methods=[TDM]",
         "--rates=[0.7,0.4]",
     ]
-    main(["fidelity", *arguments, f"--weights={tmp_path / 'vit.pth'}", f"--out={tmp_path}"])
+    run(fidelity, [*arguments, f"--weights={tmp_path / 'vit.pth'}", f"--out={tmp_path}"])
     found = read_fidelity(tmp_path)
     assert {(one.method, one.rate) for one in found} == {("TDM", 0.7), ("TDM", 0.4)}
     assert all(-1 <= one.features <= 1 for one in found)
@@ -116,9 +118,9 @@ def test_command(tmp_path):
     assert panels.width > 4 * 448
     assert panels.height > 6 * 448
     (tmp_path / "fidelity.png").unlink()
-    assert [path.name for path in main(["study", f"--out={tmp_path}"])] == ["fidelity.png"]
+    assert [path.name for path in run(study, [f"--out={tmp_path}"])] == ["fidelity.png"]
 
 
 def test_random_weights_are_refused(tmp_path):
     with pytest.raises(ValueError, match="untrained"):
-        main(["fidelity", f"--out={tmp_path}"])
+        run(fidelity, [f"--out={tmp_path}"])

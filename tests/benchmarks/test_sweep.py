@@ -1,5 +1,5 @@
-"""``tdm sweep``: what its checks see, how models are shrunk, and that it goes on where it
-stopped.
+"""``python -m benchmarks.sweep``: what its checks see, how models are shrunk, and that it goes on
+where it stopped.
 """
 
 import csv
@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
 import tdm_lightning as tdm
+from benchmarks.runner import run as run_command
 from benchmarks.sweep import (
     MODULES,
     Sweep,
@@ -24,9 +25,9 @@ from benchmarks.sweep import (
     sweep_names,
     try_name,
 )
+from benchmarks.sweep.__main__ import sweep as sweep_command
 from benchmarks.sweep.shrink import shrinking
 from benchmarks.sweep.table import Row, append_row, write_rows
-from tdm_lightning.cli import main
 from tdm_lightning.vit.adapters import eva
 
 SMALL = {
@@ -298,7 +299,9 @@ def test_the_summary_counts():
 
 def test_the_command(tmp_path, capsys):
     out = tmp_path / "out"
-    main(["sweep", '--names=["test_vit","test_vit_relpos"]', "--max_params=0", f"--out={out}"])
+    run_command(
+        sweep_command, ['--names=["test_vit","test_vit_relpos"]', "--max_params=0", f"--out={out}"]
+    )
     assert "2 of 2 names reduced" in capsys.readouterr().out
     with (out / "families.csv").open(encoding="utf-8") as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
@@ -313,6 +316,6 @@ def test_the_command_after_an_interrupt(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "try_name", broken_off)
     with pytest.raises(SystemExit) as ended:
-        main(["sweep", '--names=["test_vit"]', f"--out={tmp_path}"])
+        run_command(sweep_command, ['--names=["test_vit"]', f"--out={tmp_path}"])
     assert ended.value.code == 130
     assert (tmp_path / "families.md").exists()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole study from nothing: bash .github/study/run.sh DATASET [OUT]
+# The whole study from nothing: bash benchmarks/study/run.sh DATASET [OUT]
 # DATASET: a folder with Fashion-MNIST's files, or zalando-datasets/fashion_mnist on the hub. Goes on where it was broken off.
 # With WORKERS=4 the cells are shared among four processes of one thread each.
 set -euo pipefail
@@ -10,7 +10,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fit() {
     local folder=runs/study/$1 && shift
     [ -e "$folder/finished" ] && return
-    tdm fit --config study/plain "$@" --data.dataset "$dataset" $([ -e "$folder/last.ckpt" ] && echo --ckpt_path "$folder/last.ckpt")
+    tdm fit --config benchmarks/configs/plain.yaml "$@" --data.dataset "$dataset" $([ -e "$folder/last.ckpt" ] && echo --ckpt_path "$folder/last.ckpt")
     touch "$folder/finished"
 }
 
@@ -18,16 +18,16 @@ fit() {
 cells() {
     local running=()
     for _ in $(seq "${WORKERS:-1}"); do
-        tdm study --config study/grid "$@" --plain $plain --data.init_args.dataset "$dataset" --out "$out" &
+        python -m benchmarks.study --config benchmarks/configs/grid.yaml "$@" --plain $plain --data.init_args.dataset "$dataset" --out "$out" &
         running+=($!)
     done
     for worker in "${running[@]}"; do wait "$worker"; done
 }
 
-fit coarse --config study/coarse
-fit plain --model.checkpoint runs/study/coarse/last.ckpt
-tdm test --config study/plain --data.dataset "$dataset" --ckpt_path $plain
+fit coarse --config benchmarks/configs/coarse.yaml
+fit plain --model.weights runs/study/coarse/last.ckpt
+tdm test --config benchmarks/configs/plain.yaml --data.dataset "$dataset" --ckpt_path $plain
 cells --part ablation --eval_images 3000
 cells --part placement --train_images 0 --eval_images 3000
 cells --part grid
-tdm study --out "$out"
+python -m benchmarks.study --out "$out"

@@ -1,0 +1,1 @@
+"""Every method on scikit-learn's digits."""

@@ -1,0 +1,1 @@
+"""Where a merged token stands: two rules, measured."""
