@@ -2,11 +2,15 @@
 lies.
 """
 
-import os
+import ast
+import email
+import re
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -59,7 +63,10 @@ def test_wheel_holds_every_package(built):
         for path in (ROOT / folder).rglob(pattern)
     }
     assert names >= sources
-    assert not any(name.startswith(("tests/", "callbacks/", "configs/")) for name in names)
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"tdm_lightning"}
+    rooms = {name.split("/")[1] for name in names if name.startswith("tdm_lightning/")}
+    assert not rooms & {"benchmarks", "tests", "examples", "docs"}
 
 
 def test_sdist_holds_what_the_wheel_is_made_of(built):
@@ -72,31 +79,76 @@ def test_sdist_holds_what_the_wheel_is_made_of(built):
         "callbacks/__init__.py",
         "configs/quickstart.yaml",
     } <= names
+    assert not {name.partition("/")[0] for name in names} & {"benchmarks", "tests", "docs"}
 
 
-def test_installed_wheel_works_from_another_folder(built, tmp_path):
-    target = tmp_path / "site"
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(target),
-        str(built[1]),
-    )
+def test_what_is_imported_is_asked_for(built):
+    """What the library imports is a dependency or of an extra, and each dependency is imported."""
+    with zipfile.ZipFile(built[1]) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        asked = email.message_from_bytes(archive.read(name)).get_all("Requires-Dist")
+        sources = [archive.read(name) for name in archive.namelist() if name.endswith(".py")]
+    kinds = {re.match(r"[\w-]+", line)[0].lower(): "extra ==" in line for line in asked}
+    assert "torch" in kinds
+    imported = {
+        module.partition(".")[0]
+        for source in sources
+        for node in ast.walk(ast.parse(source))
+        for module in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    } - sys.stdlib_module_names
+    distributions = packages_distributions()
+    used = {distributions[module][0].lower() for module in imported - {"tdm_lightning"}}
+    assert used <= kinds.keys()
+    assert {name for name, extra in kinds.items() if not extra} <= used
+
+
+@pytest.fixture(scope="module")
+def bare(built, tmp_path_factory):
+    """The programs of an environment that holds the wheel, and of the checkout nothing."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, symlinks=True)
+    install = ("install", "--quiet", "--no-deps", str(built[1]))
+    run(sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), *install)
+    # What the library depends on is borrowed. Folders named in here are searched, but their own
+    # `.pth` files are not read, so an editable install of the checkout stays unseen.
+    borrowed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "borrowed.pth").write_text("\n".join(borrowed))
+    return folder / "bin"
+
+
+def test_installed_wheel_works_outside_the_checkout(bare, tmp_path):
     code = (
-        "import tdm_lightning, tdm_lightning.callbacks as callbacks;from tdm_lightning.cli import"
-        " config_folder, named_configs;print(tdm_lightning.__file__,"
+        "import tdm_lightning, tdm_lightning.callbacks as callbacks; from tdm_lightning.cli import"
+        " config_folder, named_configs; print(tdm_lightning.__file__, callbacks.__file__,"
         " callbacks.KeepRateWarmup.__name__, config_folder(), named_configs())"
     )
-    printed = run(
-        sys.executable, "-c", code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(target)}
-    )
-    assert printed.count(str(target)) == 2
+    printed = run(bare / "python", "-c", code, cwd=tmp_path)
+    assert printed.count(str(bare.parent)) == 3
     assert "strategies/tdm" in printed
+
+
+def test_installed_commands_run_outside_the_checkout(bare, tmp_path):
+    assert run(bare / "tdm", "--version", cwd=tmp_path).startswith("tdm-lightning ")
+    module = (bare / "python", "-m", "tdm_lightning")
+    printed = run(*module, "fit", "--config", "quickstart", "--print_config", cwd=tmp_path)
+    assert "class_path: tdm_lightning." in printed
+
+
+def test_an_editable_install_finds_callbacks_and_configurations(tmp_path):
+    code = (
+        "import tdm_lightning.callbacks as callbacks; from tdm_lightning.cli import config_folder;"
+        " print(callbacks.__file__); print(config_folder())"
+    )
+    callbacks, configs = run(sys.executable, "-c", code, cwd=tmp_path).splitlines()
+    assert Path(callbacks).resolve() == ROOT / "callbacks" / "__init__.py"
+    assert Path(configs).resolve() == ROOT / "configs"
 
 
 def test_checkout_finds_callbacks_and_configurations():

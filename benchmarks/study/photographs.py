@@ -23,7 +23,7 @@ def photographs() -> dict[str, Image.Image]:
     except ImportError as error:
         raise SettingError(
             "the photographs come with scikit-learn and scikit-image: pip install"
-            f" 'tdm-lightning[study]' ({error})"
+            f" 'tdm-lightning[benchmarks]' ({error})"
         ) from error
     bundled = load_sample_images()
     found = {
