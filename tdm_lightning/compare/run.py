@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.progress import Progress
@@ -237,10 +237,10 @@ def prepare(
         **surroundings(device),
     }
     alone = {
-        index: image_costs(method.model, images)
+        index: image_costs(cast(TokenReducedViT, method.model), images)
         for index, method in enumerate(methods)
         if _adaptive(method)
-    }  # type: ignore[arg-type]
+    }
     return Comparison(
         plan, methods, images, [_macs(method, images) for method in methods], facts, alone
     )

@@ -88,9 +88,8 @@ def extract_dense(model: Any) -> nn.Module:
     >>> model = tdm.attach(timm.create_model("deit_tiny_patch16_224"), tdm.SViTE())
     >>> tdm.sparsity.apply_masks(model)
     >>> block = tdm.sparsity.extract_dense(model).blocks[0]
-    >>> block.attn.qkv, block.mlp.fc1
-    (Linear(in_features=192, out_features=384, bias=True), Linear(in_features=192, out_features=537,
-    bias=True))
+    >>> block.attn.qkv.out_features, block.mlp.fc1.out_features
+    (384, 537)
     """
     parts = kept_parts(model)
     if parts is None:

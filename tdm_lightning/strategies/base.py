@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -152,7 +152,9 @@ class Strategy(nn.Module, Configurable):
         if "keep_rate" not in self.config()["init_args"]:
             return None
         rates = RateAtBlocks().search_space(depth, patches)
-        return rates.map(lambda schedule: self.changed(keep_rate=schedule.keep_rate))
+        return rates.map(
+            lambda schedule: self.changed(keep_rate=cast(RateAtBlocks, schedule).keep_rate)
+        )
 
     def changed(self, **arguments: Any) -> Strategy:
         """A new, unattached strategy like this one but for some of its arguments."""

@@ -298,7 +298,7 @@ def _rejoined(tokens: Tokens) -> Tokens:
     return tokens.replace(x=x, prefix=prefix, key_bias=None, state=EvoState(state.attention))
 
 
-def _classifier(width: int, classes: int, device: torch.device) -> nn.Linear:
+def _classifier(width: int, classes: int, device: torch.device | None) -> nn.Linear:
     layer = nn.Linear(width, classes, device=device)
     nn.init.trunc_normal_(layer.weight, std=0.02)
     nn.init.zeros_(layer.bias)

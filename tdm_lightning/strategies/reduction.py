@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,8 +15,6 @@ from tdm_lightning.mergers import Drop, Merger
 from tdm_lightning.mergers.base import WORDS, check_merger, check_reduction
 from tdm_lightning.schedules import RateAtBlocks, Schedule, SearchSpace
 from tdm_lightning.strategies.base import Requirements, Strategy
-
-Part = TypeVar("Part", Importance, Schedule)
 
 
 class TokenReduction(Strategy):
@@ -55,7 +53,7 @@ class TokenReduction(Strategy):
         if importance is None and merger is None:
             importance = ClassAttention()
         self.importance = _checked(importance, Importance, "importance")
-        self.schedule = _checked(schedule, Schedule, "schedule") or RateAtBlocks()
+        self.schedule: Any = _checked(schedule, Schedule, "schedule") or RateAtBlocks()
         self.before = bool(before)
         self.merger = check_merger(merger, {"importance"} if self.before else WORDS)
         self.reducer: Merger = Drop() if self.merger is None else self.merger
@@ -68,12 +66,12 @@ class TokenReduction(Strategy):
     @property
     def keep_rate(self) -> float:
         """That of the schedule; no attribute where it has none."""
-        return self.schedule.keep_rate  # type: ignore[attr-defined]
+        return self.schedule.keep_rate
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The reducing blocks of the schedule; no attribute where it has no choice of them."""
-        return self.schedule.layers  # type: ignore[attr-defined]
+        return self.schedule.layers
 
     @property
     def scores_tokens(self) -> bool:
@@ -155,7 +153,7 @@ class TokenReduction(Strategy):
         return self.changed(**{k: v for k, v in given["init_args"].items() if k in own})
 
 
-def _checked(part: Any, kind: type[Part], name: str) -> Part | None:
+def _checked(part: Any, kind: type, name: str) -> Any:
     if part is not None and not isinstance(part, kind):
         raise SettingTypeError(
             f"{name} must be of class {kind.__name__}, got {part!r} of type {type(part).__name__}"

@@ -1,5 +1,7 @@
 """Files that run without this library, checked before they are handed out."""
 
+import copy
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -63,22 +65,42 @@ def test_an_onnx_file_says_what_it_takes_and_gives(model, tmp_path):
 
 def test_a_file_that_is_not_run_is_not_compared(tmp_path, monkeypatch):
     """For random weights, whose near ties rounding may decide."""
-    monkeypatch.setattr(export, "compare_logits", lambda *_: pytest.fail("compared"))
-    export.write_onnx(timm.create_model("test_vit"), tmp_path / "m.onnx")
+    monkeypatch.setattr(export.files, "compare_logits", lambda *_: pytest.fail("compared"))
+    export.write_onnx(timm.create_model("test_vit", depth=2), tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx").stat().st_size > 100_000
 
 
-def test_a_program_runs_with_torch_alone(tmp_path):
-    model, path = reduced(tdm.TDM(0.5, (0, 1))), tmp_path / "m.pt2"
-    written = export.export_program(model, path)
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """A model in training, in bfloat16 and with a part in evaluation mode, what it was before its
+    export, and the file.
+    """
+    model = reduced(tdm.TDM(0.5, (1,))).to(torch.bfloat16).train()
+    model.vit.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    written = export.export_program(model, tmp_path_factory.mktemp("program") / "m.pt2")
+    return model, modes, before, written
+
+
+def test_a_program_runs_with_torch_alone(program):
+    model, _, _, written = program
     images = torch.randn(7, 3, 16, 16)
+    found = torch.export.load(written.path).module()(images)
+    assert found.dtype == torch.float32
     with torch.no_grad():
-        torch.testing.assert_close(
-            torch.export.load(path).module()(images), model(images), atol=1e-5, rtol=1e-5
-        )
-    assert written.size == path.stat().st_size
+        wanted = copy.deepcopy(model).float().eval()(images)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert written.size == written.path.stat().st_size
     assert written.outputs == {"logits": ("batch", 5)}
-    assert b"tdm_lightning/vit" not in path.read_bytes()
+    assert b"tdm_lightning/vit" not in written.path.read_bytes()
+
+
+def test_the_model_stays_as_it_was(program):
+    model, modes, before, _ = program
+    assert modes == [module.training for module in model.modules()]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model(torch.randn(2, 3, 16, 16, dtype=torch.bfloat16)).sum().backward()
 
 
 def test_the_plain_model_can_be_exported_to_compare_with(tmp_path):
@@ -87,24 +109,9 @@ def test_the_plain_model_can_be_exported_to_compare_with(tmp_path):
 
 
 def test_another_image_size_where_the_model_takes_it(tmp_path):
-    model = reduced(tdm.TDM(0.5, (1,)), dynamic_img_size=True)
+    model = reduced(tdm.EViT(0.5, (1,)), dynamic_img_size=True)
     written = export.export_program(model, tmp_path / "m.pt2", input_size=(3, 24, 16))
     assert written.inputs == {"images": ("batch", 3, 24, 16)}
-
-
-def test_the_model_stays_as_it_was(tmp_path):
-    model = reduced(tdm.TDM(0.5, (1,))).to(torch.bfloat16).train()
-    model.vit.blocks[0].eval()
-    modes = [module.training for module in model.modules()]
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    export.export_program(model, tmp_path / "m.pt2")
-    assert modes == [module.training for module in model.modules()]
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    model(torch.randn(2, 3, 16, 16, dtype=torch.bfloat16)).sum().backward()
-    assert (
-        torch.export.load(tmp_path / "m.pt2").module()(torch.zeros(1, 3, 16, 16)).dtype
-        == torch.float32
-    )
 
 
 # Strategies and families ----------------------------------------------------------------------
@@ -196,7 +203,9 @@ def test_a_file_with_other_logits_is_not_kept(tmp_path):
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_package_is_named_with_its_extra(model, package, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "find_spec", lambda name: None if name == package else object())
+    monkeypatch.setattr(
+        export.files, "find_spec", lambda name: None if name == package else object()
+    )
     with pytest.raises(
         ValueError, match=rf"needs {package}: pip install 'tdm-lightning\[export\]'"
     ):
@@ -231,7 +240,7 @@ def test_command_exports_from_a_name(tmp_path, monkeypatch, capsys):
 
 def test_command_exports_a_shared_model(tmp_path):
     vit = timm.create_model("deit_tiny_patch16_224", **TINY)
-    model = tdm.attach(vit, tdm.TDM(0.5, (1,))).eval()
+    model = tdm.attach(vit, tdm.EViT(0.5, (1,))).eval()
     model.save_pretrained(tmp_path / "shared", config={"model_args": TINY})
     path = main(["export", f"--weights={tmp_path / 'shared'}", f"--out={tmp_path / 'm.onnx'}"])
     session, images = onnxruntime.InferenceSession(path), torch.randn(2, 3, 16, 16)

@@ -389,8 +389,8 @@ class TimmAdapter(Adapter):
 
 
 def _first_heads(block: nn.Module) -> int:
-    heads = (inner.num_heads for inner in block.modules() if hasattr(inner, "num_heads"))
-    return int(next(heads, 0))
+    counts = (getattr(inner, "num_heads", None) for inner in block.modules())
+    return next((count for count in counts if count is not None), 0)
 
 
 def _check_block(block: nn.Module) -> None:
