@@ -1,22 +1,50 @@
-"""What the README shows runs as it stands there."""
+"""What the README and the pages in docs/ show runs as it stands there."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import yaml
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader, TensorDataset
 
 import tdm_lightning as tdm
+from tdm_lightning.cli import main
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"))
+}
+
+#: What tells each block of Python from all others.
+KEYS = (
+    "logits = model(torch.randn",
+    "logits, trace",
+    "class FocalClassifier",
+    "class Neighbours",
+    "class Norm",
+    "tdm.register_adapter(",
+    "trainer.fit(your_module",
+    "DiversityRecorder(model)",
+    "save_pretrained",
+    "tdm.TokenReduction(",
+)
 
 
-def block(word):
-    (found,) = [text for text in BLOCKS if word in text]
+def blocks(language):
+    """All blocks of code in a language, with their page."""
+    for page, text in PAGES.items():
+        for code in re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL):
+            yield page, code
+
+
+def block(key):
+    assert key in KEYS
+    (found,) = [code for _, code in blocks("python") if key in code]
     return found
 
 
@@ -130,5 +158,76 @@ def test_sharing(tmp_path, monkeypatch):
         assert torch.equal(names["same"].eval()(images), model(images))
 
 
-def test_at_most_300_lines():
-    assert len(README.splitlines()) <= 300
+def test_a_triple_in_python_and_yaml(tmp_path, capsys):
+    names = {}
+    exec(block("tdm.TokenReduction("), names)
+    (settings,) = [code for _, code in blocks("yaml") if "class_path: TokenReduction" in code]
+    path = tmp_path / "triple.yaml"
+    path.write_text(settings)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=deit_small", f"--config={path}", "--print_config"])
+    found = yaml.safe_load(capsys.readouterr().out)["model"]["strategy"]
+    assert tdm.Strategy.from_config(found).config() == names["strategy"].config()
+
+
+def test_a_merger():
+    names = {}
+    exec(block("class Neighbours"), names)
+    vit = timm.create_model("test_vit", img_size=96).eval()
+    model = tdm.attach(vit, tdm.EViT(0.5, (2,), merger=names["Neighbours"]()))
+    _, trace = model.trace(torch.randn(2, 3, 96, 96))
+    assert trace.token_counts == [36, 36, 18, 18, 18, 18]
+
+
+def test_a_model_is_registered(monkeypatch):
+    called = []
+    monkeypatch.setattr(tdm, "register_adapter", lambda *names: called.append(names))
+    exec(block("tdm.register_adapter("), {"tdm": tdm, "TheirViT": int, "TheirAdapter": str})
+    assert called == [(int, str)]
+
+
+# The pages themselves ---------------------------------------------------------------------------
+
+
+def test_every_block_of_python_is_tried_above():
+    assert [sum(key in code for key in KEYS) for _, code in blocks("python")] == [1] * len(KEYS)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_fit_and_links_lead_somewhere(page):
+    text = PAGES[page]
+    assert [line for line in text.splitlines() if len(line) > 100] == []
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)]+)\)", prose):
+        target, _, section = link.partition("#")
+        if "://" in target:
+            continue
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), link
+        if section:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert section in [
+                re.sub(r"[^a-z0-9-]", "", t.lower().replace(" ", "-")) for t in titles
+            ]
+
+
+def test_the_readme_is_a_page_to_read_at_once():
+    assert len(PAGES["README.md"].splitlines()) <= 160
+
+
+def commands(verb):
+    """Those shown that can be parsed without files of the reader's."""
+    for page, code in blocks("bash"):
+        for line in code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:2] == ["tdm", verb] and "…" not in line and "path/to" not in line:
+                arguments = [word for word in words[1:] if word != "&&"]
+                yield pytest.param(arguments, id=f"{page}: {' '.join(arguments)}")
+
+
+@pytest.mark.parametrize("arguments", [*commands("fit")])
+def test_commands_to_train_are_understood(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--print_config"])
+    assert end.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["strategy"]
