@@ -1,0 +1,1 @@
+"""Two releases of the library against each other."""
