@@ -13,7 +13,7 @@ from tdm_lightning.core import Tokens
 from tdm_lightning.slimming.error import relative_error
 from tdm_lightning.slimming.impact import attention_maps, impact_scores, influence_through
 from tdm_lightning.vit.adapters import adapter_for
-from tdm_lightning.vit.adapters.timm_base import ATTENTIONS, parts_of
+from tdm_lightning.vit.adapters.timm_parts import ATTENTIONS, parts_of
 
 
 class Stage:

@@ -175,7 +175,7 @@ def test_sizes_are_the_numbers_of_patches(images):
     [
         ("resnet18", "no sequence of transformer blocks"),
         ("swin_tiny_patch4_window7_224", "runs in windows"),
-        ("mixer_s32_224", "none of timm's ViT classes"),
+        ("mixer_s32_224", "none of the ViT classes that have an adapter"),
     ],
 )
 def test_models_that_cannot_be_reduced_are_refused_with_the_reason(name, reason):

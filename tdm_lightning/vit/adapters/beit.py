@@ -15,7 +15,8 @@ from tdm_lightning.ops import linear_weight
 from tdm_lightning.vit.adapters.attention import Heads
 from tdm_lightning.vit.adapters.registry import register_adapter
 from tdm_lightning.vit.adapters.relative import BiasedAttention
-from tdm_lightning.vit.adapters.timm_base import ATTENTIONS, BLOCKS, PreNormGamma, TimmAdapter
+from tdm_lightning.vit.adapters.timm_base import TimmAdapter
+from tdm_lightning.vit.adapters.timm_parts import ATTENTIONS, BLOCKS, PreNormGamma
 
 
 class BeitAttention(BiasedAttention):

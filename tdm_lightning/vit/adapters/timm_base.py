@@ -1,11 +1,10 @@
-"""What the adapters of timm's ViT classes have in common: embedding, checks, pooling, blocks."""
+"""What the adapters of timm's ViT classes have in common: embedding, checks, pooling."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,199 +14,14 @@ from tdm_lightning.core.positions import Positions
 from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import SettingError, UnsupportedModelError
 from tdm_lightning.strategies.base import Requirements
-from tdm_lightning.vit.adapters.attention import Heads, attended, seen_by
-from tdm_lightning.vit.adapters.base import Adapter, Read, Size, nothing
+from tdm_lightning.vit.adapters.base import Adapter, Read, Size
+from tdm_lightning.vit.adapters.timm_parts import BLOCKS, check_block, check_rows, parts_of
 from tdm_lightning.vit.pooling import log_size, mean_over_patches
 
 #: How timm's heads pool: over patches, each counted as many times as it stands for …
 _OVER_PATCHES = ("avg", "avgmax", "max", "map", "prr")
 #: … or not at all.
 _UNPOOLED = ""
-
-
-class AttentionParts(ABC):
-    """One of timm's attention classes, taken apart."""
-
-    #: Whether :meth:`run` and :meth:`heads` follow a policy or chosen rows.
-    plain: bool = False
-    #: Whether timm's own forward pass can be used where nothing is to be read: not where it always
-    #: takes the positions of the full grid.
-    native: bool = True
-
-    @abstractmethod
-    def heads(self, attn: Any, h: Tensor, tokens: Tokens, index: int) -> Heads:
-        """Queries, keys and values of the attention's input, B×T×C."""
-
-    def run(self, attn: Any, h: Tensor, tokens: Tokens, index: int) -> Tensor:
-        """The attention as timm has it, B×T×C."""
-        return attn(h, **({} if tokens.key_bias is None else {"attn_mask": tokens.key_bias}))
-
-    def bias(self, attn: Any, tokens: Tokens) -> Tensor | None:
-        """What is added to the logits, broadcast to B×H×T×T."""
-        return tokens.key_bias
-
-    def output(
-        self, attn: Any, heads: Heads, h: Tensor, bias: Tensor | None, policy: Tensor | None
-    ) -> Tensor:
-        """What comes behind queries, keys and values: softmax, norm, gate, projection; B×T×C."""
-        dropout = attn.attn_drop.p if attn.training else 0.0
-        x = attended(heads, bias, dropout, policy)
-        if hasattr(attn, "norm"):
-            x = attn.norm(x)
-        if getattr(attn, "gate", None) is not None:
-            x = x * attn.gate(h).sigmoid()
-        return attn.proj_drop(attn.proj(x))
-
-    def of_rows(self, attn: Any, h: Tensor, rows: Tensor, tokens: Tokens) -> Tensor:
-        """The attention of some rows of B×T×C, which look at all of them; B×Q×C."""
-        raise UnsupportedModelError(f"{type(attn).__name__} computes all rows or none")
-
-
-class BlockParts(ABC):
-    """One of timm's block classes, taken apart into attention and MLP."""
-
-    #: Whether :meth:`attend` heeds ``rows``.
-    takes_rows: bool = False
-
-    def attentions(self, block: Any) -> Sequence[nn.Module]:
-        """The attentions of the block, side by side."""
-        return [block.attn]
-
-    @abstractmethod
-    def attend(
-        self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: Tensor | None
-    ) -> tuple[Tensor, Read]:
-        """See :meth:`Adapter.attend`."""
-
-    @abstractmethod
-    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
-        """See :meth:`Adapter.feed_forward`."""
-
-
-#: The attention and block classes that are known; each file of this folder adds its module's. A
-#: subclass may do anything in its forward pass, so only these very classes count.
-ATTENTIONS: dict[type[nn.Module], AttentionParts] = {}
-BLOCKS: dict[type[nn.Module], BlockParts] = {}
-Parts = TypeVar("Parts", AttentionParts, BlockParts)
-
-
-def parts_of(module: nn.Module, known: dict[type[nn.Module], Parts]) -> Parts:
-    """What takes a module apart that was checked when the strategy was attached.
-
-    By then it was of a known class; sharding may have put a class of its own over that since.
-    """
-    return next(known[kind] for kind in type(module).__mro__ if kind in known)
-
-
-def run_attention(
-    attn: nn.Module,
-    h: Tensor,
-    tokens: Tokens,
-    index: int,
-    needs: frozenset[str],
-    rows: Tensor | None = None,
-) -> tuple[Tensor, Heads | None]:
-    """One attention on its input, B×T×C; and its heads, where something is to be read from them."""
-    parts = parts_of(attn, ATTENTIONS)
-    if (rows is not None or tokens.policy is not None) and not parts.plain:
-        raise UnsupportedModelError(
-            "training with a policy and computing chosen rows need timm's Attention, and this model"
-            f" has {type(attn).__name__}; take a model with plain attention, or a strategy that"
-            " needs neither (EViT, TDM)"
-        )
-    if rows is not None:
-        return parts.of_rows(attn, h, rows, tokens), None
-    if parts.native and tokens.policy is None and not needs & {"importance", "received", "keys"}:
-        return parts.run(attn, h, tokens, index), None
-    heads = parts.heads(attn, h, tokens, index)
-    return parts.output(attn, heads, h, parts.bias(attn, tokens), tokens.policy), heads
-
-
-class PreNorm(BlockParts):
-    """Norm → attention → residual, norm → MLP → residual."""
-
-    takes_rows = True
-
-    def attend(
-        self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: Tensor | None
-    ) -> tuple[Tensor, Read]:
-        """See :meth:`Adapter.attend`."""
-        mixed, heads = run_attention(block.attn, block.norm1(tokens.x), tokens, index, needs, rows)
-        x = tokens.x if rows is None else tokens.x.index_select(1, rows)
-        x = x + self.residual(block, mixed)
-        return x, reader(block.attn, heads, tokens, x, needs, block.norm2)
-
-    def residual(self, block: Any, mixed: Tensor) -> Tensor:
-        """What the attention adds."""
-        return block.drop_path1(block.ls1(mixed))
-
-    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
-        """See :meth:`Adapter.feed_forward`."""
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
-class PreNormGamma(PreNorm):
-    """As :class:`PreNorm`, with layer scales that are the block's own or missing."""
-
-    takes_rows = False
-
-    def residual(self, block: Any, mixed: Tensor) -> Tensor:
-        """What the attention adds."""
-        return block.drop_path1(_scaled(mixed, block.gamma_1))
-
-    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
-        """See :meth:`Adapter.feed_forward`."""
-        return x + block.drop_path2(_scaled(block.mlp(block.norm2(x)), block.gamma_2))
-
-
-class ResPost(BlockParts):
-    """Attention → norm → residual, MLP → norm → residual."""
-
-    def attend(
-        self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: Tensor | None
-    ) -> tuple[Tensor, Read]:
-        """See :meth:`Adapter.attend`."""
-        mixed, heads = run_attention(block.attn, tokens.x, tokens, index, needs)
-        x = tokens.x + block.drop_path1(block.norm1(mixed))
-        return x, reader(block.attn, heads, tokens, x, needs, nn.Identity())  # no norm is before
-
-    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
-        """See :meth:`Adapter.feed_forward`."""
-        return x + block.drop_path2(block.norm2(block.mlp(x)))
-
-
-def reader(
-    attn: nn.Module,
-    heads: Heads | None,
-    tokens: Tokens,
-    x: Tensor,
-    needs: frozenset[str],
-    norm: Any,
-) -> Read:
-    """Reads from an attention's heads what is needed.
-
-    Args:
-        attn: the attention.
-        heads: its queries, keys and values.
-        tokens: those that entered the block.
-        x: all tokens after attention, B×T×C.
-        needs: what to read.
-        norm: what the MLP sees the tokens through.
-    """
-    if not needs:
-        return nothing
-    found = [] if heads is None else [heads]
-
-    def read() -> Any:
-        bias = parts_of(attn, ATTENTIONS).bias(attn, tokens)
-        normed = norm(x) if "normed" in needs else None
-        return seen_by(found, tokens, x, needs, bias, normed)
-
-    return read
-
-
-def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
-    return x if gamma is None else gamma * x
 
 
 class TimmAdapter(Adapter):
@@ -289,9 +103,9 @@ class TimmAdapter(Adapter):
     def check(self, vit: Any, requirements: Requirements) -> None:
         """See :meth:`Adapter.check`."""
         for block in vit.blocks:
-            _check_block(block)
+            check_block(block)
             if requirements.rows:
-                _check_rows(block)
+                check_rows(block)
 
     def needs_sizes(self, vit: Any) -> bool:
         """See :meth:`Adapter.needs_sizes`."""
@@ -391,31 +205,3 @@ class TimmAdapter(Adapter):
 def _first_heads(block: nn.Module) -> int:
     counts = (getattr(inner, "num_heads", None) for inner in block.modules())
     return next((count for count in counts if count is not None), 0)
-
-
-def _check_block(block: nn.Module) -> None:
-    parts = BLOCKS.get(type(block))
-    if parts is None:
-        known = ", ".join(cls.__name__ for cls in BLOCKS)
-        raise UnsupportedModelError(
-            f"its blocks are {type(block).__module__}.{type(block).__name__}; supported are {known}"
-        )
-    for attention in parts.attentions(block):
-        if type(attention) not in ATTENTIONS:
-            known = ", ".join(cls.__name__ for cls in ATTENTIONS)
-            raise UnsupportedModelError(
-                f"its attention is {type(attention).__name__}; supported are {known}"
-            )
-
-
-def _check_rows(block: nn.Module) -> None:
-    parts = BLOCKS[type(block)]
-    attentions = parts.attentions(block)
-    if parts.takes_rows and all(ATTENTIONS[type(attention)].plain for attention in attentions):
-        return
-    inner = "".join(f" with {type(attention).__name__}" for attention in attentions[:1])
-    raise UnsupportedModelError(
-        "chosen rows of a block are computed, which takes timm's Block with its Attention; this"
-        f" model's is {type(block).__name__}{inner}. Take a model with plain blocks, or another"
-        " strategy such as EViT or TDM"
-    )

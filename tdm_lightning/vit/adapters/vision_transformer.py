@@ -24,14 +24,14 @@ from tdm_lightning.ops import linear_bias, linear_weight
 from tdm_lightning.vit.adapters.attention import Heads, attended, seen_by
 from tdm_lightning.vit.adapters.base import Read, nothing
 from tdm_lightning.vit.adapters.registry import register_adapter
-from tdm_lightning.vit.adapters.timm_base import (
+from tdm_lightning.vit.adapters.timm_base import TimmAdapter
+from tdm_lightning.vit.adapters.timm_parts import (
     ATTENTIONS,
     BLOCKS,
     AttentionParts,
     BlockParts,
     PreNorm,
     ResPost,
-    TimmAdapter,
     run_attention,
 )
 

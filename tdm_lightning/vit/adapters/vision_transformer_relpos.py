@@ -18,13 +18,8 @@ from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.vit.adapters.attention import Heads
 from tdm_lightning.vit.adapters.registry import register_adapter
 from tdm_lightning.vit.adapters.relative import BiasedAttention
-from tdm_lightning.vit.adapters.timm_base import (
-    ATTENTIONS,
-    BLOCKS,
-    PreNorm,
-    ResPost,
-    TimmAdapter,
-)
+from tdm_lightning.vit.adapters.timm_base import TimmAdapter
+from tdm_lightning.vit.adapters.timm_parts import ATTENTIONS, BLOCKS, PreNorm, ResPost
 
 
 class RelativeAttention(BiasedAttention):
