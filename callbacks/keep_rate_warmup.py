@@ -103,7 +103,7 @@ class KeepRateWarmup(Callback):
                 f" {type(pl_module).__name__} holds a plain {type(model).__name__}; attach a"
                 " strategy to it, or leave this callback out"
             )
-        if not hasattr(model.strategy, "keep_rate"):
+        if getattr(model.strategy, "keep_rate", None) is None:
             raise SettingTypeError(
                 f"KeepRateWarmup anneals a keep rate, and {type(model.strategy).__name__} has none;"
                 " leave this callback out"

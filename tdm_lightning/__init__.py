@@ -14,7 +14,7 @@ from tdm_lightning import checkpoints, errors, export, flops, hub, metrics, spar
 from tdm_lightning.budget import solve_keep_rate
 from tdm_lightning.core import ModelInfo, Output, Reduction, Role, Seen, Tokens, Trace
 from tdm_lightning.importance import Chance, ClassAttention, Importance, ReceivedAttention
-from tdm_lightning.mergers import Cluster, Drop, Fuse, Merger, PairMerger, TokenMerger
+from tdm_lightning.mergers import Cluster, Drop, Fuse, Merger, PairMerger, TokenMerger, WardMerger
 from tdm_lightning.schedules import CountPerBlock, FewerPerBlock, RateAtBlocks, Schedule
 from tdm_lightning.sparsity import Structured, SViTE, Unstructured
 from tdm_lightning.strategies import (
@@ -35,6 +35,7 @@ from tdm_lightning.strategies import (
     ToMe,
     TopK,
     TrainingObjective,
+    WardTDM,
 )
 from tdm_lightning.version import __version__
 from tdm_lightning.vit import Adapter, TokenReducedViT, attach, detach, register_adapter
@@ -90,6 +91,8 @@ __all__ = [
     "Trace",
     "TrainingObjective",
     "Unstructured",
+    "WardMerger",
+    "WardTDM",
     "__version__",
     "attach",
     "checkpoints",

@@ -131,7 +131,10 @@ def _largest(
     try:
         cost(low)
     except ValueError as error:
-        raise SettingError(f"{name} cannot meet {gmacs} GMACs: {error}") from None
+        raise SettingError(
+            f"{name} cannot meet {gmacs} GMACs; its cheapest setting costs {cost(high) / 1e9:.3f}:"
+            f" {error}"
+        ) from None
     return space.candidate(low)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from tdm_lightning.budget import at_budget
 from tdm_lightning.checkpoints import load_weights
-from tdm_lightning.core.configurable import arguments_line
+from tdm_lightning.core.configurable import Configurable, arguments_line
 from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.mergers import TokenMerger
 from tdm_lightning.sparsity import SViTE
@@ -36,6 +36,9 @@ from tdm_lightning.vit.create import create_vit
 
 #: Arguments that make a method what it is in a table: shown even where they have their defaults.
 _KNOBS = ("keep_rate", "r", "masks")
+
+#: Of these a method may take one or the other.
+_EITHER = ("keep_rate", "r")
 
 
 @dataclass(frozen=True)
@@ -177,20 +180,21 @@ def describe(strategy: Strategy) -> tuple[str, str]:
     shown = {
         name: value
         for name, value in config.items()
-        if name in _KNOBS or name not in usual or value != usual[name]
+        if (name in _KNOBS or name not in usual or value != usual[name])
+        and not (name in _EITHER and value is None)
     }
     title = type(strategy).__name__
     if shown.get("merger") is not None and usual.get("merger") is None:
         title += "+" + shown["merger"]["class_path"].rsplit(".", 1)[-1]
-        if shown["merger"] == TokenMerger().config():
+        if shown["merger"]["init_args"] == _defaults(type(strategy.merger)):
             del shown["merger"]
     return title, arguments_line(
         {"init_args": {name: _short(value) for name, value in shown.items()}}
     )
 
 
-def _defaults(kind: type[Strategy]) -> dict[str, Any]:
-    """The arguments of a strategy that was given none; empty where some must be given."""
+def _defaults(kind: type[Configurable]) -> dict[str, Any]:
+    """The arguments of a strategy or merger that was given none; empty where some must be."""
     parameters = list(inspect.signature(kind).parameters.values())
     if any(parameter.default is parameter.empty for parameter in parameters):
         return {}

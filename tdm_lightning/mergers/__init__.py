@@ -6,5 +6,6 @@ from tdm_lightning.mergers.drop import Drop
 from tdm_lightning.mergers.fuse import Fuse
 from tdm_lightning.mergers.pair_merger import PairMerger
 from tdm_lightning.mergers.token_merger import TokenMerger
+from tdm_lightning.mergers.ward_merger import WardMerger
 
-__all__ = ["Cluster", "Drop", "Fuse", "Merger", "PairMerger", "TokenMerger"]
+__all__ = ["Cluster", "Drop", "Fuse", "Merger", "PairMerger", "TokenMerger", "WardMerger"]

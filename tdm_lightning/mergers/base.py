@@ -53,6 +53,10 @@ class Merger(Configurable, ABC):
         """What it must see beside tokens and sizes: of ``{"importance", "keys", "normed"}``."""
         return frozenset()
 
+    def prefers(self) -> frozenset[str]:
+        """What it uses of :data:`WORDS` where that can be seen, and does without elsewhere."""
+        return frozenset()
+
     def check(self, patches: int, keep: int) -> None:
         """Refuse, before training starts, what cannot be done: ``patches`` tokens to ``keep``.
 

@@ -17,10 +17,12 @@ from tdm_lightning.ops.merge import (
 from tdm_lightning.ops.pairs import match_pairs
 from tdm_lightning.ops.policy import policy_softmax
 from tdm_lightning.ops.ragged import pack
+from tdm_lightning.ops.ward import fewest_after, ward_groups
 
 __all__ = [
     "class_attention",
     "cluster_density_peaks",
+    "fewest_after",
     "first_members",
     "gather_tokens",
     "group_weights",
@@ -37,4 +39,5 @@ __all__ = [
     "rank_order",
     "received_attention",
     "unmerge",
+    "ward_groups",
 ]

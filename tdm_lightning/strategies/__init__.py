@@ -16,6 +16,7 @@ from tdm_lightning.strategies.stack import Stack
 from tdm_lightning.strategies.tdm import TDM
 from tdm_lightning.strategies.tome import ToMe
 from tdm_lightning.strategies.topk import TopK
+from tdm_lightning.strategies.ward_tdm import WardTDM
 
 __all__ = [
     "DPCKNN",
@@ -35,4 +36,5 @@ __all__ = [
     "TokenReduction",
     "TopK",
     "TrainingObjective",
+    "WardTDM",
 ]

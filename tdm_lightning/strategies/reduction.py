@@ -112,7 +112,8 @@ class TokenReduction(Strategy):
         if self.before or not self.schedule.reduces(index, info.depth):
             return frozenset()
         words = frozenset() if self.importance is None else self.importance.requires()
-        return words | (self.reducer.requires() - {"importance"})
+        own = self.reducer.requires() | self.reducer.prefers()
+        return words | (own - {"importance"})
 
     def before_block(self, index: int, tokens: Tokens) -> Tokens:
         """Reduce, where that comes before the block."""

@@ -17,6 +17,7 @@ from tests.helpers.vits import lively
 
 STRATEGIES = {
     "tome": lambda rate=0.7: tdm.ToMe(0 if rate == 1 else 2),
+    "ward": lambda rate=0.7: tdm.WardTDM(rate, layers=(1, 3)),
     "dpcknn": lambda rate=0.7: tdm.DPCKNN(rate, layers=(1, 3)),
     "dpcknn-learned": lambda rate=0.7: tdm.DPCKNN(rate, layers=(1, 3), learned_weights=True),
     "topk": lambda rate=0.7: tdm.TopK(rate, layers=(1, 3)),
@@ -53,8 +54,8 @@ def make_vit(name, **kwargs):
     return lively(VisionTransformer(**{**arguments, **pool, **kwargs}).eval())
 
 
-def reduced(name, rate=0.7, **kwargs):
-    model = tdm.attach(make_vit(name, **kwargs), STRATEGIES[name](rate))
+def reduced(name, *rate, **kwargs):
+    model = tdm.attach(make_vit(name, **kwargs), STRATEGIES[name](*rate))
     with torch.no_grad():  # learned scores far from ties too
         for parameter in model.strategy.parameters():
             if parameter.ndim > 1:
@@ -85,6 +86,7 @@ def test_counts_and_the_fate_of_every_patch(images, name):
     trace = output.trace
     expected = {
         "tome": [62, 60, 58, 56, 54, 52],
+        "ward": [64, 45, 45, 32, 32, 32],
         "evovit": [64, 64, 44, 44, 44, 44],
     }.get(name.split("-")[0], [64, 44, 44, 31, 31, 31])
     assert trace.token_counts == expected
@@ -130,7 +132,10 @@ def through(model, embedded):
     return model.strategy.finish(tokens)
 
 
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in ("tome", "random")])
+BY_PLACE = ("tome", "random", "ward")
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in BY_PLACE])
 @torch.no_grad()
 def test_commutes_with_a_permutation_of_the_patches(name):
     model = reduced(name)
@@ -196,7 +201,7 @@ def test_exports_with_any_batch_size(images, name):
     check_exported(reduced(name), images)
 
 
-@pytest.mark.parametrize("name", ["tome", "dyvit-merger", "evovit-merger"])
+@pytest.mark.parametrize("name", ["tome", "ward", "dyvit-merger", "evovit-merger"])
 @torch.no_grad()
 def test_exports_to_onnx(images, name, tmp_path):
     check_onnx(reduced(name), images, tmp_path / "m.onnx")
