@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tdm_lightning.errors import SettingError
-from tdm_lightning.ops.merge import gather_tokens, merge_groups
+from tdm_lightning.ops.merge import gather_tokens
 from tdm_lightning.ops.precision import full_precision
 
 
@@ -49,13 +49,12 @@ def fewest_after(n: int, rounds: int) -> int:
 def ward_groups(
     features: Tensor, weight: Tensor, keep: int, rounds: int | None = 4
 ) -> tuple[Tensor, Tensor]:
-    """Group tokens by Ward's linkage, the costs followed on their Gram matrix.
+    """Group tokens by Ward's linkage, the costs followed on the Gram matrix of their sums.
 
     A merge of groups i and j costs ``w_i·w_j / (w_i + w_j) · ‖f_i − f_j‖²``: what it adds to the
     weighted variance (Ward, 1963). In a round the tokens at every other place each propose to the
     cheapest of those between, the cheapest proposals are accepted, and the sides change from round
-    to round. Ties go to the lowest place. The features are read once: with A the weighted groups of
-    a round, their Gram matrix becomes ``A·G·Aᵀ``.
+    to round. Ties go to the lowest place.
 
     Args:
         features: what is compared, B×N×D.
@@ -77,125 +76,116 @@ def ward_groups(
     """
     with full_precision(features.device):
         features, weight = features.float(), weight.float()
-        gram = features @ features.transpose(1, 2)
         if rounds is None:
-            return _agglomerate(gram, weight, keep)
-        batch, n = weight.shape
-        place = torch.arange(n, device=weight.device).expand(batch, n)
-        group = place
-        for number, pairs in enumerate(pairs_per_round(n, keep, rounds)):
-            if pairs:
-                joined, stays = _round(gram, weight, pairs, odd=number % 2 == 0)
-                gram, weight, place = _merged(gram, weight, place, joined, stays)
-                group = joined.gather(1, group)
-        return group, place
+            leader = _agglomerate(features, weight, keep)
+        else:
+            pairs = pairs_per_round(weight.shape[1], keep, rounds)
+            leader = _in_rounds(features, weight, pairs)
+    stays = leader == torch.arange(leader.shape[1], device=leader.device)
+    return (stays.cumsum(dim=1) - 1).gather(1, leader), _true_places(stays, keep)
 
 
-def ward_cost(gram: Tensor, weight: Tensor) -> Tensor:
-    """What merging each pair adds to the weighted variance, B×N×N."""
-    norm = gram.diagonal(dim1=1, dim2=2)
-    distance = (norm.unsqueeze(2) + norm.unsqueeze(1) - 2 * gram).clamp(min=0)
-    return distance * _reduced_mass(weight.unsqueeze(2), weight.unsqueeze(1))
+def _in_rounds(features: Tensor, weight: Tensor, pairs: list[int]) -> Tensor:
+    """The place of the token that took each one in, B×N.
+
+    Followed are the weighted sums of the groups, not their means: a merge adds their rows and
+    columns of the Gram matrix, and nothing else changes.
+    """
+    gram = _gram_of_sums(features, weight)
+    batch, n = weight.shape
+    here = torch.arange(n, device=weight.device).expand(batch, n)
+    leader = present = here
+    for number, count in enumerate(pairs):
+        if not count:
+            continue
+        odd = number % 2 == 0
+        sources, targets = present[:, int(odd) :: 2], present[:, int(not odd) :: 2]
+        cost = _costs(gram, weight, sources, targets)
+        best, partner = cost.min(dim=2)  # the first of equals
+        chosen = _lowest(best.clamp(min=0), count)
+        source = sources.gather(1, chosen)
+        target = targets.gather(1, partner.gather(1, chosen))
+        _join_(gram, source, target)
+        weight = weight.scatter_add(1, target, weight.gather(1, source))
+        leader = here.scatter(1, source, target).gather(1, leader)
+        alive = torch.ones_like(present, dtype=torch.bool)
+        alive[:, int(odd) :: 2] = alive[:, int(odd) :: 2].scatter(1, chosen, False)
+        present = present.gather(1, _true_places(alive, present.shape[1] - count))
+    return leader
 
 
-def _reduced_mass(first: Tensor, second: Tensor) -> Tensor:
-    return first * second / (first + second)
+def _gram_of_sums(features: Tensor, weight: Tensor) -> Tensor:
+    """Inner products of the weighted features, B×N×N."""
+    gram = features @ features.transpose(1, 2)
+    return gram.mul_(weight.unsqueeze(1)).mul_(weight.unsqueeze(2))
 
 
-def _round(gram: Tensor, weight: Tensor, pairs: int, odd: bool) -> tuple[Tensor, Tensor]:
-    """One round.
+def _costs(gram: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """What merging each pair adds to the weighted variance, B×P×Q, but for rounding not negative.
 
     Args:
-        gram: of the features, B×N×N.
+        gram: of the weighted sums, B×N×N.
         weight: B×N.
-        pairs: proposals that are accepted.
-        odd: whether those at odd places propose.
-
-    Returns:
-        The group of every token, B×N, and the places of those that stay, B×(N-pairs).
+        first: places, B×P.
+        second: places, B×Q.
     """
-    batch, n = weight.shape
-    source, target = int(odd), int(not odd)
+    at = (first * weight.shape[1]).unsqueeze(2) + second.unsqueeze(1)
+    inner = gram.flatten(1).gather(1, at.flatten(1)).view_as(at)
     norm = gram.diagonal(dim1=1, dim2=2)
-    first, second = norm[:, source::2].unsqueeze(2), norm[:, target::2].unsqueeze(1)
-    distance = (first + second - 2 * gram[:, source::2, target::2]).clamp(min=0)
-    cost = distance * _reduced_mass(
-        weight[:, source::2].unsqueeze(2), weight[:, target::2].unsqueeze(1)
-    )
-    best = cost.amin(dim=2)
-    here = torch.arange(cost.shape[2], device=cost.device)
-    partner = torch.where(cost == best.unsqueeze(2), here, cost.shape[2] - 1).amin(dim=2)
-    goes = torch.zeros(batch, n, dtype=torch.bool, device=gram.device)
-    goes[:, source::2] = _rank(best) < pairs
-    stays = _true_places(~goes, n - pairs)
-    rank = (~goes).cumsum(dim=1) - 1
-    joined = rank.clone()
-    joined[:, source::2] = torch.where(
-        goes[:, source::2], rank[:, target::2].gather(1, partner), rank[:, source::2]
-    )
-    return joined, stays
+    w, v = weight.gather(1, first).unsqueeze(2), weight.gather(1, second).unsqueeze(1)
+    # w·v / (w + v) · ‖S/w − T/v‖² of sums S and T
+    own, other = norm.gather(1, first).unsqueeze(2) / w, norm.gather(1, second).unsqueeze(1) / v
+    return inner.mul_(-2).addcmul_(own, v).addcmul_(other, w).div_(w + v)
 
 
-def _rank(values: Tensor) -> Tensor:
-    """The rank of each value in its row, from 0, ties by place; B×N."""
+def _join_(gram: Tensor, source: Tensor, target: Tensor) -> None:
+    """Add rows and columns of the sources to those of their targets; their own are left as they
+    are and not looked at again.
+    """
+    rows = source.unsqueeze(2).expand(-1, -1, gram.shape[2])
+    gram.scatter_add_(1, target.unsqueeze(2).expand_as(rows), gram.gather(1, rows))
+    columns = source.unsqueeze(1).expand(-1, gram.shape[1], -1)
+    gram.scatter_add_(2, target.unsqueeze(1).expand_as(columns), gram.gather(2, columns))
+
+
+def _lowest(values: Tensor, count: int) -> Tensor:
+    """Where the ``count`` lowest of each row of non-negative values stand, ties by place."""
     n = values.shape[1]
-    before = torch.ones(n, n, dtype=torch.bool, device=values.device).tril(-1)
-    mine, other = values.unsqueeze(2), values.unsqueeze(1)
-    return ((other < mine) | ((other == mine) & before)).sum(dim=2)
+    # In double precision there is room below a float's last bit to tell equal ones apart.
+    shift = 1 + torch.arange(n, device=values.device, dtype=torch.float64) * 2.0**-40
+    return ((values.double() + 1e-60) * shift).topk(count, dim=1, largest=False).indices
 
 
 def _true_places(mask: Tensor, count: int) -> Tensor:
     """The places of the ``count`` true values of each row, in their order, B×``count``."""
-    n = mask.shape[1]
-    here = torch.arange(n, device=mask.device)
-    return torch.where(mask, here, n).topk(count, dim=1, largest=False, sorted=True).indices
+    batch, n = mask.shape
+    slot = torch.where(mask, mask.cumsum(dim=1) - 1, count)
+    here = torch.arange(n, device=mask.device).expand(batch, n)
+    return torch.zeros_like(slot[:, : count + 1]).scatter(1, slot, here)[:, :count]
 
 
-def _merged(
-    gram: Tensor, weight: Tensor, place: Tensor, joined: Tensor, stays: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gram matrix, weights and places of the groups."""
-    count = stays.shape[1]
-    total = weight.new_zeros(weight.shape[0], count).scatter_add(1, joined, weight)
-    share = weight / total.gather(1, joined)
-    rows = merge_groups(gram, joined, share, count)
-    gram = merge_groups(rows.transpose(1, 2), joined, share, count)
-    return gram, total, place.gather(1, stays)
-
-
-def _agglomerate(gram: Tensor, weight: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+def _agglomerate(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     """Merge the cheapest pair of all until ``keep`` are left, by the update of Lance and Williams
-    (1967); the higher place goes into the lower one.
+    (1967); the higher place goes into the lower one. As :func:`_in_rounds`.
     """
     batch, n = weight.shape
-    cost = ward_cost(gram, weight)
-    here = torch.arange(n, device=gram.device)
-    cost = cost.masked_fill(here.unsqueeze(0) <= here.unsqueeze(1), torch.inf)  # j < i alone
-    cost = torch.minimum(cost.transpose(1, 2), cost)
+    here = torch.arange(n, device=weight.device)
     leader = here.expand(batch, n)
-    alive = torch.ones(batch, n, dtype=torch.bool, device=gram.device)
+    cost = _costs(_gram_of_sums(features, weight), weight, leader, leader).clamp(min=0)
+    cost = cost.triu(1) + cost.triu(1).transpose(1, 2)  # the same both ways, to the last bit
+    cost = cost.masked_fill(torch.eye(n, dtype=torch.bool, device=cost.device), torch.inf)
     for _ in range(n - keep):
-        flat = cost.flatten(1)
-        least = flat.amin(dim=1, keepdim=True)
-        at = torch.where(flat == least, torch.arange(n * n, device=gram.device), n * n).amin(dim=1)
-        i, j = (at // n).unsqueeze(1), (at % n).unsqueeze(1)
-        i, j = torch.minimum(i, j), torch.maximum(i, j)
-        to_i, to_j = (_row(cost, k) for k in (i, j))
+        least, at = cost.flatten(1).min(dim=1, keepdim=True)
+        i, j = at // n, at % n
         w_i, w_j = weight.gather(1, i), weight.gather(1, j)
-        new = (w_i + weight) * to_i + (w_j + weight) * to_j - weight * least
-        new = new / (w_i + w_j + weight)
-        alive = alive & (here != j)
-        new = torch.where(alive & (here != i), new, torch.inf)
-        at_i, at_j = here == i, here == j
-        gone = at_j.unsqueeze(1) | at_j.unsqueeze(2)
-        cost = torch.where(at_i.unsqueeze(2), new.unsqueeze(1), cost)
-        cost = torch.where(at_i.unsqueeze(1), new.unsqueeze(2), cost).masked_fill(gone, torch.inf)
-        weight = torch.where(at_i, w_i + w_j, weight)
+        to_i, to_j = (gather_tokens(cost, place).squeeze(1) for place in (i, j))
+        joined = (w_i + weight) * to_i + (w_j + weight) * to_j - weight * least
+        joined = joined / (w_i + w_j + weight)
+        is_i, is_j = here == i, here == j
+        joined = joined.masked_fill(is_i | is_j, torch.inf)
+        cost = torch.where(is_i.unsqueeze(2), joined.unsqueeze(1), cost)
+        cost = torch.where(is_i.unsqueeze(1), joined.unsqueeze(2), cost)
+        cost = cost.masked_fill(is_j.unsqueeze(1) | is_j.unsqueeze(2), torch.inf)
+        weight = torch.where(is_i, w_i + w_j, weight)
         leader = torch.where(leader == j, i, leader)
-    rank = alive.cumsum(dim=1) - 1
-    return rank.gather(1, leader), _true_places(alive, keep)
-
-
-def _row(matrix: Tensor, index: Tensor) -> Tensor:
-    """One row of each matrix of a batch, B×N; ``index`` is B×1."""
-    return gather_tokens(matrix, index).squeeze(1)
+    return leader
