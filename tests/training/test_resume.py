@@ -121,25 +121,19 @@ def test_a_resumed_run_has_the_losses_of_one_never_interrupted(tmp_path, images,
         assert resumed.losses == after(whole.losses, step), moment
 
 
-@pytest.mark.parametrize("step", [4, 6], ids=["within an epoch", "at its end"])
-def test_a_run_that_ended_by_its_steps_goes_on(tmp_path, images, step):
-    flat = {
-        "min_lr": 5e-4,
-        "warmup_epochs": 0,
-    }  # a schedule that does not know the length of the run
+@pytest.mark.parametrize("moment", ["batch4", "batch6", "epoch6"])
+def test_a_run_that_ended_by_its_steps_goes_on(tmp_path, images, moment):
+    # A schedule that does not know the length of the run.
+    flat = {"min_lr": 5e-4, "warmup_epochs": 0}
     whole, first, second = Watch(), Watch(tmp_path), Watch()
-    fit(tmp_path, make_data(images), whole, max_epochs=-1, max_steps=10, module=flat)
-    fit(tmp_path, make_data(images), first, max_epochs=-1, max_steps=step, module=flat)
-    fit(
-        tmp_path,
-        make_data(images),
-        second,
-        tmp_path / f"batch{step}.ckpt",
-        max_epochs=-1,
-        max_steps=10,
-        module=flat,
-    )
-    assert list((first.losses | second.losses).values()) == list(whole.losses.values())
+    run = {"max_epochs": -1, "module": flat}
+    steps = int(moment[-1])
+    fit(tmp_path, make_data(images), whole, max_steps=14, **run)
+    fit(tmp_path, make_data(images), first, max_steps=steps, **run)
+    fit(tmp_path, make_data(images), second, tmp_path / f"{moment}.ckpt", max_steps=14, **run)
+    losses = list(whole.losses.values())
+    assert list(first.losses.values()) == losses[:steps]
+    assert list(second.losses.values()) == losses[steps:]
 
 
 def test_a_model_in_eval_mode_stays_in_it(tmp_path, images):
