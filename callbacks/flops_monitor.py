@@ -56,12 +56,12 @@ class FLOPsMonitor(Callback):
         self.costs: dict[str, float] = {}
         self._costs: list[dict[str, float]] = []
         self._images: list[ImageCosts] = []
-        self._told = False
+        self._printed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there is one ViT."""
         find_vit(pl_module, self.vit)
-        self._costs, self._images, self._told = [], [], False
+        self._costs, self._images, self._printed = [], [], False
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -118,19 +118,19 @@ class FLOPsMonitor(Callback):
             return
         shape = first_images(batch).shape[1:]
         self._costs.append(cost(vit, input_size=(shape[0], shape[1], shape[2])))
-        self._tell(pl_module, vit)
+        self._print_once(pl_module, vit)
 
     def _log(self, pl_module: LightningModule) -> None:
         if self._costs:
-            self._tell(pl_module, find_vit(pl_module, self.vit))
-            self.costs = {**_mean(self._costs), **spread(self._images)}
+            self._print_once(pl_module, find_vit(pl_module, self.vit))
+            self.costs = {**_mean(self._costs), **image_statistics(self._images)}
             self._costs, self._images = [], []
             pl_module.log_dict(self.costs, sync_dist=True)
 
-    def _tell(self, pl_module: LightningModule, vit: nn.Module) -> None:
-        if not self._told:
-            self._told = True
-            pl_module.print(describe({**_mean(self._costs), **spread(self._images)}, vit))
+    def _print_once(self, pl_module: LightningModule, vit: nn.Module) -> None:
+        if not self._printed:
+            self._printed = True
+            pl_module.print(describe({**_mean(self._costs), **image_statistics(self._images)}, vit))
 
 
 def cost(
@@ -149,7 +149,7 @@ def cost(
     return {"flops/gmacs": report.backbone / 1e9, "flops/reduction": report.reduction, **tokens}
 
 
-def spread(costs: Sequence[ImageCosts]) -> dict[str, float]:
+def image_statistics(costs: Sequence[ImageCosts]) -> dict[str, float]:
     """How much images differ: what is logged beside :func:`cost` for adaptive strategies; nothing
     for others.
     """

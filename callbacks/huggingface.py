@@ -45,7 +45,7 @@ class TokenReductionCallback(TrainerCallback):
         self.normalize = normalize
         self.vit = vit
         self._recorder: DiversityRecorder | None = None
-        self._heard = 0
+        self._recorded = 0
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,8 +71,8 @@ class TokenReductionCallback(TrainerCallback):
     ) -> None:
         """On to the next batch, if more are wanted."""
         self._stop()
-        self._heard += 1
-        if self._heard < self.max_batches:
+        self._recorded += 1
+        if self._recorded < self.max_batches:
             self._listen()
 
     def on_evaluate(
@@ -91,7 +91,7 @@ class TokenReductionCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(found)
         self._recorder.reset()
-        self._heard = 0
+        self._recorded = 0
         self._listen()
 
     def _listen(self) -> None:

@@ -107,9 +107,9 @@ class TokenVisualizer(Callback):
         for index, image in enumerate(images, start=first):
             rows = split_rows(panels(reduced, image))
             if folder is not None:
-                place = folder / "tokens" if self.dir is None else folder
+                directory = folder / "tokens" if self.dir is None else folder
                 save_panels(
-                    place / f"{stage}_{index}.png", rows, titles=titles(reduced), colours=256
+                    directory / f"{stage}_{index}.png", rows, titles=titles(reduced), colours=256
                 )
             for logger in trainer.loggers:
                 experiment: Any = getattr(logger, "experiment", None)

@@ -104,9 +104,9 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_has_the_losses_of_one_never_interrupted(tmp_path, images, kind):
-    whole = Watch(tmp_path)
-    fit(tmp_path, make_data(images, **KINDS[kind]), whole)
-    assert len(set(whole.losses.values())) == EPOCHS * BATCHES
+    uninterrupted = Watch(tmp_path)
+    fit(tmp_path, make_data(images, **KINDS[kind]), uninterrupted)
+    assert len(set(uninterrupted.losses.values())) == EPOCHS * BATCHES
     # In an epoch, at its last batch, validating in its middle and at its end, at its end, in the
     # last epoch.
     moments = (
@@ -118,31 +118,31 @@ def test_a_resumed_run_has_the_losses_of_one_never_interrupted(tmp_path, images,
         step = int(moment.lstrip("abcdefghijklmnopqrstuvwxyz"))
         resumed = Watch()
         fit(tmp_path, make_data(images, **KINDS[kind]), resumed, tmp_path / f"{moment}.ckpt")
-        assert resumed.losses == after(whole.losses, step), moment
+        assert resumed.losses == after(uninterrupted.losses, step), moment
 
 
 @pytest.mark.parametrize("moment", ["batch4", "batch6", "epoch6"])
 def test_a_run_that_ended_by_its_steps_goes_on(tmp_path, images, moment):
     # A schedule that does not know the length of the run.
     flat = {"min_lr": 5e-4, "warmup_epochs": 0}
-    whole, first, second = Watch(), Watch(tmp_path), Watch()
+    uninterrupted, first, second = Watch(), Watch(tmp_path), Watch()
     run = {"max_epochs": -1, "module": flat}
     steps = int(moment[-1])
-    fit(tmp_path, make_data(images), whole, max_steps=14, **run)
+    fit(tmp_path, make_data(images), uninterrupted, max_steps=14, **run)
     fit(tmp_path, make_data(images), first, max_steps=steps, **run)
     fit(tmp_path, make_data(images), second, tmp_path / f"{moment}.ckpt", max_steps=14, **run)
-    losses = list(whole.losses.values())
+    losses = list(uninterrupted.losses.values())
     assert list(first.losses.values()) == losses[:steps]
     assert list(second.losses.values()) == losses[steps:]
 
 
 def test_a_model_in_eval_mode_stays_in_it(tmp_path, images):
-    whole, resumed = Watch(tmp_path), Watch()
+    uninterrupted, resumed = Watch(tmp_path), Watch()
     module = {"train_in_eval_mode": True, "warmup_epochs": 0}
-    fit(tmp_path, make_data(images), whole, max_epochs=1, module=module)
+    fit(tmp_path, make_data(images), uninterrupted, max_epochs=1, module=module)
     fit(tmp_path, make_data(images), resumed, tmp_path / "batch3.ckpt", max_epochs=1, module=module)
-    assert whole.modes == resumed.modes == {False}
-    assert resumed.losses == after(whole.losses, 3)
+    assert uninterrupted.modes == resumed.modes == {False}
+    assert resumed.losses == after(uninterrupted.losses, 3)
 
 
 def test_a_foreign_module_gets_the_images_it_would_have_had(tmp_path, images):
@@ -184,8 +184,8 @@ def test_a_plain_loop_goes_on_with_the_loaders_state(images, kind):
         return [batch.sum().item() for batch, _ in batches]
 
     seed_everything(1, verbose=False)
-    whole = loader()
-    first, second, third = (pixels(whole) for _ in range(3))
+    uninterrupted = loader()
+    first, second, third = (pixels(uninterrupted) for _ in range(3))
     assert len(set(first + second + third)) == 3 * BATCHES
     cut = loader()
     assert pixels(cut) == first
@@ -238,10 +238,10 @@ def test_through_the_command_line(tmp_path, monkeypatch):
         main([*shared, *arguments], model_class=Watched)
         return watch.losses
 
-    whole = run()
+    uninterrupted = run()
     kept = sorted(path.name for path in (tmp_path / "kept").iterdir())
     assert kept == ["epoch=0-step=4.ckpt", "epoch=1-step=12.ckpt", "epoch=1-step=8.ckpt"]
-    assert run("--ckpt_path=kept/epoch=0-step=4.ckpt") == after(whole, 4)
+    assert run("--ckpt_path=kept/epoch=0-step=4.ckpt") == after(uninterrupted, 4)
 
 
 def test_model_checkpoint_keeps_the_best_and_the_last(tmp_path, images):
