@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from tdm_lightning.callbacks.batches import first_images, is_sampled
+from tdm_lightning.callbacks.batches import batches_in_loader, first_images, is_sampled
 from torch import Tensor, nn
 
 from tdm_lightning.core.checks import check_count
@@ -64,16 +64,6 @@ class FLOPsMonitor(Callback):
         self._costs, self._images, self._printed = [], [], False
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Count."""
-        self._count(pl_module, batch, batch_idx, trainer.num_training_batches)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log."""
-        self._log(pl_module)
-
-    def on_validation_batch_start(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -81,51 +71,31 @@ class FLOPsMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count, where training does not."""
-        if trainer.state.fn == "validate":
-            self._count(pl_module, batch, batch_idx, trainer.num_val_batches[dataloader_idx])
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log, where training does not."""
-        if trainer.state.fn == "validate":
-            self._log(pl_module)
-
-    def on_test_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Count."""
-        self._count(pl_module, batch, batch_idx, trainer.num_test_batches[dataloader_idx])
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log."""
-        self._log(pl_module)
-
-    def _count(self, pl_module: LightningModule, batch: Any, index: int, total: float) -> None:
+        """Count; in validation only where it is all of the run."""
+        if trainer.state.fn == "fit" and not trainer.training:
+            return
         vit = find_vit(pl_module, self.vit)
-        if _adaptive(vit):
-            assert isinstance(vit, TokenReducedViT)
-            if is_sampled(index, total, self.max_batches):
+        if is_adaptive(vit):
+            if is_sampled(batch_idx, batches_in_loader(trainer, dataloader_idx), self.max_batches):
                 images = first_images(batch)
                 self._costs.append(cost(vit, images=images))
                 self._images.append(image_costs(vit, images[: self.max_images]))
-            return
-        if self._costs:
-            return
-        shape = first_images(batch).shape[1:]
-        self._costs.append(cost(vit, input_size=(shape[0], shape[1], shape[2])))
-        self._print_once(pl_module, vit)
+        elif not self._costs:
+            shape = first_images(batch).shape[1:]
+            self._costs.append(cost(vit, input_size=(shape[0], shape[1], shape[2])))
+            self._print_once(pl_module, vit)
 
-    def _log(self, pl_module: LightningModule) -> None:
-        if self._costs:
+    on_validation_batch_start = on_test_batch_start = on_train_batch_start
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log; in validation only where it is all of the run."""
+        if self._costs and (trainer.state.fn != "fit" or trainer.training):
             self._print_once(pl_module, find_vit(pl_module, self.vit))
             self.costs = {**_mean(self._costs), **image_statistics(self._images)}
             self._costs, self._images = [], []
             pl_module.log_dict(self.costs, sync_dist=True)
+
+    on_validation_epoch_end = on_test_epoch_end = on_train_epoch_end
 
     def _print_once(self, pl_module: LightningModule, vit: nn.Module) -> None:
         if not self._printed:
@@ -198,7 +168,8 @@ def describe(costs: dict[str, float], vit: nn.Module) -> str:
     )
 
 
-def _adaptive(vit: nn.Module) -> bool:
+def is_adaptive(vit: nn.Module) -> TypeGuard[TokenReducedViT]:
+    """Whether its images keep different numbers of tokens."""
     return isinstance(vit, TokenReducedViT) and vit.strategy.adaptive
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tdm_lightning.callbacks.flops_monitor import cost
+from tdm_lightning.callbacks.flops_monitor import cost, is_adaptive
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tdm_lightning.core.checks import check_count
@@ -84,8 +84,8 @@ class TokenReductionCallback(TrainerCallback):
             f"eval_diversity/block_{i:02d}": score.item()
             for i, score in enumerate(self._recorder.compute())
         }
-        vit: Any = find_vit(kwargs["model"], self.vit)
-        if not getattr(getattr(vit, "strategy", None), "adaptive", False):
+        vit = find_vit(kwargs["model"], self.vit)
+        if not is_adaptive(vit):
             found |= {f"eval_{name}": value for name, value in cost(vit).items()}
         kwargs["metrics"].update(found)
         if state.log_history:
