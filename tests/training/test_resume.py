@@ -36,10 +36,12 @@ def make_data(images, **changes):
 
 
 class Watch(Callback):
-    """Remembers the loss of every step, by epoch and batch; saves where it is told to."""
+    """Remembers the loss of every step, by epoch and batch; saves at some moments, such as
+    ``batch3``.
+    """
 
-    def __init__(self, folder=None):
-        self.losses, self.modes, self.folder = {}, set(), folder
+    def __init__(self, folder=None, *moments):
+        self.losses, self.modes, self.folder, self.moments = {}, set(), folder, moments
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.losses[trainer.current_epoch, batch_idx] = outputs["loss"].item()
@@ -53,11 +55,8 @@ class Watch(Callback):
     def on_train_epoch_end(self, trainer, module):
         self.save(trainer, f"epoch{trainer.global_step}")
 
-    def on_fit_end(self, trainer, module):
-        self.save(trainer, "end")
-
     def save(self, trainer, name):
-        if self.folder is not None:
+        if name in self.moments:
             trainer.save_checkpoint(self.folder / f"{name}.ckpt")
 
 
@@ -79,7 +78,7 @@ def fit(tmp_path, data, watch, ckpt_path=None, module=None, **changes):
         enable_checkpointing=False,
         default_root_dir=tmp_path,
         callbacks=[watch],
-        **{"max_epochs": EPOCHS, "val_check_interval": 2, **changes},
+        **{"max_epochs": EPOCHS, "val_check_interval": 2, "limit_val_batches": 2, **changes},
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*dataloader is not resumable.*")
@@ -104,9 +103,6 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_has_the_losses_of_one_never_interrupted(tmp_path, images, kind):
-    uninterrupted = Watch(tmp_path)
-    fit(tmp_path, make_data(images, **KINDS[kind]), uninterrupted)
-    assert len(set(uninterrupted.losses.values())) == EPOCHS * BATCHES
     # In an epoch, at its last batch, validating in its middle and at its end, at its end, in the
     # last epoch.
     moments = (
@@ -114,6 +110,9 @@ def test_a_resumed_run_has_the_losses_of_one_never_interrupted(tmp_path, images,
         if kind == "map"
         else ["batch9", "epoch6"]
     )
+    uninterrupted = Watch(tmp_path, *moments)
+    fit(tmp_path, make_data(images, **KINDS[kind]), uninterrupted)
+    assert len(set(uninterrupted.losses.values())) == EPOCHS * BATCHES
     for moment in moments:
         step = int(moment.lstrip("abcdefghijklmnopqrstuvwxyz"))
         resumed = Watch()
@@ -125,7 +124,7 @@ def test_a_resumed_run_has_the_losses_of_one_never_interrupted(tmp_path, images,
 def test_a_run_that_ended_by_its_steps_goes_on(tmp_path, images, moment):
     # A schedule that does not know the length of the run.
     flat = {"min_lr": 5e-4, "warmup_epochs": 0}
-    uninterrupted, first, second = Watch(), Watch(tmp_path), Watch()
+    uninterrupted, first, second = Watch(), Watch(tmp_path, moment), Watch()
     run = {"max_epochs": -1, "module": flat}
     steps = int(moment[-1])
     fit(tmp_path, make_data(images), uninterrupted, max_steps=14, **run)
@@ -137,7 +136,7 @@ def test_a_run_that_ended_by_its_steps_goes_on(tmp_path, images, moment):
 
 
 def test_a_model_in_eval_mode_stays_in_it(tmp_path, images):
-    uninterrupted, resumed = Watch(tmp_path), Watch()
+    uninterrupted, resumed = Watch(tmp_path, "batch3"), Watch()
     module = {"train_in_eval_mode": True, "warmup_epochs": 0}
     fit(tmp_path, make_data(images), uninterrupted, max_epochs=1, module=module)
     fit(tmp_path, make_data(images), resumed, tmp_path / "batch3.ckpt", max_epochs=1, module=module)
