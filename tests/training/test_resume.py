@@ -120,6 +120,14 @@ def test_a_resumed_run_has_the_losses_of_one_never_interrupted(tmp_path, images,
         assert resumed.losses == after(uninterrupted.losses, step), moment
 
 
+def test_a_run_goes_on_with_another_number_of_workers(tmp_path, images):
+    uninterrupted, resumed = Watch(tmp_path, "batch9"), Watch()
+    flat = {"max_epochs": 2, "module": {"warmup_epochs": 0}}
+    fit(tmp_path, make_data(images, num_workers=2), uninterrupted, **flat)
+    fit(tmp_path, make_data(images, num_workers=0), resumed, tmp_path / "batch9.ckpt", **flat)
+    assert resumed.losses == after(uninterrupted.losses, 9)
+
+
 @pytest.mark.parametrize("moment", ["batch4", "batch6", "epoch6"])
 def test_a_run_that_ended_by_its_steps_goes_on(tmp_path, images, moment):
     # A schedule that does not know the length of the run.
