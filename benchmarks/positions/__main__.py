@@ -19,7 +19,9 @@ from benchmarks.runner import run
 from benchmarks.study.evaluate import gathered
 from benchmarks.study.plain import Plain
 from tdm_lightning.core import Tokens
+from tdm_lightning.errors import SettingError
 from tdm_lightning.visualize.sheet import make_folder
+from tdm_lightning.vit.adapters import model_info
 
 reduced = Tokens.reduced
 
@@ -72,13 +74,23 @@ def positions(
 
     Returns:
         The file written.
+
+    Raises:
+        ValueError: for a model whose blocks ask for no positions.
     """
+    starts = [Plain.read(checkpoint) for checkpoint in checkpoints]
+    for start in starts:
+        if not model_info(start.under(tdm.Strategy()).model.vit).relative_positions:
+            raise SettingError(
+                f"the blocks of {start.model} ask for no positions, so nothing depends on where a"
+                " token stands; take a model with rotary positions or a relative position bias"
+            )
     path = make_folder(out) / "results.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["model", "strategy", "rule", "accuracy", "only this rule right", "images"])
-        for checkpoint in checkpoints:
-            for row in _rows(Plain.read(checkpoint), dataset, images):
+        for start in starts:
+            for row in _rows(start, dataset, images):
                 writer.writerow(row)
                 print(*row, sep=",", flush=True)
     return path

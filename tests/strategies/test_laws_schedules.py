@@ -186,7 +186,7 @@ def test_an_image_does_not_depend_on_its_batch(images, name):
 
 def traced(name):
     """As deep as its layers need: tracing takes long."""
-    return reduced(name, depth=5 if name.startswith("evovit") else 4)
+    return reduced(name, depth={"evovit": 5, "tome": 2}.get(name.split("-")[0], 4))
 
 
 @every_strategy
