@@ -7,8 +7,8 @@ from pathlib import Path
 from benchmarks.digits.rows import PLAIN, ROWS, Row
 from benchmarks.runner import run
 from tdm_lightning.cli import main
+from tdm_lightning.core.tables import append_csv, read_csv
 from tdm_lightning.errors import SettingError
-from tdm_lightning.tables import append_csv, read_csv
 from tdm_lightning.visualize.sheet import make_folder
 
 

@@ -18,8 +18,8 @@ from benchmarks.runner import run
 from benchmarks.study.evaluate import gathered
 from benchmarks.study.plain import Plain
 from tdm_lightning.core import Tokens
+from tdm_lightning.core.tables import append_csv
 from tdm_lightning.errors import SettingError
-from tdm_lightning.tables import append_csv
 from tdm_lightning.visualize.sheet import make_folder
 from tdm_lightning.vit.adapters import model_info
 

@@ -12,8 +12,8 @@ import numpy as np
 from benchmarks.study.plan import Method
 from benchmarks.study.store import Record, load_cells, unpack_bits
 from tdm_lightning.compare.methods import describe
+from tdm_lightning.core.tables import read_csv, write_csv
 from tdm_lightning.strategies import Strategy
-from tdm_lightning.tables import read_csv, write_csv
 
 #: Before and after the fine-tuning.
 WHEN = ("before", "after")

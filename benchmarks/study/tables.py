@@ -8,7 +8,7 @@ from statistics import fmean
 
 from benchmarks.study.results import WHEN, Result
 from benchmarks.study.statistics import Difference, paired_difference
-from tdm_lightning.tables import markdown
+from tdm_lightning.core.tables import markdown
 
 #: The method that the others are compared with.
 OURS = "TDM"

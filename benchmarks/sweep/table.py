@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from tdm_lightning import tables
+from tdm_lightning.core import tables
+from tdm_lightning.core.tables import append_csv, read_csv
 from tdm_lightning.errors import SettingError
-from tdm_lightning.tables import append_csv, read_csv
 
 Outcome = Literal["reduced", "refused", "failed"]
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from rich.table import Table
 
-from tdm_lightning import tables
+from tdm_lightning.core import tables
 
 
 class Quartiles(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from tdm_lightning import tables
+from tdm_lightning.core import tables
 from tdm_lightning.flops import mac_report
 from tdm_lightning.slimming.search import Slimmed
 from tdm_lightning.strategies import Strategy

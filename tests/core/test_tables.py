@@ -5,7 +5,7 @@ import math
 
 from rich.console import Console
 
-from tdm_lightning import tables
+from tdm_lightning.core import tables
 
 HEADER, ROWS = ["method", "rate", "top-1"], [["TDM", "0.7", "96.1"], ["plain", "", "97.5"]]
 
