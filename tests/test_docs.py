@@ -145,7 +145,7 @@ def test_a_loop_of_ones_own(reduced, capsys):
     assert float(printed[printed.index("]") + 1 :]) * 1e9 == pytest.approx(
         tdm.flops.count_macs(reduced)
     )
-    assert not any(tap._forward_hooks for tap in reduced.hook_points)
+    assert not any(point._forward_hooks for point in reduced.hook_points)
 
 
 def test_sharing(tmp_path, monkeypatch):
