@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from tdm_lightning.errors import SettingError
@@ -45,6 +46,15 @@ def is_sampled(index: int, total: float, most: int) -> bool:
     if total <= most or total == float("inf"):
         return index < most
     return index * most % int(total) < most
+
+
+def batches_in_loader(trainer: Trainer, dataloader_idx: int = 0) -> float:
+    """Batches that a Trainer takes from the loader it is at; infinite where that is not known."""
+    if trainer.training:
+        return trainer.num_training_batches
+    return (trainer.num_test_batches if trainer.testing else trainer.num_val_batches)[
+        dataloader_idx
+    ]
 
 
 def _leaves(batch: Any) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from tdm_lightning.callbacks.batches import is_sampled
+from tdm_lightning.callbacks.batches import batches_in_loader, is_sampled
 from tdm_lightning.callbacks.output import check_folder, output_folder
 
 from tdm_lightning.core.checks import check_choice, check_count
@@ -70,108 +70,38 @@ class DiversityMonitor(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start anew."""
-        self._begin(trainer, pl_module, "train")
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Listen, if it is this batch's turn."""
-        self._listen(trainer, pl_module, "train", batch_idx, trainer.num_training_batches)
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        """Stop listening."""
-        self._listening.close()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the scores."""
-        self._log(trainer, pl_module, "train")
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print and plot the last scores of the fit."""
-        for stage in ("train", "val"):
-            self._report(trainer, pl_module, stage)
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew."""
-        self._begin(trainer, pl_module, "val")
-
-    def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Listen, if it is this batch's turn."""
-        self._listen(trainer, pl_module, "val", batch_idx, trainer.num_val_batches[dataloader_idx])
-
-    def on_validation_batch_end(self, *args: Any) -> None:
-        """Stop listening."""
-        self._listening.close()
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the scores."""
-        self._log(trainer, pl_module, "val")
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print and plot the scores, where this is all of the run."""
-        if trainer.state.fn == "validate":
-            self._report(trainer, pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew."""
-        self._begin(trainer, pl_module, "test")
-
-    def on_test_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Listen, if it is this batch's turn."""
-        self._listen(
-            trainer, pl_module, "test", batch_idx, trainer.num_test_batches[dataloader_idx]
-        )
-
-    def on_test_batch_end(self, *args: Any) -> None:
-        """Stop listening."""
-        self._listening.close()
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the scores."""
-        self._log(trainer, pl_module, "test")
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print and plot the scores."""
-        self._report(trainer, pl_module, "test")
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Leave no hook behind."""
-        self._listening.close()
-
-    def _begin(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage in self.stages:
+        if stage := self._stage(trainer):
             self._recorders[stage] = DiversityRecorder(
                 pl_module, self.norm, self.normalize, self.vit
             )
 
-    def _listen(
-        self, trainer: Trainer, pl_module: LightningModule, stage: str, index: int, total: float
+    on_validation_epoch_start = on_test_epoch_start = on_train_epoch_start
+
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        if (
-            stage in self.stages
-            and not trainer.sanity_checking
-            and is_sampled(index, total, self.max_batches)
-        ):
+        """Listen, if it is this batch's turn."""
+        stage, total = self._stage(trainer), batches_in_loader(trainer, dataloader_idx)
+        if stage and is_sampled(batch_idx, total, self.max_batches):
             self._listening.enter_context(self._recorders[stage])
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage not in self.stages or trainer.sanity_checking:
+    on_validation_batch_start = on_test_batch_start = on_train_batch_start
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop listening; after an exception too."""
+        self._listening.close()
+
+    on_validation_batch_end = on_test_batch_end = on_exception = on_train_batch_end
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the scores."""
+        stage = self._stage(trainer)
+        if stage is None:
             return
         scores = self._recorders.pop(stage).compute()
         if any(score.isnan() for score in scores):
@@ -181,10 +111,31 @@ class DiversityMonitor(Callback):
             )
             return
         self.scores[stage] = [score.item() for score in scores]
-        names = [f"diversity/{stage}/block_{block:02d}" for block in range(len(scores))]
-        pl_module.log_dict(
-            dict(zip(names, scores, strict=True)), sync_dist=True
-        )  # equal on all processes already
+        named = {f"diversity/{stage}/block_{block:02d}": s for block, s in enumerate(scores)}
+        pl_module.log_dict(named, sync_dist=True)  # equal on all processes already
+
+    on_validation_epoch_end = on_test_epoch_end = on_train_epoch_end
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print and plot the last scores of the fit."""
+        for stage in ("train", "val"):
+            self._report(trainer, pl_module, stage)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print and plot the scores, where this is all of the run."""
+        if trainer.state.fn == "validate":
+            self._report(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print and plot the scores."""
+        self._report(trainer, pl_module, "test")
+
+    def _stage(self, trainer: Trainer) -> str | None:
+        """The stage under way, if it is to be scored."""
+        stage = trainer.state.stage
+        if stage is None or trainer.sanity_checking:
+            return None
+        return stage.dataloader_prefix if stage.dataloader_prefix in self.stages else None
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage not in self.stages or stage not in self.scores:

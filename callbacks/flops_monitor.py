@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from tdm_lightning.callbacks.batches import first_images, is_sampled
+from tdm_lightning.callbacks.batches import batches_in_loader, first_images, is_sampled
 from torch import Tensor, nn
 
 from tdm_lightning.core.checks import check_count
@@ -56,24 +56,14 @@ class FLOPsMonitor(Callback):
         self.costs: dict[str, float] = {}
         self._costs: list[dict[str, float]] = []
         self._images: list[ImageCosts] = []
-        self._told = False
+        self._printed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there is one ViT."""
         find_vit(pl_module, self.vit)
-        self._costs, self._images, self._told = [], [], False
+        self._costs, self._images, self._printed = [], [], False
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Count."""
-        self._count(pl_module, batch, batch_idx, trainer.num_training_batches)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log."""
-        self._log(pl_module)
-
-    def on_validation_batch_start(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -81,56 +71,36 @@ class FLOPsMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count, where training does not."""
-        if trainer.state.fn == "validate":
-            self._count(pl_module, batch, batch_idx, trainer.num_val_batches[dataloader_idx])
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log, where training does not."""
-        if trainer.state.fn == "validate":
-            self._log(pl_module)
-
-    def on_test_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Count."""
-        self._count(pl_module, batch, batch_idx, trainer.num_test_batches[dataloader_idx])
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log."""
-        self._log(pl_module)
-
-    def _count(self, pl_module: LightningModule, batch: Any, index: int, total: float) -> None:
+        """Count; in validation only where it is all of the run."""
+        if trainer.state.fn == "fit" and not trainer.training:
+            return
         vit = find_vit(pl_module, self.vit)
-        if _adaptive(vit):
-            assert isinstance(vit, TokenReducedViT)
-            if is_sampled(index, total, self.max_batches):
+        if is_adaptive(vit):
+            if is_sampled(batch_idx, batches_in_loader(trainer, dataloader_idx), self.max_batches):
                 images = first_images(batch)
                 self._costs.append(cost(vit, images=images))
                 self._images.append(image_costs(vit, images[: self.max_images]))
-            return
-        if self._costs:
-            return
-        shape = first_images(batch).shape[1:]
-        self._costs.append(cost(vit, input_size=(shape[0], shape[1], shape[2])))
-        self._tell(pl_module, vit)
+        elif not self._costs:
+            shape = first_images(batch).shape[1:]
+            self._costs.append(cost(vit, input_size=(shape[0], shape[1], shape[2])))
+            self._print_once(pl_module, vit)
 
-    def _log(self, pl_module: LightningModule) -> None:
-        if self._costs:
-            self._tell(pl_module, find_vit(pl_module, self.vit))
-            self.costs = {**_mean(self._costs), **spread(self._images)}
+    on_validation_batch_start = on_test_batch_start = on_train_batch_start
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log; in validation only where it is all of the run."""
+        if self._costs and (trainer.state.fn != "fit" or trainer.training):
+            self._print_once(pl_module, find_vit(pl_module, self.vit))
+            self.costs = {**_mean(self._costs), **image_statistics(self._images)}
             self._costs, self._images = [], []
             pl_module.log_dict(self.costs, sync_dist=True)
 
-    def _tell(self, pl_module: LightningModule, vit: nn.Module) -> None:
-        if not self._told:
-            self._told = True
-            pl_module.print(describe({**_mean(self._costs), **spread(self._images)}, vit))
+    on_validation_epoch_end = on_test_epoch_end = on_train_epoch_end
+
+    def _print_once(self, pl_module: LightningModule, vit: nn.Module) -> None:
+        if not self._printed:
+            self._printed = True
+            pl_module.print(describe({**_mean(self._costs), **image_statistics(self._images)}, vit))
 
 
 def cost(
@@ -149,7 +119,7 @@ def cost(
     return {"flops/gmacs": report.backbone / 1e9, "flops/reduction": report.reduction, **tokens}
 
 
-def spread(costs: Sequence[ImageCosts]) -> dict[str, float]:
+def image_statistics(costs: Sequence[ImageCosts]) -> dict[str, float]:
     """How much images differ: what is logged beside :func:`cost` for adaptive strategies; nothing
     for others.
     """
@@ -198,7 +168,8 @@ def describe(costs: dict[str, float], vit: nn.Module) -> str:
     )
 
 
-def _adaptive(vit: nn.Module) -> bool:
+def is_adaptive(vit: nn.Module) -> TypeGuard[TokenReducedViT]:
+    """Whether its images keep different numbers of tokens."""
     return isinstance(vit, TokenReducedViT) and vit.strategy.adaptive
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tdm_lightning.callbacks.flops_monitor import cost
+from tdm_lightning.callbacks.flops_monitor import cost, is_adaptive
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tdm_lightning.core.checks import check_count
@@ -45,7 +45,7 @@ class TokenReductionCallback(TrainerCallback):
         self.normalize = normalize
         self.vit = vit
         self._recorder: DiversityRecorder | None = None
-        self._heard = 0
+        self._recorded = 0
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,8 +71,8 @@ class TokenReductionCallback(TrainerCallback):
     ) -> None:
         """On to the next batch, if more are wanted."""
         self._stop()
-        self._heard += 1
-        if self._heard < self.max_batches:
+        self._recorded += 1
+        if self._recorded < self.max_batches:
             self._listen()
 
     def on_evaluate(
@@ -84,14 +84,14 @@ class TokenReductionCallback(TrainerCallback):
             f"eval_diversity/block_{i:02d}": score.item()
             for i, score in enumerate(self._recorder.compute())
         }
-        vit: Any = find_vit(kwargs["model"], self.vit)
-        if not getattr(getattr(vit, "strategy", None), "adaptive", False):
+        vit = find_vit(kwargs["model"], self.vit)
+        if not is_adaptive(vit):
             found |= {f"eval_{name}": value for name, value in cost(vit).items()}
         kwargs["metrics"].update(found)
         if state.log_history:
             state.log_history[-1].update(found)
         self._recorder.reset()
-        self._heard = 0
+        self._recorded = 0
         self._listen()
 
     def _listen(self) -> None:

@@ -90,9 +90,9 @@ class KeepRateWarmup(Callback):
         batches = trainer.num_training_batches
         if not 0 < batches < float("inf"):
             batches, batch = 1, 0
-        done = (trainer.current_epoch - self.start_epoch) * batches + batch
+        batches_done = (trainer.current_epoch - self.start_epoch) * batches + batch
         strategy.current_keep_rate = cosine_keep_rate(
-            strategy.keep_rate, done / (self.epochs * batches)
+            strategy.keep_rate, batches_done / (self.epochs * batches)
         )
 
     def _strategy(self, pl_module: LightningModule) -> Any:

@@ -61,6 +61,8 @@ class TokenVisualizer(Callback):
         due = trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0
         self._drawn = 0 if due and not trainer.sanity_checking else self.num_images
 
+    on_test_epoch_start = on_validation_epoch_start
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -71,28 +73,8 @@ class TokenVisualizer(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Draw as many images as are still wanted."""
-        fitting = trainer.state.fn == "fit"
-        self._draw(
-            trainer, pl_module, batch, f"val_epoch{trainer.current_epoch:03d}" if fitting else "val"
-        )
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew."""
-        self._drawn = 0
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Draw as many images as are still wanted."""
-        self._draw(trainer, pl_module, batch, "test")
-
-    def _draw(self, trainer: Trainer, pl_module: LightningModule, batch: Any, stage: str) -> None:
+        stage = "test" if trainer.testing else "val"
+        name = f"{stage}_epoch{trainer.current_epoch:03d}" if trainer.state.fn == "fit" else stage
         if self._drawn >= self.num_images:
             return
         images = first_images(batch)[: self.num_images - self._drawn]
@@ -107,13 +89,15 @@ class TokenVisualizer(Callback):
         for index, image in enumerate(images, start=first):
             rows = split_rows(panels(reduced, image))
             if folder is not None:
-                place = folder / "tokens" if self.dir is None else folder
+                directory = folder / "tokens" if self.dir is None else folder
                 save_panels(
-                    place / f"{stage}_{index}.png", rows, titles=titles(reduced), colours=256
+                    directory / f"{name}_{index}.png", rows, titles=titles(reduced), colours=256
                 )
             for logger in trainer.loggers:
                 experiment: Any = getattr(logger, "experiment", None)
                 if hasattr(experiment, "add_image"):
                     picture = np.asarray(arrange(rows, titles=titles(reduced)))
-                    tag = f"tokens/{stage.split('_')[0]}_{index}"
+                    tag = f"tokens/{stage}_{index}"
                     experiment.add_image(tag, picture, trainer.global_step, dataformats="HWC")
+
+    on_test_batch_end = on_validation_batch_end

@@ -125,7 +125,7 @@ def model_card(
 
 
 def timms_config(vit: nn.Module, entries: Mapping[str, Any], arguments: Any) -> dict[str, Any]:
-    """What timm writes to ``config.json``: by a private function of its, which a test names.
+    """What timm writes to ``config.json``: by a private function of timm's, which a test names.
 
     Args:
         vit: the timm model.

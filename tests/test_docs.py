@@ -145,7 +145,7 @@ def test_a_loop_of_ones_own(reduced, capsys):
     assert float(printed[printed.index("]") + 1 :]) * 1e9 == pytest.approx(
         tdm.flops.count_macs(reduced)
     )
-    assert not any(tap._forward_hooks for tap in reduced.hook_points)
+    assert not any(point._forward_hooks for point in reduced.hook_points)
 
 
 def test_sharing(tmp_path, monkeypatch):
@@ -219,9 +219,9 @@ def commands(verb):
     """Those shown that can be parsed without files of the reader's."""
     for page, code in blocks("bash"):
         for line in code.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:2] == ["tdm", verb] and "…" not in line and "path/to" not in line:
-                arguments = [word for word in words[1:] if word != "&&"]
+            line = line.strip().removesuffix("&&")
+            if line.startswith(f"tdm {verb} ") and "…" not in line and "path/to" not in line:
+                arguments = shlex.split(line, comments=True)[1:]
                 yield pytest.param(arguments, id=f"{page}: {' '.join(arguments)}")
 
 

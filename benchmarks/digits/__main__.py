@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 from benchmarks.digits.rows import PLAIN, ROWS, Row
 from benchmarks.runner import run
 from tdm_lightning.cli import main
+from tdm_lightning.core.tables import append_csv, read_csv
 from tdm_lightning.errors import SettingError
 from tdm_lightning.visualize.sheet import make_folder
 
@@ -40,15 +40,15 @@ def digits(
         raise SettingError(f"unknown methods {sorted(unknown)}; known are {', '.join(known)}")
     folder = make_folder(out)
     table = folder / "digits.csv"
-    done = _read(table)
+    done = {row["method"] for row in read_csv(table)}
     chosen = [row for row in ROWS if methods is None or row.name in methods]
     start = plain or str(folder / "plain" / "best.ckpt")
     if plain is None and not Path(start).exists() and any(PLAIN in " ".join(r.fit) for r in chosen):
         chosen = [ROWS[0], *(row for row in chosen if row is not ROWS[0])]
     for row in chosen:
         if row.name not in done:
-            done[row.name] = _accuracy(row, folder / row.name, start, epochs)
-            _write(table, done)
+            top1 = _accuracy(row, folder / row.name, start, epochs)
+            append_csv(table, {"method": row.name, "top1": f"{top1:.4f}"})
     print(table.read_text(encoding="utf-8"))
     return table
 
@@ -73,20 +73,6 @@ def _accuracy(row: Row, folder: Path, plain: str, epochs: int | None) -> float:
     common = ["--config", "quickstart", *row.test, *quiet, "--trainer.callbacks=null"]
     tested = main(["test", *common, source])
     return float(tested.trainer.callback_metrics["test/top1"])
-
-
-def _read(table: Path) -> dict[str, float]:
-    if not table.exists():
-        return {}
-    with table.open(newline="", encoding="utf-8") as file:
-        return {row["method"]: float(row["top1"]) for row in csv.DictReader(file)}
-
-
-def _write(table: Path, found: dict[str, float]) -> None:
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", "top1"])
-        writer.writerows([name, f"{value:.4f}"] for name, value in found.items())
 
 
 if __name__ == "__main__":

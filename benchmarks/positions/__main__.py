@@ -5,7 +5,6 @@ Reports accuracy on held-out images, without fine-tuning.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,10 @@ from benchmarks.runner import run
 from benchmarks.study.evaluate import gathered
 from benchmarks.study.plain import Plain
 from tdm_lightning.core import Tokens
+from tdm_lightning.core.tables import append_csv
+from tdm_lightning.errors import SettingError
 from tdm_lightning.visualize.sheet import make_folder
+from tdm_lightning.vit.adapters import model_info
 
 reduced = Tokens.reduced
 
@@ -72,19 +74,27 @@ def positions(
 
     Returns:
         The file written.
+
+    Raises:
+        ValueError: for a model whose blocks ask for no positions.
     """
+    starts = [Plain.read(checkpoint) for checkpoint in checkpoints]
+    for start in starts:
+        if not model_info(start.under(tdm.Strategy()).model.vit).relative_positions:
+            raise SettingError(
+                f"the blocks of {start.model} ask for no positions, so nothing depends on where a"
+                " token stands; take a model with rotary positions or a relative position bias"
+            )
     path = make_folder(out) / "results.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["model", "strategy", "rule", "accuracy", "only this rule right", "images"])
-        for checkpoint in checkpoints:
-            for row in _rows(Plain.read(checkpoint), dataset, images):
-                writer.writerow(row)
-                print(*row, sep=",", flush=True)
+    path.unlink(missing_ok=True)
+    for start in starts:
+        for row in _rows(start, dataset, images):
+            append_csv(path, row)
+            print(*row.values(), sep=",", flush=True)
     return path
 
 
-def _rows(start: Plain, dataset: str, most: int | None) -> Iterator[list[Any]]:
+def _rows(start: Plain, dataset: str, most: int | None) -> Iterator[dict[str, Any]]:
     data = tdm.ImageNetDataModule(
         dataset,
         val_split=None,
@@ -106,7 +116,14 @@ def _rows(start: Plain, dataset: str, most: int | None) -> Iterator[list[Any]]:
         for rule, other in zip(RULES, reversed(RULES), strict=True):
             only = int((found[rule] & ~found[other]).sum())
             accuracy = f"{found[rule].double().mean():.4f}"
-            yield [start.model, name, rule, accuracy, only, len(labels)]
+            yield {
+                "model": start.model,
+                "strategy": name,
+                "rule": rule,
+                "accuracy": accuracy,
+                "only this rule right": only,
+                "images": len(labels),
+            }
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ class Remote:
     """A model of a checkout, in a process of its own; called with images, it runs as many."""
 
     def __init__(self, checkout: Path, model: str, strategy: str) -> None:
+        if not (checkout / "tdm_lightning" / "__init__.py").is_file():
+            raise FileError(f"{checkout} is no checkout of tdm-lightning")
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("worker.py"))],
             stdin=subprocess.PIPE,
@@ -39,7 +41,7 @@ class Remote:
         asked = {"model": model, "strategy": strategy, "arguments": METHODS[strategy]}
         found = Path(self.ask(json.dumps(asked)))
         if checkout.resolve() not in found.resolve().parents:
-            raise FileError(f"{checkout} is no checkout of tdm-lightning: {found} was imported")
+            raise FileError(f"{found} was imported in place of the checkout {checkout}")
 
     def ask(self, line: str) -> str:
         """Send a line and wait for its answer."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from benchmarks.study.plan import Method
 from benchmarks.study.store import Record, load_cells, unpack_bits
 from tdm_lightning.compare.methods import describe
+from tdm_lightning.core.tables import read_csv, write_csv
 from tdm_lightning.strategies import Strategy
 
 #: Before and after the fine-tuning.
@@ -94,8 +94,8 @@ def collect(folder: Path, part: str, methods: Sequence[Method]) -> list[Path]:
     if not cells:
         return []
     numbers, correct = folder / f"{part}.csv", folder / f"{part}_correct.csv"
-    _write(numbers, map(_numbers, cells))
-    _write(correct, map(_correct, cells))
+    write_csv(numbers, [_numbers(cell) for cell in cells])
+    write_csv(correct, [_correct(cell) for cell in cells])
     return [numbers, correct]
 
 
@@ -104,19 +104,21 @@ def read(folder: Path, part: str) -> list[Result]:
     numbers, correct = folder / f"{part}.csv", folder / f"{part}_correct.csv"
     if not numbers.exists():
         return []
-    right = {(row["method"], row["rate"], row["seed"]): row for row in _read(correct)}
-    return [_result(row, right[row["method"], row["rate"], row["seed"]]) for row in _read(numbers)]
+    right = {(row["method"], row["rate"], row["seed"]): row for row in read_csv(correct)}
+    return [
+        _result(row, right[row["method"], row["rate"], row["seed"]]) for row in read_csv(numbers)
+    ]
 
 
 def write_fidelity(folder: Path, found: Sequence[Fidelity]) -> Path:
     """Write ``fidelity.csv``."""
     path = folder / "fidelity.csv"
-    _write(
+    write_csv(
         path,
-        (
+        [
             {**asdict(one), **{name: f"{getattr(one, name):.5f}" for name in COSINES}}
             for one in found
-        ),
+        ],
     )
     return path
 
@@ -124,10 +126,9 @@ def write_fidelity(folder: Path, found: Sequence[Fidelity]) -> Path:
 def read_fidelity(folder: Path) -> list[Fidelity]:
     """What :func:`write_fidelity` wrote; none where there is no file."""
     path = folder / "fidelity.csv"
-    rows = _read(path) if path.exists() else []
     return [
         Fidelity(**{**row, **{name: float(row[name]) for name in ("rate", "gmacs", *COSINES)}})
-        for row in rows
+        for row in read_csv(path)
     ]  # type: ignore[arg-type]
 
 
@@ -182,17 +183,3 @@ def _result(row: dict[str, str], right: dict[str, str]) -> Result:
         {when: unpack_bits(right[when], count) for when in WHEN if right[when]},
         row,
     )
-
-
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    rows = list(rows)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    csv.field_size_limit(2**24)
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))

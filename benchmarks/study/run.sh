@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole study from nothing: bash benchmarks/study/run.sh DATASET [OUT]
-# DATASET: a folder with Fashion-MNIST's files, or zalando-datasets/fashion_mnist on the hub. Goes on where it was broken off.
+# DATASET: a folder with Fashion-MNIST's files, or zalando-datasets/fashion_mnist on the hub.
+# Goes on where it was broken off.
 # With WORKERS=4 the cells are shared among four processes of one thread each.
 set -euo pipefail
 dataset=$1 out=${2:-runs/study/out} plain=runs/study/plain/last.ckpt
@@ -10,7 +11,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fit() {
     local folder=runs/study/$1 && shift
     [ -e "$folder/finished" ] && return
-    tdm fit --config benchmarks/configs/plain.yaml "$@" --data.dataset "$dataset" $([ -e "$folder/last.ckpt" ] && echo --ckpt_path "$folder/last.ckpt")
+    tdm fit --config benchmarks/configs/plain.yaml "$@" --data.dataset "$dataset" \
+        $([ -e "$folder/last.ckpt" ] && echo --ckpt_path "$folder/last.ckpt")
     touch "$folder/finished"
 }
 
@@ -18,7 +20,8 @@ fit() {
 cells() {
     local running=()
     for _ in $(seq "${WORKERS:-1}"); do
-        python -m benchmarks.study --config benchmarks/configs/grid.yaml "$@" --plain $plain --data.init_args.dataset "$dataset" --out "$out" &
+        python -m benchmarks.study --config benchmarks/configs/grid.yaml "$@" --plain $plain \
+            --data.init_args.dataset "$dataset" --out "$out" &
         running+=($!)
     done
     for worker in "${running[@]}"; do wait "$worker"; done

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from benchmarks.study.results import WHEN, Result
 from benchmarks.study.statistics import Difference, paired_difference
+from tdm_lightning.core.tables import markdown
 
 #: The method that the others are compared with.
 OURS = "TDM"
@@ -81,7 +82,7 @@ def accuracy_table(results: Sequence[Result], when: str) -> str:
     beside = "" if math.isnan(plain) else f" The plain model: {100 * plain:.2f}."
     return (
         f"Top-1 accuracy (%), {_TITLES[when]}, at the GMACs of TDM's keep"
-        f" rates.{beside}\n\n{_markdown(header, rows)}"
+        f" rates.{beside}\n\n{markdown(header, rows)}"
     )
 
 
@@ -108,7 +109,7 @@ def difference_table(results: Sequence[Result], when: str) -> str:
         f"TDM's lead in points of accuracy, {_TITLES[when]}, with 95 % bootstrap intervals over"
         " images"
     )
-    return f"{title}; bold: the interval excludes 0.\n\n{_markdown(header, rows)}"
+    return f"{title}; bold: the interval excludes 0.\n\n{markdown(header, rows)}"
 
 
 def ablation_table(results: Sequence[Result], default: str) -> str:
@@ -133,7 +134,7 @@ def ablation_table(results: Sequence[Result], default: str) -> str:
         "Accuracy of TDM's defaults, and the lead in points of each change over them with 95 %"
         " bootstrap intervals"
     )
-    return f"{title}; bold: the interval excludes 0.\n\n{_markdown(header, rows)}"
+    return f"{title}; bold: the interval excludes 0.\n\n{markdown(header, rows)}"
 
 
 def remarks(results: Sequence[Result]) -> str:
@@ -165,8 +166,3 @@ def _difference_cell(found: Difference | None) -> str:
         return "–"
     text = f"{100 * found.mean:+.2f} ({100 * found.low:+.2f}, {100 * found.high:+.2f})"
     return f"**{text}**" if found.significant else text
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows))

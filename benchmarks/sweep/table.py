@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from tdm_lightning.core import tables
+from tdm_lightning.core.tables import append_csv, read_csv
 from tdm_lightning.errors import SettingError
 
 Outcome = Literal["reduced", "refused", "failed"]
@@ -66,34 +67,25 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: if it has other columns.
     """
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-    if tuple(reader.fieldnames or ()) != COLUMNS:
+    found = read_csv(path)
+    if found and tuple(found[0]) != COLUMNS:
         raise SettingError(
-            f"{path} is no table of this sweep: its columns are {reader.fieldnames}; choose another"
+            f"{path} is no table of this sweep: its columns are {list(found[0])}; choose another"
             " folder"
         )
-    return [_row(values) for values in reader]
+    return [_row(values) for values in found]
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """A new CSV file of rows."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerow(COLUMNS)
-        for row in rows:
-            _writer(file).writerow(_cells(row))
+    path.unlink(missing_ok=True)
+    for row in rows:
+        append_row(path, row)
 
 
 def append_row(path: Path, row: Row) -> None:
-    """One more line of a CSV file."""
-    with path.open("a", encoding="utf-8", newline="") as file:
-        _writer(file).writerow(_cells(row))
-
-
-def _writer(file: object) -> csv.DictWriter:
-    return csv.DictWriter(file, COLUMNS, lineterminator="\n")  # type: ignore[arg-type]
+    """One more line of a CSV file, which is made if need be."""
+    append_csv(path, _cells(row))
 
 
 def _cells(row: Row) -> dict[str, object]:
@@ -129,23 +121,19 @@ def markdown(rows: Sequence[Row]) -> str:
             " change the output. *Shrunk* names were run with fewer blocks or heads, through the"
             " same entry point. Every name is in the CSV file beside this one."
         ),
-        "\n".join(
-            _summary(
-                "module",
-                [(module, [row for row in rows if row.module == module]) for module in modules],
-            )
+        _summary(
+            "module",
+            [(module, [row for row in rows if row.module == module]) for module in modules],
         ),
-        "\n".join(
-            _summary(
-                "class, block, attention",
-                [
-                    (
-                        ", ".join(filter(None, kind)),
-                        [row for row in rows if (row.kind, row.block, row.attention) == kind],
-                    )
-                    for kind in kinds
-                ],
-            )
+        _summary(
+            "class, block, attention",
+            [
+                (
+                    ", ".join(filter(None, kind)),
+                    [row for row in rows if (row.kind, row.block, row.attention) == kind],
+                )
+                for kind in kinds
+            ],
         ),
     ]
     for outcome in ("refused", "failed"):
@@ -156,15 +144,13 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(title: str, groups: Sequence[tuple[str, Sequence[Row]]]) -> list[str]:
-    lines = [
-        f"| {title} | names | reduced | of these shrunk | refused | failed |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+def _summary(title: str, groups: Sequence[tuple[str, Sequence[Row]]]) -> str:
+    lines = []
     everything = [row for _, members in groups for row in members]
     for label, rows in [*groups, ("**all**", everything)]:
         reduced = [row for row in rows if row.outcome == "reduced"]
         counts = [len(rows), len(reduced), sum(bool(row.shrunk) for row in reduced)]
         counts += [sum(row.outcome == outcome for row in rows) for outcome in ("refused", "failed")]
-        lines.append(f"| {label} | {' | '.join(map(str, counts))} |")
-    return lines
+        lines.append([label, *map(str, counts)])
+    header = [title, "names", "reduced", "of these shrunk", "refused", "failed"]
+    return tables.markdown(header, lines)

@@ -83,10 +83,10 @@ def check_trained(weights: bool | str | None, random_weights: bool, why: str) ->
         )
 
 
-def _differs(given: Strategy | list[Strategy], stored: Any) -> bool:
+def _differs(requested: Strategy | list[Strategy], stored: Any) -> bool:
     """Whether a strategy is of another class than the stored one, so that its layers are others."""
     there = [] if stored is None else [Strategy.from_config(stored)]
-    mine, theirs = stacked(given), stacked(there)
+    mine, theirs = stacked(requested), stacked(there)
 
     def kinds(strategy: Strategy) -> list[type]:
         return [type(member) for member in getattr(strategy, "members", [strategy])]

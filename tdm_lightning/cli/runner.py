@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from tdm_lightning.cli.configs import with_named_configs
 from tdm_lightning.cli.mistakes import unwrapped
-from tdm_lightning.cli.stored import differences, fill_in, given_value
+from tdm_lightning.cli.stored import differences, fill_in, option_value
 
 
 def run_function(
@@ -49,7 +49,7 @@ def _with_stored(
     def parse() -> Namespace:
         return parser.parse_args(arguments)
 
-    weights = given_value(arguments, "weights", "") if "weights" in parameters else None
+    weights = option_value(arguments, "weights", "") if "weights" in parameters else None
     if weights is None or weights.lower() in ("true", "false"):
         return parse()
     from tdm_lightning.checkpoints import open_weights

@@ -87,29 +87,31 @@ def slim(
             "a search needs images: give --data ImageNetDataModule --data.dataset NAME_OR_FOLDER"
         )
     check_trained(weights, False, "an untrained model's attention means nothing")
-    where = choose_device(device)
+    compute_device = choose_device(device)
     folder = make_folder(out)
     torch.manual_seed(seed)
     data = type(data)(
         **{**data.hparams, "model": model, "model_kwargs": model_kwargs, "augment": False}
     )
-    vit = _trained(weights, model, {"num_classes": data.num_classes, **(model_kwargs or {})})
+    vit = _load_vit(weights, model, {"num_classes": data.num_classes, **(model_kwargs or {})})
     if match_gmacs is not None:
         counts = _counts_within(vit, match_gmacs)
     data.setup("fit")
-    vit = vit.to(where)
+    vit = vit.to(compute_device)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("blocks", total=len(vit.blocks) - 1)  # type: ignore[arg-type]
 
-        def done(block: Any) -> None:
+        def on_block(block: Any) -> None:
             progress.update(
                 task, advance=1, description=f"block {block.index}: {block.patches} patches"
             )
 
         if counts is None:
-            slimmed = search(vit, data.train_dataloader(), bound, step, images, epochs, lr, done)
+            slimmed = search(
+                vit, data.train_dataloader(), bound, step, images, epochs, lr, on_block
+            )
         else:
-            slimmed = select(vit, data.train_dataloader(), counts, images, done)
+            slimmed = select(vit, data.train_dataloader(), counts, images, on_block)
     save_file(slimmed.model.cpu().state_dict(), folder / "slim.safetensors")
     write_csv(slimmed, folder / "slim.csv")
     console = Console() if sys.stdout.isatty() else Console(width=120)
@@ -119,7 +121,7 @@ def slim(
     return slimmed
 
 
-def _trained(weights: bool | str | None, name: str, arguments: dict[str, Any]) -> nn.Module:
+def _load_vit(weights: bool | str | None, name: str, arguments: dict[str, Any]) -> nn.Module:
     """The timm model with its weights."""
     vit = create_vit(name, pretrained=weights is True, **arguments)
     if isinstance(weights, str):

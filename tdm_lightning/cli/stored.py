@@ -17,7 +17,7 @@ from tdm_lightning.errors import FileError
 _KEYWORDS = ("best", "last", "hpc", "registry")
 
 
-def given_value(arguments: Sequence[str], name: str, variable: str) -> str | None:
+def option_value(arguments: Sequence[str], name: str, variable: str) -> str | None:
     """The value that the user gives an option: on the command line, in a config file, or in the
     environment, the first of these that says something.
 
@@ -37,7 +37,7 @@ def given_value(arguments: Sequence[str], name: str, variable: str) -> str | Non
 
 def checkpoint_file(arguments: Sequence[str], variable: str) -> Path | None:
     """The checkpoint that a run starts from, where that is a file."""
-    path = given_value(arguments, "ckpt_path", variable)
+    path = option_value(arguments, "ckpt_path", variable)
     if path is None or path in _KEYWORDS or "://" in path:
         return None
     return Path(path)
@@ -61,9 +61,9 @@ def fill_in(
     stored = {name: modern(value) for name, value in stored.items()}
     if not is_known(stored.get(strategy)):
         # Nothing that a file names is imported, but the user may name the class too.
-        given = parse()
+        parsed = parse()
         if not is_known(stored[strategy]):
-            if given.get(strategy) is None:
+            if parsed.get(strategy) is None:
                 raise FileError(
                     f"the stored strategy is {_classes(stored[strategy])}, which is not known here;"
                     f" give --{strategy} with that class, or install its module as a plugin"
@@ -81,12 +81,12 @@ def differences(settings: Namespace, stored: Mapping[str, Any]) -> list[str]:
     """What was given that a file says otherwise, ``NAME is GIVEN as given, STORED in the file``."""
     found = []
     for name, value in stored.items():
-        given = dict(_leaves(name, _plain(settings.get(name))))
+        parsed = dict(_leaves(name, _plain(settings.get(name))))
         there = dict(_leaves(name, modern(value)))
         found += [
-            f"{key} is {_shown(given.get(key))} as given, {_shown(there.get(key))} in the file"
-            for key in sorted(given.keys() | there.keys())
-            if given.get(key) != there.get(key)
+            f"{key} is {_shown(parsed.get(key))} as given, {_shown(there.get(key))} in the file"
+            for key in sorted(parsed.keys() | there.keys())
+            if parsed.get(key) != there.get(key)
         ]
     return found
 

@@ -22,7 +22,7 @@ from tdm_lightning.errors import FileError, SettingError
 from tdm_lightning.training import TokenReductionClassifier
 
 #: Hyperparameters that follow from the data.
-_LINKED = ("num_classes", "label_names")
+_LINKED_ARGUMENTS = ("num_classes", "label_names")
 
 #: Those that say which model it is.
 _MODEL = ("model.model", "model.model_kwargs", "model.global_pool", "model.strategy")
@@ -102,10 +102,10 @@ def _hyperparameters(path: Path) -> dict[str, Any]:
             f"{path} is no checkpoint of `tdm fit`; weights of another kind are taken by"
             f" --model.weights {path}"
         )
-    given = content.get("hyper_parameters")
-    given = given if isinstance(given, Mapping) else {}
-    skipped = ("_instantiator", *_LINKED)
-    return {f"model.{name}": value for name, value in given.items() if name not in skipped}
+    stored = content.get("hyper_parameters")
+    stored = stored if isinstance(stored, Mapping) else {}
+    skipped = ("_instantiator", *_LINKED_ARGUMENTS)
+    return {f"model.{name}": value for name, value in stored.items() if name not in skipped}
 
 
 def _name(model: Any) -> str | None:

@@ -69,7 +69,7 @@ def device_name(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def surroundings(device: torch.device) -> dict[str, str]:
+def environment_facts(device: torch.device) -> dict[str, str]:
     """Device, threads, versions and the command line."""
     program, *arguments = sys.argv
     name = Path(program).name

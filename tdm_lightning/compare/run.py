@@ -11,11 +11,11 @@ from rich.progress import Progress
 from torch import Tensor
 
 from tdm_lightning.compare.accuracy import top1
-from tdm_lightning.compare.environment import choose_device, choose_dtype, surroundings
+from tdm_lightning.compare.environment import choose_device, choose_dtype, environment_facts
 from tdm_lightning.compare.memory import peak_bytes, saved_bytes
 from tdm_lightning.compare.methods import Method, make_method, make_plain
 from tdm_lightning.compare.runtime import Run, check_runs, check_runtime, runner, runtime_name
-from tdm_lightning.compare.table import Row, Spread
+from tdm_lightning.compare.table import Quartiles, Row
 from tdm_lightning.compare.timing import Round, interleaved_rounds, own_share, seconds
 from tdm_lightning.core.checks import check_count
 from tdm_lightning.errors import SettingError
@@ -80,14 +80,15 @@ class Comparison:
             there are data.
         macs: multiply-accumulates per image, one for each method; of an adaptive one in this batch,
             padding included.
-        alone: what each image of the batch costs by itself, by the place of each adaptive method.
+        image_costs: what each image of the batch costs by itself, by the index of each adaptive
+            method.
         facts: what the numbers depend on, by name.
         memory: peak bytes, one for each method that got its turn.
         saved: bytes saved for a backward pass, likewise.
         own: share of a pass spent in the strategy's hooks, likewise; of the batch's, and of the
             first image's alone.
         rounds: complete rounds.
-        accuracy: top-1 in [0, 1] by the method's place.
+        accuracy: top-1 in [0, 1] by the method's index.
         interrupted: whether the user broke it off.
     """
 
@@ -96,7 +97,7 @@ class Comparison:
     images: Tensor
     macs: list[int]
     facts: dict[str, str]
-    alone: dict[int, ImageCosts] = field(default_factory=dict)
+    image_costs: dict[int, ImageCosts] = field(default_factory=dict)
     memory: list[int] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
     own: list[tuple[float, float]] = field(default_factory=list)
@@ -121,7 +122,7 @@ class Comparison:
             for method in self.methods
             if method.extracted
         ]
-        for index, costs in self.alone.items():
+        for index, costs in self.image_costs.items():
             method, gmacs, tokens = self.methods[index], costs.macs / 1e9, costs.tokens.mean(dim=1)
             untrained = (
                 ""
@@ -143,16 +144,18 @@ class Comparison:
         samples = [(samples[index], samples[0]) for samples in self.rounds]
         extra: dict[str, Any] = {}
         if self.plan.training:
-            extra["step"] = Spread.of([1e3 * mine.step for mine, _ in samples])
-            extra["step_speedup"] = Spread.of([plain.step / mine.step for mine, plain in samples])
+            extra["step"] = Quartiles.of([1e3 * mine.step for mine, _ in samples])
+            extra["step_speedup"] = Quartiles.of(
+                [plain.step / mine.step for mine, plain in samples]
+            )
         if index < len(self.memory):
             extra["memory"] = self.memory[index]
         if index < len(self.saved):
             extra |= {"saved": self.saved[index], "plain_saved": self.saved[0]}
         if index < len(self.own):
             extra["own_time"], extra["latency_own_time"] = self.own[index]
-        if index in self.alone:
-            macs = self.alone[index].macs
+        if index in self.image_costs:
+            macs = self.image_costs[index].macs
             extra |= {
                 "macs_alone": macs.mean().item(),
                 "macs_alone_std": macs.std(correction=0).item(),
@@ -166,12 +169,14 @@ class Comparison:
             macs=self.macs[index],
             plain_macs=self.macs[0],
             single_macs=(
-                round(self.alone[index].macs[0].item()) if index in self.alone else self.macs[index]
+                round(self.image_costs[index].macs[0].item())
+                if index in self.image_costs
+                else self.macs[index]
             ),
-            throughput=Spread.of([size / mine.batch for mine, _ in samples]),
-            speedup=Spread.of([plain.batch / mine.batch for mine, plain in samples]),
-            latency=Spread.of([1e3 * mine.single for mine, _ in samples]),
-            latency_speedup=Spread.of([plain.single / mine.single for mine, plain in samples]),
+            throughput=Quartiles.of([size / mine.batch for mine, _ in samples]),
+            speedup=Quartiles.of([plain.batch / mine.batch for mine, plain in samples]),
+            latency=Quartiles.of([1e3 * mine.single for mine, _ in samples]),
+            latency_speedup=Quartiles.of([plain.single / mine.single for mine, plain in samples]),
             **extra,
         )
 
@@ -234,15 +239,15 @@ def prepare(
             if match_gmacs is not None
             else {}
         ),
-        **surroundings(device),
+        **environment_facts(device),
     }
-    alone = {
+    per_image = {
         index: image_costs(cast(TokenReducedViT, method.model), images)
         for index, method in enumerate(methods)
         if _adaptive(method)
     }
     return Comparison(
-        plan, methods, images, [_macs(method, images) for method in methods], facts, alone
+        plan, methods, images, [_macs(method, images) for method in methods], facts, per_image
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +10,10 @@ from typing import NamedTuple
 import torch
 from rich.table import Table
 
+from tdm_lightning.core import tables
 
-class Spread(NamedTuple):
+
+class Quartiles(NamedTuple):
     """The quartiles of some numbers; the second is their median. NaN where there are none."""
 
     q1: float = math.nan
@@ -21,11 +21,11 @@ class Spread(NamedTuple):
     q3: float = math.nan
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def of(cls, values: Sequence[float]) -> Quartiles:
         """The quartiles, linear between neighbours.
 
-        >>> Spread.of([1.0, 2.0, 3.0, 4.0, 9.0])
-        Spread(q1=2.0, median=3.0, q3=4.0)
+        >>> Quartiles.of([1.0, 2.0, 3.0, 4.0, 9.0])
+        Quartiles(q1=2.0, median=3.0, q3=4.0)
         """
         if not values:
             return cls()
@@ -35,7 +35,7 @@ class Spread(NamedTuple):
         return cls(*found.tolist())
 
 
-_UNKNOWN = Spread()
+_UNKNOWN = Quartiles()
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class Row:
     macs: int
     plain_macs: int
     single_macs: int
-    throughput: Spread = _UNKNOWN
-    speedup: Spread = _UNKNOWN
-    latency: Spread = _UNKNOWN
-    latency_speedup: Spread = _UNKNOWN
-    step: Spread = _UNKNOWN
-    step_speedup: Spread = _UNKNOWN
+    throughput: Quartiles = _UNKNOWN
+    speedup: Quartiles = _UNKNOWN
+    latency: Quartiles = _UNKNOWN
+    latency_speedup: Quartiles = _UNKNOWN
+    step: Quartiles = _UNKNOWN
+    step_speedup: Quartiles = _UNKNOWN
     memory: float = math.nan
     saved: float = math.nan
     plain_saved: float = math.nan
@@ -132,39 +132,22 @@ _STEP = _HEADER.index(
 
 def markdown(rows: Sequence[Row], facts: Mapping[str, str], remarks: Sequence[str] = ()) -> str:
     """The table with what it depends on above it and remarks below."""
-    header, cells = _cells(rows)
     lines = [f"- {name}: {value}" for name, value in facts.items()]
-    rule = ["---" if column < _LEFT else "---:" for column in range(len(header))]
-    lines += ["", *(f"| {' | '.join(line)} |" for line in ([*header], rule, *cells))]
+    lines += ["", tables.markdown(*_cells(rows), left=_LEFT)]
     lines += ["", *(f"- {remark}" for remark in remarks)] if remarks else []
     return "\n".join(lines) + "\n"
 
 
 def rich_table(rows: Sequence[Row]) -> Table:
     """The table for a terminal."""
-    header, cells = _cells(rows)
-    table = Table()
-    for column, name in enumerate(header):
-        table.add_column(name, justify="left" if column < _LEFT else "right")
-    for line in cells:
-        table.add_row(*line)
-    return table
+    return tables.terminal(*_cells(rows), left=_LEFT)
 
 
 def csv_text(rows: Sequence[Row], facts: Mapping[str, str]) -> str:
     """All numbers in full, empty where not measured; the last columns say what they depend on, the
     same in every line.
     """
-    file = io.StringIO()
-    writer = csv.DictWriter(file, [*_numbers(rows[0]), *facts], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        numbers = {
-            name: "" if isinstance(value, float) and math.isnan(value) else value
-            for name, value in _numbers(row).items()
-        }
-        writer.writerow({**numbers, **facts})
-    return file.getvalue()
+    return tables.csv_text([{**_numbers(row), **facts} for row in rows])
 
 
 def _numbers(row: Row) -> dict[str, str | float]:
@@ -176,7 +159,7 @@ def _numbers(row: Row) -> dict[str, str | float]:
         "reduction": row.reduction,
         "mac_ratio": row.mac_ratio,
     }
-    spreads = {
+    timed = {
         "images_per_second": row.throughput,
         "ratio_to_plain": row.speedup,
         "batch1_ms": row.latency,
@@ -184,8 +167,8 @@ def _numbers(row: Row) -> dict[str, str | float]:
         "training_step_ms": row.step,
         "training_step_ratio_to_plain": row.step_speedup,
     }
-    for name, spread in spreads.items():
-        numbers |= {name: spread.median, f"{name}_q1": spread.q1, f"{name}_q3": spread.q3}
+    for name, found in timed.items():
+        numbers |= {name: found.median, f"{name}_q1": found.q1, f"{name}_q3": found.q3}
     return {
         **numbers,
         "ratio_over_mac_ratio": row.efficiency,
@@ -212,8 +195,8 @@ def _cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
             f"{row.parameters / 1e6:.2f}",
             _gmacs(row.macs),
             f"{row.reduction:.1%}",
-            _spread(row.throughput, 1),
-            _spread(row.speedup, 2),
+            _quartiles(row.throughput, 1),
+            _quartiles(row.speedup, 2),
             _number(row.efficiency, 2),
             _latency(row.latency, row.latency_speedup, 2),
             _number(row.latency_efficiency, 2),
@@ -237,10 +220,10 @@ def _gmacs(macs: int) -> str:
     return f"{macs / 1e9:.3f}" if macs >= 1e8 else f"{macs / 1e9:.3g}"
 
 
-def _spread(spread: Spread, digits: int) -> str:
-    if math.isnan(spread.median):
+def _quartiles(found: Quartiles, digits: int) -> str:
+    if math.isnan(found.median):
         return "–"
-    return f"{spread.median:.{digits}f} ({spread.q1:.{digits}f}–{spread.q3:.{digits}f})"
+    return f"{found.median:.{digits}f} ({found.q1:.{digits}f}–{found.q3:.{digits}f})"
 
 
 def _saved(row: Row) -> str:
@@ -251,7 +234,7 @@ def _saved(row: Row) -> str:
     )
 
 
-def _latency(time: Spread, speedup: Spread, digits: int) -> str:
+def _latency(time: Quartiles, speedup: Quartiles, digits: int) -> str:
     if math.isnan(time.median):
         return "–"
     return f"{time.median:.{digits}f} ({speedup.median:.2f})"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from tdm_lightning.core.randomness import seeded
-from tdm_lightning.data.sampling import worker_share
+from tdm_lightning.data.sampling import batches_per_worker
 from tdm_lightning.data.transforms import Transform
 from tdm_lightning.errors import DataError, SettingTypeError
 
@@ -121,23 +121,23 @@ class CorruptImages:
         warnings.warn(f"{message}: skipped; {total} of at most {self.limit} so far", stacklevel=3)
 
 
-class Pass:
-    """The number of the pass under way, which workers that live longer than a pass see too."""
+class SharedEpoch:
+    """The number of the epoch under way, which workers that live longer than an epoch see too."""
 
     def __init__(self) -> None:
-        self._number = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def begin_pass(self, number: int) -> None:
-        """Tell the workers which pass begins."""
-        self._number.fill_(number)
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the workers which epoch begins."""
+        self._epoch.fill_(epoch)
 
     @property
-    def number(self) -> int:
-        """Of the pass, from 0."""
-        return int(self._number)
+    def epoch(self) -> int:
+        """From 0."""
+        return int(self._epoch)
 
 
-class ImageDataset(Pass, Dataset[Sample | None]):
+class ImageDataset(SharedEpoch, Dataset[Sample | None]):
     """The images of a split that can be indexed. An index beyond the last is another copy: ``i`` is
     image ``i % length``.
 
@@ -149,7 +149,7 @@ class ImageDataset(Pass, Dataset[Sample | None]):
         replace: give the next image in the place of one that cannot be decoded, so that batches
             keep their size (training); otherwise give ``None``, so that every image counts once
             (evaluation).
-        seed: of the transform, with the pass and the index; ``None``: it draws from the random
+        seed: of the transform, with the epoch and the index; ``None``: it draws from the random
             numbers of the process.
     """
 
@@ -174,7 +174,7 @@ class ImageDataset(Pass, Dataset[Sample | None]):
     def __getitem__(self, index: int) -> Sample | None:
         if self.seed is None:
             return self._sample(index)
-        with seeded(self.seed, self.number, index):
+        with seeded(self.seed, self.epoch, index):
             return self._sample(index)
 
     def _sample(self, index: int) -> Sample | None:
@@ -194,19 +194,19 @@ class ImageDataset(Pass, Dataset[Sample | None]):
         )
 
 
-class ImageStream(Pass, IterableDataset[Sample]):
+class ImageStream(SharedEpoch, IterableDataset[Sample]):
     """The images of a split that can only be iterated.
 
     Args:
-        stream: this process's part of the split.
+        stream: this process's shard of the split.
         reader: makes tensors of its rows.
-        corrupt: hears of images that cannot be decoded; with one counter per worker, for one pass.
+        corrupt: hears of images that cannot be decoded; with one counter per worker, for one epoch.
         batch_size: images per batch.
-        batches: batches that this process needs in a pass: shorter streams start over; ``None``: as
-            many as there are.
+        batches: batches that this process needs in an epoch: shorter streams start over; ``None``:
+            as many as there are.
         cycle: without ``batches``, start over without end.
-        seed: of the transform, with the pass, the worker and the place in its stream; ``None``: it
-            draws from the random numbers of the process.
+        seed: of the transform, with the epoch, the worker and the position in its stream;
+            ``None``: it draws from the random numbers of the process.
     """
 
     def __init__(
@@ -233,10 +233,10 @@ class ImageStream(Pass, IterableDataset[Sample]):
             raise SettingTypeError("a stream of unknown size has no length")
         return self.batches * self.batch_size
 
-    def begin_pass(self, number: int) -> None:
+    def set_epoch(self, epoch: int) -> None:
         """Tell the stream too, whose order follows from it."""
-        super().begin_pass(number)
-        self.stream.set_epoch(number)
+        super().set_epoch(epoch)
+        self.stream.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
@@ -246,10 +246,11 @@ class ImageStream(Pass, IterableDataset[Sample]):
             rows = self._cycled(worker) if self.cycle else self._once(worker)
         else:
             rows = islice(
-                self._cycled(worker), worker_share(self.batches, worker, workers) * self.batch_size
+                self._cycled(worker),
+                batches_per_worker(self.batches, worker, workers) * self.batch_size,
             )
-        for place, (image, label) in enumerate(rows):
-            yield self._transformed(image, worker, place), label
+        for position, (image, label) in enumerate(rows):
+            yield self._transformed(image, worker, position), label
 
     def _cycled(self, worker: int) -> Iterator[Labelled]:
         while True:
@@ -258,7 +259,7 @@ class ImageStream(Pass, IterableDataset[Sample]):
                 empty = False
                 yield image
             if empty:
-                raise DataError(f"a pass over split {self.corrupt.split!r} gave no image")
+                raise DataError(f"an epoch of split {self.corrupt.split!r} gave no image")
 
     def _once(self, worker: int) -> Iterator[Labelled]:
         for position, row in enumerate(self.stream):
@@ -266,22 +267,24 @@ class ImageStream(Pass, IterableDataset[Sample]):
             if image is not None:
                 yield image, self.reader.label(row)
 
-    def _transformed(self, image: Image.Image, *place: int) -> Tensor:
+    def _transformed(self, image: Image.Image, *position: int) -> Tensor:
         if self.seed is None:
             return self.reader.transform(image)
-        with seeded(*self.seed, self.number, *place):
+        with seeded(*self.seed, self.epoch, *position):
             return self.reader.transform(image)
 
     def _read(self, row: Mapping[str, Any], position: int, worker: int) -> Image.Image | None:
         try:
             return self.reader.image(row)
         except _UNREADABLE as error:
-            where = f"{position} of worker {worker}'s stream{_named(row[self.reader.image_column])}"
+            where = (
+                f"{position} of worker {worker}'s stream{_path_note(row[self.reader.image_column])}"
+            )
             self.corrupt.report(worker, int(self.corrupt.counts[worker]) + 1, where, error)
             return None
 
 
-def _named(value: Any) -> str:
+def _path_note(value: Any) -> str:
     path = value.get("path") if isinstance(value, Mapping) else value
     return f", {path}," if isinstance(path, str) else ""
 

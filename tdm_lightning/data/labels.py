@@ -37,7 +37,7 @@ def check_columns(features: Features, image_column: str, label_column: str | Non
     ):
         raise SettingTypeError(
             f"column {image_column!r} must hold images, encoded bytes or paths, but holds"
-            f" {_described(image)}"
+            f" {_type_name(image)}"
         )
     if label_column is None or isinstance(features[label_column], ClassLabel):
         return
@@ -45,7 +45,7 @@ def check_columns(features: Features, image_column: str, label_column: str | Non
     if not isinstance(label, Value) or "int" not in label.dtype:
         raise SettingTypeError(
             f"column {label_column!r} must hold classes as integers or ClassLabel, but holds"
-            f" {_described(label)}; datasets' class_encode_column turns names into classes"
+            f" {_type_name(label)}; datasets' class_encode_column turns names into classes"
         )
 
 
@@ -102,5 +102,5 @@ def check_classes(
         )
 
 
-def _described(feature: object) -> str:
+def _type_name(feature: object) -> str:
     return feature.dtype if isinstance(feature, Value) else repr(feature)

@@ -1,4 +1,4 @@
-"""The loader of a split, which can go on in the middle of a pass."""
+"""The loader of a split, which can go on in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tdm_lightning.data.images import Pass
-from tdm_lightning.data.sampling import TrainingOrder
+from tdm_lightning.data.images import SharedEpoch
+from tdm_lightning.data.sampling import TrainingSampler
 
 
 class ImageLoader(DataLoader):
-    """A ``DataLoader`` that leaves out batches without an image, gives tuples, numbers its passes
+    """A ``DataLoader`` that leaves out batches without an image, gives tuples, numbers its epochs
     and can go on within one.
 
-    Each pass has an order and an augmentation of its own, which follow from the pass's number
-    alone. :meth:`state_dict` tells the pass and how many of its batches were given out, whatever
-    workers have prepared beyond them; after :meth:`load_state_dict` the next pass goes on from
+    Each epoch has an order and an augmentation of its own, which follow from the epoch's number
+    alone. :meth:`state_dict` tells the epoch and how many of its batches were given out, whatever
+    workers have prepared beyond them; after :meth:`load_state_dict` the next epoch goes on from
     there. In a Trainer, :meth:`follow` makes the Trainer's own count decide, which it restores with
     any of its checkpoints.
 
@@ -30,51 +30,57 @@ class ImageLoader(DataLoader):
 
     # Set here, since Lightning makes loaders anew from the arguments of their constructor.
     _epoch = 0
-    _given = 0
+    _batches = 0  # of the epoch, given out
     _begun = False
     _trainer: Trainer | None = None
 
     def follow(self, trainer: Trainer) -> None:
-        """Be where a Trainer is, whenever it begins a pass over this loader."""
+        """Be where a Trainer is, whenever it begins an epoch of this loader."""
         self._trainer = trainer
 
     def state_dict(self) -> dict[str, int]:
-        """Number of the pass and of its batches given out, the same in every process."""
-        return {"epoch": self._epoch, "batches": self._given}
+        """Number of the epoch and of its batches given out, the same in every process."""
+        return {"epoch": self._epoch, "batches": self._batches}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Let the next pass go on from what :meth:`state_dict` told."""
-        self._epoch, self._given = state["epoch"], state["batches"]
+        """Let the next epoch go on from what :meth:`state_dict` told."""
+        self._epoch, self._batches = state["epoch"], state["batches"]
         self._begun = False
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
-        self._find_place()
-        for batch in self._rest():
+        self._find_position()
+        for batch in self._remaining():
             if batch is not None:
-                self._given += 1
+                self._batches += 1
                 images, labels = batch  # pinning makes lists of tuples
                 yield images, labels
-        self._epoch, self._given, self._begun = self._epoch + 1, 0, False
+        self._epoch, self._batches, self._begun = self._epoch + 1, 0, False
 
-    def _find_place(self) -> None:
-        """Set the pass and how many of its batches are behind us; a pass that was left early is
-        over.
-        """
+    def _find_position(self) -> None:
+        """Set the epoch and how many of its batches are behind us; one left early is over."""
         trainer = self._trainer
         if trainer is not None and trainer.training and trainer.train_dataloader is self:
-            self._epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-            self._given = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            self._epoch, self._batches = trainer_position(trainer)
         elif self._begun:
-            self._epoch, self._given = self._epoch + 1, 0
+            self._epoch, self._batches = self._epoch + 1, 0
         self._begun = True
 
-    def _rest(self) -> Iterator[list[Tensor] | None]:
-        """The pass from its place on."""
-        images, order = self.dataset, self.sampler
-        if isinstance(images, Pass):
-            images.begin_pass(self._epoch)
-        if isinstance(order, TrainingOrder):
-            order.set_epoch(self._epoch)
-            order.start = self._given * (self.batch_size or 1)
+    def _remaining(self) -> Iterator[list[Tensor] | None]:
+        """The epoch from its position on."""
+        images, sampler = self.dataset, self.sampler
+        if isinstance(images, SharedEpoch):
+            images.set_epoch(self._epoch)
+        if isinstance(sampler, TrainingSampler):
+            sampler.set_epoch(self._epoch)
+            sampler.start = self._batches * (self.batch_size or 1)
             return super().__iter__()
-        return islice(super().__iter__(), self._given, None)
+        return islice(super().__iter__(), self._batches, None)
+
+
+def trainer_position(trainer: Trainer) -> tuple[int, int]:
+    """The epoch a Trainer is in and how many of its batches it has taken, right after a resume too.
+
+    Not from the loader's own state: Lightning restores that only if nothing has asked for the
+    loader before, as ``estimated_stepping_batches`` does, and it counts batches fetched ahead.
+    """
+    return trainer.current_epoch, trainer.fit_loop.batch_idx + 1

@@ -19,9 +19,9 @@ from tdm_lightning.data.loader import ImageLoader
 from tdm_lightning.data.rows import Rows, choose_split, encoded, features_of, hold_out
 from tdm_lightning.data.sampling import (
     RepeatedAugmentation,
-    TrainingOrder,
+    TrainingSampler,
     batches_per_process,
-    stream_part,
+    shard_stream,
     stream_size,
 )
 from tdm_lightning.data.sources import Location, Splits, hub_features, load_splits
@@ -267,33 +267,33 @@ class ImageNetDataModule(LightningDataModule):
     def _validates(self) -> bool:
         return bool(self.hparams.val_holdout) or self.hparams.val_split is not None
 
-    def _open(self, part: str) -> Rows:
+    def _open(self, stage: str) -> Rows:
         """The rows of ``train``, ``val``, ``test`` or ``predict``, opened once; those to predict
         need no labels.
         """
-        if part not in self._rows:
+        if stage not in self._rows:
             hp = self.hparams
-            held_out = self._held_out(part)
-            split = self._split_name(part)
-            labels = hp.label_column if part != "predict" or held_out else None
+            held_out = self._held_out(stage)
+            split = self._split_name(stage)
+            labels = hp.label_column if stage != "predict" or held_out else None
             rows = encoded(choose_split(self._splits, split), split, hp.image_column, labels)
             if held_out:
                 rest, held = hold_out(rows, hp.val_holdout, hp.label_column, hp.seed)
-                rows = rest if part == "train" else held
-            self._rows[part] = rows
-        return self._rows[part]
+                rows = rest if stage == "train" else held
+            self._rows[stage] = rows
+        return self._rows[stage]
 
-    def _held_out(self, part: str) -> bool:
+    def _held_out(self, stage: str) -> bool:
         """Whether it is one of the two parts of the training split."""
         return bool(self.hparams.val_holdout) and (
-            part in ("train", "val") or self.hparams.test_split is None
+            stage in ("train", "val") or self.hparams.test_split is None
         )
 
-    def _split_name(self, part: str) -> str:
+    def _split_name(self, stage: str) -> str:
         hp = self.hparams
-        if part == "train" or self._held_out(part):
+        if stage == "train" or self._held_out(stage):
             return hp.train_split
-        split = hp.val_split if part == "val" or hp.test_split is None else hp.test_split
+        split = hp.val_split if stage == "val" or hp.test_split is None else hp.test_split
         if split is None:
             raise DataError("there are no images to evaluate on: set val_split or test_split")
         return split
@@ -324,9 +324,9 @@ class ImageNetDataModule(LightningDataModule):
         """The test images without their labels: all labels are -1."""
         return self._loader("predict", self.eval_transform())
 
-    def _loader(self, part: str, transform: Transform) -> ImageLoader:
-        rows = self._open(part)
-        labelled = part != "predict"
+    def _loader(self, stage: str, transform: Transform) -> ImageLoader:
+        rows = self._open(stage)
+        labelled = stage != "predict"
         reader = RowReader(
             image_column=self.hparams.image_column,
             label_column=self.hparams.label_column if labelled else None,
@@ -335,63 +335,63 @@ class ImageNetDataModule(LightningDataModule):
             classes=self.num_classes if labelled else None,
         )
         make = self._map_loader if isinstance(rows, datasets.Dataset) else self._stream_loader
-        return make(part, rows, reader)
+        return make(stage, rows, reader)
 
-    def _map_loader(self, part: str, rows: datasets.Dataset, reader: RowReader) -> ImageLoader:
-        hp, training = self.hparams, part == "train"
-        corrupt = CorruptImages(hp.max_corrupt_images, len(rows), self._described(part))
+    def _map_loader(self, stage: str, rows: datasets.Dataset, reader: RowReader) -> ImageLoader:
+        hp, training = self.hparams, stage == "train"
+        corrupt = CorruptImages(hp.max_corrupt_images, len(rows), self._split_label(stage))
         images = ImageDataset(
             rows, reader, corrupt, replace=training, seed=self._seed if training else None
         )
-        rank, processes = self._place()
-        sampler: TrainingOrder | None = None
+        rank, world_size = self._rank_and_world_size()
+        sampler: TrainingSampler | None = None
         if training and hp.repeated_augmentation:
             sampler = RepeatedAugmentation(
-                images, hp.repeated_augmentation, rank, processes, self._seed
+                images, hp.repeated_augmentation, rank, world_size, self._seed
             )
         elif training:
-            sampler = TrainingOrder(images, rank, processes, self._seed)
+            sampler = TrainingSampler(images, rank, world_size, self._seed)
         return ImageLoader(
             images,
             sampler=sampler,
             # A last batch of few images would weigh as much as a full one; but a small set has no
             # other.
-            drop_last=training and len(rows) >= hp.batch_size * processes,
-            **self._shared(training, hp.num_workers),
+            drop_last=training and len(rows) >= hp.batch_size * world_size,
+            **self._loader_options(training, hp.num_workers),
         )
 
     def _stream_loader(
-        self, part: str, rows: datasets.IterableDataset, reader: RowReader
+        self, stage: str, rows: datasets.IterableDataset, reader: RowReader
     ) -> ImageLoader:
-        hp, training = self.hparams, part == "train"
-        rank, processes = self._place()
+        hp, training = self.hparams, stage == "train"
+        rank, world_size = self._rank_and_world_size()
         size = stream_size(rows, hp.train_split) if training else None
         limited = self.trainer is not None and isinstance(self.trainer.limit_train_batches, int)
-        if training and size is None and processes > 1 and not limited:
+        if training and size is None and world_size > 1 and not limited:
             raise DataError(
                 "the description of this stream does not tell how many images it has, so the"
                 " processes could not stop together: set trainer.limit_train_batches to the number"
                 " of batches per epoch, or streaming=false"
             )
-        rows = stream_part(rows, rank, processes)
+        rows = shard_stream(rows, rank, world_size)
         if training:
             rows = rows.shuffle(seed=self._seed, buffer_size=hp.shuffle_buffer)
         workers = min(hp.num_workers, rows.num_shards)
         images = ImageStream(
             rows,
             reader,
-            CorruptImages(hp.max_corrupt_images, max(workers, 1), self._described(part)),
+            CorruptImages(hp.max_corrupt_images, max(workers, 1), self._split_label(stage)),
             hp.batch_size,
-            batches=None if size is None else batches_per_process(size, hp.batch_size, processes),
-            cycle=training and processes > 1,
+            batches=None if size is None else batches_per_process(size, hp.batch_size, world_size),
+            cycle=training and world_size > 1,
             seed=(self._seed, rank) if training else None,
         )
-        return ImageLoader(images, **self._shared(training, workers))
+        return ImageLoader(images, **self._loader_options(training, workers))
 
-    def _described(self, part: str) -> str:
-        """What messages call the images of a part."""
-        return self._split_name(part) + (
-            f" ({'kept' if part == 'train' else 'held-out'} part)" if self._held_out(part) else ""
+    def _split_label(self, stage: str) -> str:
+        """What messages call the images of a stage."""
+        return self._split_name(stage) + (
+            f" ({'kept' if stage == 'train' else 'held-out'} part)" if self._held_out(stage) else ""
         )
 
     @property
@@ -399,13 +399,13 @@ class ImageNetDataModule(LightningDataModule):
         """Of the order and the augmentation of training images, the same in all processes."""
         return run_seed() + self.hparams.seed
 
-    def _place(self) -> tuple[int, int]:
+    def _rank_and_world_size(self) -> tuple[int, int]:
         """This process's number and the number of processes."""
         return (
             (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         )
 
-    def _shared(self, training: bool, workers: int) -> dict[str, Any]:
+    def _loader_options(self, training: bool, workers: int) -> dict[str, Any]:
         """What all loaders have in common."""
         hp = self.hparams
         return {

@@ -11,7 +11,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Dataset, DistributedSampler
 
 
-class TrainingOrder(DistributedSampler):
+class TrainingSampler(DistributedSampler):
     """A shuffled split, spread over the processes; each epoch has its own order, and can begin
     anywhere in it.
 
@@ -25,7 +25,7 @@ class TrainingOrder(DistributedSampler):
         seed: of the order.
 
     Attributes:
-        start: how many of this process's images the next pass leaves out, those that were already
+        start: how many of this process's images the next epoch leaves out, those that were already
             seen.
     """
 
@@ -34,14 +34,14 @@ class TrainingOrder(DistributedSampler):
         self.start = 0
 
     def __iter__(self) -> Iterator[int]:
-        return islice(self.order(), self.start, None)
+        return islice(self.indices(), self.start, None)
 
-    def order(self) -> Iterator[int]:
-        """The whole epoch."""
+    def indices(self) -> Iterator[int]:
+        """Of the whole epoch."""
         return super().__iter__()
 
 
-class RepeatedAugmentation(RepeatAugSampler, TrainingOrder):
+class RepeatedAugmentation(RepeatAugSampler, TrainingSampler):
     """timm's repeated augmentation: several differently augmented copies of an image, spread over
     the processes.
 
@@ -71,17 +71,17 @@ class RepeatedAugmentation(RepeatAugSampler, TrainingOrder):
         self.epoch = self.seed + epoch
 
     def __iter__(self) -> Iterator[int]:
-        return TrainingOrder.__iter__(self)
+        return TrainingSampler.__iter__(self)
 
-    def order(self) -> Iterator[int]:
-        """The whole epoch."""
-        for place, image in enumerate(RepeatAugSampler.__iter__(self)):
-            copy = (self.rank + place * self.num_replicas) % self.num_repeats
+    def indices(self) -> Iterator[int]:
+        """Of the whole epoch."""
+        for position, image in enumerate(RepeatAugSampler.__iter__(self)):
+            copy = (self.rank + position * self.num_replicas) % self.num_repeats
             yield image + copy * len(self.dataset)
 
 
-def stream_part(stream: IterableDataset, rank: int, world_size: int) -> IterableDataset:
-    """The part of a stream that one process reads: whole shards if they divide evenly, else every
+def shard_stream(stream: IterableDataset, rank: int, world_size: int) -> IterableDataset:
+    """The shard of a stream that one process reads: whole shards if they divide evenly, else every
     ``world_size``-th image.
     """
     return split_dataset_by_node(stream, rank, world_size) if world_size > 1 else stream
@@ -102,10 +102,10 @@ def batches_per_process(images: int, batch_size: int, world_size: int) -> int:
     return max(images // (batch_size * world_size), 1)
 
 
-def worker_share(batches: int, worker: int, workers: int) -> int:
+def batches_per_worker(batches: int, worker: int, workers: int) -> int:
     """Batches that one worker of a process makes, so that together they make ``batches``.
 
-    >>> [worker_share(7, worker, 3) for worker in range(3)]
+    >>> [batches_per_worker(7, worker, 3) for worker in range(3)]
     [3, 2, 2]
     """
     return batches // workers + (worker < batches % workers)

@@ -53,10 +53,10 @@ def load_splits(
     format = detect_format(location) if format is None else check_choice(format, FORMATS, "format")
     if format in ("digits", "idx"):
         splits = load_digits_splits() if format == "digits" else load_idx_splits(_folder(location))
-        return _streamed(splits) if streaming else splits
+        return _to_streams(splits) if streaming else splits
     options = {"streaming": streaming, "cache_dir": cache_dir}
     if format == "hub":
-        return _ask_hub(load_dataset, location, name, **options)
+        return _load_from_hub(load_dataset, location, name, **options)
     files = _files(location, format)
     if format == "imagefolder":
         options["drop_labels"] = (
@@ -81,7 +81,7 @@ def hub_features(
     """
     if (format or detect_format(location)) != "hub":
         return None
-    return _ask_hub(load_dataset_builder, location, name, cache_dir=cache_dir).info.features
+    return _load_from_hub(load_dataset_builder, location, name, cache_dir=cache_dir).info.features
 
 
 def detect_format(location: Location) -> str:
@@ -171,10 +171,10 @@ def _files(location: Location, format: str) -> dict[str, Any]:
     for pattern in _patterns(location):
         _matches(pattern)
     if isinstance(location, Mapping):
-        return {"data_files": {split: _expanded(patterns) for split, patterns in location.items()}}
+        return {"data_files": {split: _expand(patterns) for split, patterns in location.items()}}
     folder = os.path.expanduser(location) if isinstance(location, str) else ""
     if not os.path.isdir(folder):
-        return {"data_files": _expanded(location)}
+        return {"data_files": _expand(location)}
     if format == "imagefolder":
         return {"data_dir": folder}
     return {"data_files": _files_by_split(folder, format)}
@@ -194,7 +194,7 @@ def _files_by_split(folder: str, format: str) -> dict[str, list[str]]:
     return {split: list(files) for split, files in found.items() if files}
 
 
-def _expanded(patterns: str | list[str]) -> list[str]:
+def _expand(patterns: str | list[str]) -> list[str]:
     paths = (
         os.path.expanduser(pattern)
         for pattern in ([patterns] if isinstance(patterns, str) else patterns)
@@ -202,7 +202,7 @@ def _expanded(patterns: str | list[str]) -> list[str]:
     return [os.path.join(path, "**") if os.path.isdir(path) else path for path in paths]
 
 
-def _streamed(splits: DatasetDict) -> IterableDatasetDict:
+def _to_streams(splits: DatasetDict) -> IterableDatasetDict:
     return IterableDatasetDict(
         {
             name: split.to_iterable_dataset(num_shards=_STREAM_SHARDS)
@@ -211,7 +211,7 @@ def _streamed(splits: DatasetDict) -> IterableDatasetDict:
     )
 
 
-def _ask_hub(
+def _load_from_hub(
     function: Callable[..., Any], location: Location, name: str | None, **options: Any
 ) -> Any:
     """Load from the hub; a refusal says how to mend it."""
@@ -220,10 +220,10 @@ def _ask_hub(
     try:
         return function(location, name, **options)
     except (DatasetsError, OSError) as error:  # the hub's own errors are OSErrors
-        raise DataError(_refusal(error, location)) from error
+        raise DataError(_hub_error_message(error, location)) from error
 
 
-def _refusal(error: Exception, name: str) -> str:
+def _hub_error_message(error: Exception, name: str) -> str:
     if (
         isinstance(error, GatedRepoError)
         or isinstance(error.__cause__, GatedRepoError)

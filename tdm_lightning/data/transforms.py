@@ -93,10 +93,12 @@ def train_transform(
     erasing fills with noise.
     """
     chosen = {**config, "interpolation": interpolation or config["interpolation"]}
-    return _mended(create_transform(**chosen, is_training=True, re_mode="pixel", **augmentation))
+    return _fix_posterize(
+        create_transform(**chosen, is_training=True, re_mode="pixel", **augmentation)
+    )
 
 
-def _mended(transform: Any) -> Any:
+def _fix_posterize(transform: Any) -> Any:
     """Timm's strongest posterize keeps 0 bits, which Pillow 13 refuses."""
     for step in transform.transforms:
         for operation in getattr(step, "ops", None) or chain.from_iterable(

@@ -85,7 +85,7 @@ def export_onnx(
             session.run(["logits"], {"images": images.numpy()})[0]
         )
 
-    return _exported(model, Path(path), images, input_size, _save_onnx, load)
+    return _exported(model, Path(path), images, input_size, save_onnx, load)
 
 
 def write_onnx(model: nn.Module, path: str | Path) -> None:
@@ -96,7 +96,7 @@ def write_onnx(model: nn.Module, path: str | Path) -> None:
         ValueError: as there, but for other logits.
     """
     _check_packages()
-    _write(model, Path(path), default_input_size(model), _save_onnx)
+    _write(model, Path(path), default_input_size(model), save_onnx)
 
 
 def export_program(
@@ -144,9 +144,15 @@ def _check_packages() -> None:
             )
 
 
-def _save_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+def save_onnx(program: torch.export.ExportedProgram, path: Path, optimize: bool = True) -> None:
+    """Write a program of :func:`trace_model` as ONNX, with or without simplifying the graph."""
     written: Any = torch.onnx.export(
-        program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
+        program,
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        verbose=False,
+        optimize=optimize,
     )
     written.save(path)
 
@@ -183,14 +189,19 @@ def _write(model: nn.Module, path: Path, shape: tuple[int, int, int], write: Wri
     if not path.parent.is_dir():
         raise SettingError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
     frozen = copy.deepcopy(model).cpu().float().eval()
-    program = torch.export.export(
-        frozen,
-        (torch.zeros(2, *shape),),
-        dynamic_shapes=({0: torch.export.Dim("batch", max=_MOST)},),
-    )
+    program = trace_model(frozen, shape)
     _forget_paths(program)
     write(program, path)
     return frozen
+
+
+def trace_model(model: nn.Module, shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
+    """One graph of a model in evaluation mode, for batches of any size of images C×H×W."""
+    return torch.export.export(
+        model,
+        (torch.zeros(2, *shape),),
+        dynamic_shapes=({0: torch.export.Dim("batch", max=_MOST)},),
+    )
 
 
 def _forget_paths(program: torch.export.ExportedProgram) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 from rich.table import Table
 
+from tdm_lightning.core import tables
 from tdm_lightning.flops import mac_report
 from tdm_lightning.slimming.search import Slimmed
 from tdm_lightning.strategies import Strategy
@@ -39,13 +39,9 @@ def rows(slimmed: Slimmed) -> list[tuple[str, ...]]:
 
 def rich_table(slimmed: Slimmed) -> Table:
     """For the terminal."""
-    table = Table(*COLUMNS)
-    for line in rows(slimmed):
-        table.add_row(*line)
-    return table
+    return tables.terminal(COLUMNS, rows(slimmed))
 
 
 def write_csv(slimmed: Slimmed, path: Path) -> None:
     """For other programs."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([COLUMNS, *rows(slimmed)])
+    tables.write_csv(path, [dict(zip(COLUMNS, row, strict=True)) for row in rows(slimmed)])

@@ -24,7 +24,7 @@ from tdm_lightning.errors import FileError, SettingError
 from tdm_lightning.flops import step_flops
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.strategies.stack import stacked
-from tdm_lightning.training.recipe import even, freeze, make_cosine, make_criterion
+from tdm_lightning.training.recipe import drop_odd, freeze, make_cosine, make_criterion
 from tdm_lightning.vit import TokenReducedViT, attach
 from tdm_lightning.vit.create import create_vit
 
@@ -119,7 +119,7 @@ class TokenReductionClassifier(LightningModule):
         self.train_metrics = self.configure_metrics("train/")
         self.val_metrics = self.configure_metrics("val/")
         self.test_metrics = self.configure_metrics("test/")
-        self._latest: tuple[int, ...] | None = None  # shape of the images seen last
+        self._input_shape: tuple[int, ...] | None = None  # shape of the images seen last
         self._flops: tuple[tuple[Any, ...], int] | None = (
             None  # what they depend on, and the latest
         )
@@ -226,15 +226,15 @@ class TokenReductionClassifier(LightningModule):
             AttributeError: before the first batch, and where the number of tokens depends on the
                 images: then the monitor leaves them out.
         """
-        if self._latest is None or self.model.strategy.adaptive:
+        if self._input_shape is None or self.model.strategy.adaptive:
             raise AttributeError(
                 "flops_per_batch is known after a batch, and where each image keeps equally many"
                 " tokens"
             )
         rate = self.model.strategy.current_keep_rate
-        key = (self._latest, self.model.training, None if rate is None else round(rate, 2))
+        key = (self._input_shape, self.model.training, None if rate is None else round(rate, 2))
         if self._flops is None or self._flops[0] != key:
-            self._flops = (key, step_flops(self.model, self._latest))
+            self._flops = (key, step_flops(self.model, self._input_shape))
         return self._flops[1]
 
     # Training
@@ -277,12 +277,14 @@ class TokenReductionClassifier(LightningModule):
         """One step on ``(images B×C×H×W, labels B)``; the sum of the strategy's loss terms."""
         images, target = batch
         if self.mixing is not None and len(images) > 1:
-            images, target = self.mixing(*even(images, target))
+            images, target = self.mixing(*drop_odd(images, target))
         elif self.mixing is not None:
             target = F.one_hot(target, self.classes).float()
-        self._latest = tuple(images.shape)
+        self._input_shape = tuple(images.shape)
         output = self.model.run(images)
-        terms = self.model.objective.loss(output, target, self.criterion, self._teach(images))
+        terms = self.model.objective.loss(
+            output, target, self.criterion, self._teacher_output(images)
+        )
         loss = torch.stack(list(terms.values())).sum()
         self.log("train/loss", loss, prog_bar=True)
         if len(terms) > 1:
@@ -291,13 +293,13 @@ class TokenReductionClassifier(LightningModule):
         self.log_dict({f"train/{name}": value for name, value in report.items()})
         if target.ndim == 1:
             self.log_dict(
-                self._updated(self.train_metrics, output.logits, target),
+                self._update_metrics(self.train_metrics, output.logits, target),
                 on_step=False,
                 on_epoch=True,
             )
         return loss
 
-    def _teach(self, images: Tensor) -> Output | None:
+    def _teacher_output(self, images: Tensor) -> Output | None:
         if not self._teacher:
             return self.model.objective.second_pass(self.model, images)
         with torch.no_grad():
@@ -336,7 +338,7 @@ class TokenReductionClassifier(LightningModule):
         try:
             return super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
-            raise FileError(_misfit(self, state_dict)) from error
+            raise FileError(_mismatch_message(self, state_dict)) from error
 
     # Evaluation
 
@@ -350,13 +352,13 @@ class TokenReductionClassifier(LightningModule):
 
     def _evaluate(self, batch: Batch, stage: str, metrics: MetricCollection) -> None:
         images, labels = batch
-        self._latest = tuple(images.shape)
+        self._input_shape = tuple(images.shape)
         logits = self(images)
         self.log(
             f"{stage}/loss", F.cross_entropy(logits, labels), sync_dist=True, batch_size=len(labels)
         )
         self.log_dict(
-            self._updated(metrics, logits, labels),
+            self._update_metrics(metrics, logits, labels),
             on_step=False,
             on_epoch=True,
             prog_bar=stage == "val",
@@ -364,7 +366,9 @@ class TokenReductionClassifier(LightningModule):
         )
 
     @staticmethod
-    def _updated(metrics: MetricCollection, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    def _update_metrics(
+        metrics: MetricCollection, logits: Tensor, labels: Tensor
+    ) -> dict[str, Any]:
         metrics.update(logits.detach(), labels)
         return dict(metrics.items(keep_base=False))
 
@@ -379,7 +383,7 @@ class TokenReductionClassifier(LightningModule):
         return {"probabilities": probabilities, "label": label, "name": names}
 
 
-def _misfit(module: nn.Module, weights: Mapping[str, Any]) -> str:
+def _mismatch_message(module: nn.Module, weights: Mapping[str, Any]) -> str:
     """What does not fit, by name, in one line."""
     own = module.state_dict()
     shapes = [

@@ -50,7 +50,7 @@ def make_cosine(
     )
 
 
-def even(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def drop_odd(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """All images but the last where their number is odd: timm's mixup mixes them in pairs."""
     keep = len(images) - len(images) % 2
     return images[:keep], labels[:keep]

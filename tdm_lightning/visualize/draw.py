@@ -21,7 +21,7 @@ BLANK = np.array((232, 232, 232), dtype=np.uint8)
 WHITE = (255, 255, 255)
 
 
-def spread(values: NDArray, size: tuple[int, int]) -> NDArray:
+def upsample(values: NDArray, size: tuple[int, int]) -> NDArray:
     """Give every pixel the value of its patch: h×w → H×W for ``size = (H, W)``."""
     rows, columns = (
         np.arange(pixels) * patches // pixels
@@ -37,7 +37,7 @@ def mask_patches(picture: Picture, masked: Mask) -> Picture:
         picture: H×W×3.
         masked: which patches, h×w.
     """
-    return np.where(spread(masked, picture.shape[:2])[..., None], BLANK, picture)
+    return np.where(upsample(masked, picture.shape[:2])[..., None], BLANK, picture)
 
 
 def tint_groups(picture: Picture, group: Map, strength: float = 0.6) -> Picture:
@@ -48,7 +48,7 @@ def tint_groups(picture: Picture, group: Map, strength: float = 0.6) -> Picture:
         group: the group of each patch in ``0…K-1``, h×w.
         strength: opacity of the colours.
     """
-    colours = _palette(int(group.max()) + 1)[spread(group, picture.shape[:2])]
+    colours = _palette(int(group.max()) + 1)[upsample(group, picture.shape[:2])]
     grey = np.asarray(Image.fromarray(picture).convert("L"))[..., None]
     mixed = np.round(strength * colours + (1 - strength) * grey).astype(np.uint8)
     return outline(mixed, group, np.ones_like(group, dtype=bool))
@@ -70,15 +70,17 @@ def fill_groups(picture: Picture, group: Map, pale: Mask | None = None) -> Pictu
     compact = compact.reshape(group.shape)
     members = np.bincount(compact.ravel())
     merged = ((members > 1) & (labels >= 0))[compact]
-    pixel = spread(compact, size)
+    pixel = upsample(compact, size)
     count = np.bincount(pixel.ravel()).clip(min=1)
     mean = np.stack(
         [np.bincount(pixel.ravel(), picture[..., c].ravel()) / count for c in range(3)], axis=-1
     )
-    out = np.where(spread(merged, size)[..., None], np.round(mean).astype(np.uint8)[pixel], picture)
+    out = np.where(
+        upsample(merged, size)[..., None], np.round(mean).astype(np.uint8)[pixel], picture
+    )
     if pale is not None and pale.any():
         faded = (out.astype(np.uint16) + 2 * np.array(WHITE, dtype=np.uint16)) // 3
-        out = np.where(spread(pale, size)[..., None], faded.astype(np.uint8), out)
+        out = np.where(upsample(pale, size)[..., None], faded.astype(np.uint8), out)
     out = mask_patches(out, group < 0)
     return outline(out, group, merged)
 
@@ -93,7 +95,7 @@ def outline(picture: Picture, group: Map, bordered: Mask) -> Picture:
         bordered: patches whose group gets a border, h×w.
     """
     (height, width), (rows, columns) = picture.shape[:2], group.shape
-    y = -(-np.arange(rows + 1) * height // rows)  # the first pixel of each patch, as in spread()
+    y = -(-np.arange(rows + 1) * height // rows)  # the first pixel of each patch, as in upsample()
     x = -(-np.arange(columns + 1) * width // columns)
     thickness = max(
         1, round(min(height / rows / 10, width / columns / 10, height / 100, width / 100))

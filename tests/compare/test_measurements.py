@@ -10,7 +10,7 @@ from torch import nn
 
 import tdm_lightning as tdm
 from tdm_lightning.compare import memory, methods, run, timing
-from tdm_lightning.compare.table import Spread
+from tdm_lightning.compare.table import Quartiles
 from tests.helpers.compares import NAME, SHAPE, STRATEGIES, Positive, reduced, table
 from tests.helpers.compares import compare as compare  # a fixture
 
@@ -77,9 +77,9 @@ def test_ratios_are_taken_within_each_round():
     for base, ratio in ((1.0, 2.0), (10.0, 3.0), (4.0, 1.0)):
         found.rounds.append([timing.Sample(base, base / 4), timing.Sample(base / ratio, base / 8)])
     row = found.rows()[1]
-    assert row.speedup == Spread(1.5, 2.0, 2.5)
+    assert row.speedup == Quartiles(1.5, 2.0, 2.5)
     assert row.throughput.median == pytest.approx(8 / (10 / 3))  # of 16, 2.4 and 2
-    assert row.latency_speedup == Spread(2.0, 2.0, 2.0)
+    assert row.latency_speedup == Quartiles(2.0, 2.0, 2.0)
     assert row.latency.median == pytest.approx(1e3 * 4 / 8)
     assert row.mac_ratio == 2
     assert row.efficiency == row.latency_efficiency == 1
@@ -157,7 +157,7 @@ def test_adaptive_methods_tell_their_spread(tmp_path):
     comparison = run.prepare(NAME, [Positive()], plan, SHAPE)
     assert "without trained weights" in comparison.remarks()[0]
     comparison.methods[1] = dataclasses.replace(comparison.methods[1], trained=True)
-    costs = comparison.alone[1]
+    costs = comparison.image_costs[1]
     assert comparison.rows()[1].macs_alone == pytest.approx(costs.macs.mean().item())
     assert comparison.rows()[1].macs_alone_std > 0
     assert comparison.macs[1] > costs.macs.mean()  # padding

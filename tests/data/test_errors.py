@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -262,7 +263,11 @@ def test_training_takes_the_next_image_instead(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_corrupt_images(tmp_path: Path, streaming: bool, workers: int) -> None:
+def test_too_many_corrupt_images(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, streaming: bool, workers: int
+) -> None:
+    # A worker that has failed is waited for in vain, five seconds each time.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1, raising=False)
     data = make_data(
         tmp_path,
         corrupt_set(tmp_path / "set", 1, 3, 8),
@@ -275,6 +280,7 @@ def test_too_many_corrupt_images(tmp_path: Path, streaming: bool, workers: int) 
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match="corrupt images so far: 3, max_corrupt_images: 2"):
             list(data.val_dataloader())
+    gc.collect()  # the error holds on to the loader
 
 
 def test_nothing_but_corrupt_images(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def classes_seen(images: Tensor) -> Tensor:
     return torch.cdist(colour, torch.tensor(COLOURS) / 255).argmin(dim=1)
 
 
+@pytest.mark.usefixtures("no_wait_for_parquet")
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 @pytest.mark.parametrize("format", MAKERS)
 def test_every_format_gives_every_image_with_its_label(

@@ -293,12 +293,12 @@ def test_the_augmentation_follows_from_pass_and_index(tmp_path: Path) -> None:
     data.setup("fit")
     images = data.train_dataloader().dataset
     before = torch.get_rng_state()
-    images.begin_pass(0)
+    images.set_epoch(0)
     first, copy = images[0][0], images[len(images)][0]
-    images.begin_pass(1)
+    images.set_epoch(1)
     assert not torch.equal(images[0][0], first)
     assert not torch.equal(copy, first)
-    images.begin_pass(0)
+    images.set_epoch(0)
     assert torch.equal(images[0][0], first)
     assert torch.equal(torch.get_rng_state(), before)
 

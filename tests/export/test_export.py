@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 import tdm_lightning as tdm
 from tdm_lightning import export
 from tdm_lightning.cli import main
-from tests.helpers.exporting import check_compiled, check_onnx
+from tests.helpers.exporting import check_compiled, check_exported
 from tests.vit.test_families import made
 
 TINY = {
@@ -126,7 +126,7 @@ STRATEGIES = {
 @pytest.mark.parametrize("name", STRATEGIES)
 @torch.no_grad()
 def test_strategies_run_in_onnx_runtime(name, tmp_path):
-    check_onnx(reduced(STRATEGIES[name]()), torch.randn(3, 3, 16, 16), tmp_path / "m.onnx")
+    check_exported(reduced(STRATEGIES[name]()), torch.randn(3, 3, 16, 16), tmp_path / "m.onnx")
 
 
 FAMILIES = {
@@ -139,7 +139,7 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_positions_follow_the_tokens_in_onnx_runtime(name, tmp_path):
-    check_onnx(
+    check_exported(
         tdm.attach(made(name), FAMILIES[name]()), torch.randn(3, 3, 32, 32), tmp_path / "m.onnx"
     )
 

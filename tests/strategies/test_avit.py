@@ -254,8 +254,10 @@ def test_intermediate_maps_hold_every_image(images):
     states = [{} for _ in images]
     for image, seen in zip(images, states, strict=True):
         handles = [
-            tap.register_forward_hook(lambda tap, inputs, x, at=at, seen=seen: seen.update({at: x}))
-            for at, tap in enumerate(model.hook_points)
+            point.register_forward_hook(
+                lambda point, inputs, x, at=at, seen=seen: seen.update({at: x})
+            )
+            for at, point in enumerate(model.hook_points)
         ]
         model(image[None])
         for handle in handles:

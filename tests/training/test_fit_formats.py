@@ -57,6 +57,7 @@ def settings(tmp_path, root, kind, streaming):
     return path
 
 
+@pytest.mark.usefixtures("no_wait_for_parquet")
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_fit(tmp_path, monkeypatch, kind, streaming):

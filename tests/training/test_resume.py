@@ -36,10 +36,12 @@ def make_data(images, **changes):
 
 
 class Watch(Callback):
-    """Remembers the loss of every step, by epoch and batch; saves where it is told to."""
+    """Remembers the loss of every step, by epoch and batch; saves at some moments, such as
+    ``batch3``.
+    """
 
-    def __init__(self, folder=None):
-        self.losses, self.modes, self.folder = {}, set(), folder
+    def __init__(self, folder=None, *moments):
+        self.losses, self.modes, self.folder, self.moments = {}, set(), folder, moments
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.losses[trainer.current_epoch, batch_idx] = outputs["loss"].item()
@@ -53,11 +55,8 @@ class Watch(Callback):
     def on_train_epoch_end(self, trainer, module):
         self.save(trainer, f"epoch{trainer.global_step}")
 
-    def on_fit_end(self, trainer, module):
-        self.save(trainer, "end")
-
     def save(self, trainer, name):
-        if self.folder is not None:
+        if name in self.moments:
             trainer.save_checkpoint(self.folder / f"{name}.ckpt")
 
 
@@ -79,7 +78,7 @@ def fit(tmp_path, data, watch, ckpt_path=None, module=None, **changes):
         enable_checkpointing=False,
         default_root_dir=tmp_path,
         callbacks=[watch],
-        **{"max_epochs": EPOCHS, "val_check_interval": 2, **changes},
+        **{"max_epochs": EPOCHS, "val_check_interval": 2, "limit_val_batches": 2, **changes},
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*dataloader is not resumable.*")
@@ -104,9 +103,6 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_has_the_losses_of_one_never_interrupted(tmp_path, images, kind):
-    whole = Watch(tmp_path)
-    fit(tmp_path, make_data(images, **KINDS[kind]), whole)
-    assert len(set(whole.losses.values())) == EPOCHS * BATCHES
     # In an epoch, at its last batch, validating in its middle and at its end, at its end, in the
     # last epoch.
     moments = (
@@ -114,41 +110,46 @@ def test_a_resumed_run_has_the_losses_of_one_never_interrupted(tmp_path, images,
         if kind == "map"
         else ["batch9", "epoch6"]
     )
+    uninterrupted = Watch(tmp_path, *moments)
+    fit(tmp_path, make_data(images, **KINDS[kind]), uninterrupted)
+    assert len(set(uninterrupted.losses.values())) == EPOCHS * BATCHES
     for moment in moments:
         step = int(moment.lstrip("abcdefghijklmnopqrstuvwxyz"))
         resumed = Watch()
         fit(tmp_path, make_data(images, **KINDS[kind]), resumed, tmp_path / f"{moment}.ckpt")
-        assert resumed.losses == after(whole.losses, step), moment
+        assert resumed.losses == after(uninterrupted.losses, step), moment
 
 
-@pytest.mark.parametrize("step", [4, 6], ids=["within an epoch", "at its end"])
-def test_a_run_that_ended_by_its_steps_goes_on(tmp_path, images, step):
-    flat = {
-        "min_lr": 5e-4,
-        "warmup_epochs": 0,
-    }  # a schedule that does not know the length of the run
-    whole, first, second = Watch(), Watch(tmp_path), Watch()
-    fit(tmp_path, make_data(images), whole, max_epochs=-1, max_steps=10, module=flat)
-    fit(tmp_path, make_data(images), first, max_epochs=-1, max_steps=step, module=flat)
-    fit(
-        tmp_path,
-        make_data(images),
-        second,
-        tmp_path / f"batch{step}.ckpt",
-        max_epochs=-1,
-        max_steps=10,
-        module=flat,
-    )
-    assert list((first.losses | second.losses).values()) == list(whole.losses.values())
+def test_a_run_goes_on_with_another_number_of_workers(tmp_path, images):
+    uninterrupted, resumed = Watch(tmp_path, "batch9"), Watch()
+    flat = {"max_epochs": 2, "module": {"warmup_epochs": 0}}
+    fit(tmp_path, make_data(images, num_workers=2), uninterrupted, **flat)
+    fit(tmp_path, make_data(images, num_workers=0), resumed, tmp_path / "batch9.ckpt", **flat)
+    assert resumed.losses == after(uninterrupted.losses, 9)
+
+
+@pytest.mark.parametrize("moment", ["batch4", "batch6", "epoch6"])
+def test_a_run_that_ended_by_its_steps_goes_on(tmp_path, images, moment):
+    # A schedule that does not know the length of the run.
+    flat = {"min_lr": 5e-4, "warmup_epochs": 0}
+    uninterrupted, first, second = Watch(), Watch(tmp_path, moment), Watch()
+    run = {"max_epochs": -1, "module": flat}
+    steps = int(moment[-1])
+    fit(tmp_path, make_data(images), uninterrupted, max_steps=14, **run)
+    fit(tmp_path, make_data(images), first, max_steps=steps, **run)
+    fit(tmp_path, make_data(images), second, tmp_path / f"{moment}.ckpt", max_steps=14, **run)
+    losses = list(uninterrupted.losses.values())
+    assert list(first.losses.values()) == losses[:steps]
+    assert list(second.losses.values()) == losses[steps:]
 
 
 def test_a_model_in_eval_mode_stays_in_it(tmp_path, images):
-    whole, resumed = Watch(tmp_path), Watch()
+    uninterrupted, resumed = Watch(tmp_path, "batch3"), Watch()
     module = {"train_in_eval_mode": True, "warmup_epochs": 0}
-    fit(tmp_path, make_data(images), whole, max_epochs=1, module=module)
+    fit(tmp_path, make_data(images), uninterrupted, max_epochs=1, module=module)
     fit(tmp_path, make_data(images), resumed, tmp_path / "batch3.ckpt", max_epochs=1, module=module)
-    assert whole.modes == resumed.modes == {False}
-    assert resumed.losses == after(whole.losses, 3)
+    assert uninterrupted.modes == resumed.modes == {False}
+    assert resumed.losses == after(uninterrupted.losses, 3)
 
 
 def test_a_foreign_module_gets_the_images_it_would_have_had(tmp_path, images):
@@ -190,8 +191,8 @@ def test_a_plain_loop_goes_on_with_the_loaders_state(images, kind):
         return [batch.sum().item() for batch, _ in batches]
 
     seed_everything(1, verbose=False)
-    whole = loader()
-    first, second, third = (pixels(whole) for _ in range(3))
+    uninterrupted = loader()
+    first, second, third = (pixels(uninterrupted) for _ in range(3))
     assert len(set(first + second + third)) == 3 * BATCHES
     cut = loader()
     assert pixels(cut) == first
@@ -244,10 +245,10 @@ def test_through_the_command_line(tmp_path, monkeypatch):
         main([*shared, *arguments], model_class=Watched)
         return watch.losses
 
-    whole = run()
+    uninterrupted = run()
     kept = sorted(path.name for path in (tmp_path / "kept").iterdir())
     assert kept == ["epoch=0-step=4.ckpt", "epoch=1-step=12.ckpt", "epoch=1-step=8.ckpt"]
-    assert run("--ckpt_path=kept/epoch=0-step=4.ckpt") == after(whole, 4)
+    assert run("--ckpt_path=kept/epoch=0-step=4.ckpt") == after(uninterrupted, 4)
 
 
 def test_model_checkpoint_keeps_the_best_and_the_last(tmp_path, images):

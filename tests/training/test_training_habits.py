@@ -102,14 +102,14 @@ def assert_same_weights(found, expected, **tolerance):
 
 def test_accumulated_halves_make_the_step_of_the_joint_batch(images):
     joint, halves = Watch(), Watch()
-    whole = fit(images, joint, batch_size=8)
+    at_once = fit(images, joint, batch_size=8)
     parts = fit(images, halves, batch_size=4, trainer={"accumulate_grad_batches": 2})
     assert len(joint.losses) == 6
     assert [sum(halves.losses[i : i + 2]) / 2 for i in range(0, 12, 2)] == pytest.approx(
         joint.losses, rel=1e-5
     )
     assert halves.rates == joint.rates
-    assert_same_weights(parts.state_dict(), whole.state_dict(), rtol=1e-4, atol=1e-6)
+    assert_same_weights(parts.state_dict(), at_once.state_dict(), rtol=1e-4, atol=1e-6)
 
 
 def test_the_schedule_counts_steps_where_an_epoch_ends_with_part_of_one(images):
@@ -177,9 +177,9 @@ def test_two_processes_go_on_within_an_epoch(tmp_path, images):
     for extra in ({}, {"ckpt_path": str(tmp_path / "four.ckpt")}):
         fit(images, Told(tmp_path), Save(), trainer=trainer, **recipe, **extra)
         losses.append([json.loads((tmp_path / f"{rank}of2.json").read_text()) for rank in range(2)])
-    whole, resumed = losses
-    assert [len(rank) for rank in whole] == [6, 6]
-    assert resumed == [rank[4:] for rank in whole]
+    uninterrupted, resumed = losses
+    assert [len(rank) for rank in uninterrupted] == [6, 6]
+    assert resumed == [rank[4:] for rank in uninterrupted]
 
 
 # Moving average

@@ -17,8 +17,8 @@ from tdm_lightning.visualize.draw import (
     fill_groups,
     mask_patches,
     outline,
-    spread,
     tint_groups,
+    upsample,
 )
 from tdm_lightning.visualize.images import data_config, prepare, to_picture
 from tdm_lightning.visualize.panels import inattentive
@@ -43,7 +43,7 @@ def test_spread_gives_every_pixel_its_patch(size):
     expected = [
         [values[y * 5 // size[0], x * 4 // size[1]] for x in range(size[1])] for y in range(size[0])
     ]
-    assert spread(values, size).tolist() == expected
+    assert upsample(values, size).tolist() == expected
 
 
 def test_masked_patches_are_blank_and_the_others_untouched():

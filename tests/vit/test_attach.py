@@ -398,8 +398,8 @@ def test_taps_fire_once_per_block_with_its_tokens(images):
     model = tdm.attach(small(), tdm.TDM(0.7, LAYERS))
     seen = []
     handles = [
-        tap.register_forward_hook(lambda module, args, out, i=i: seen.append((i, out.shape[1])))
-        for i, tap in enumerate(model.hook_points)
+        point.register_forward_hook(lambda module, args, out, i=i: seen.append((i, out.shape[1])))
+        for i, point in enumerate(model.hook_points)
     ]
     model(images)
     assert seen == [(0, 17), (1, 13), (2, 10), (3, 10)]

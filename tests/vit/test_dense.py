@@ -64,14 +64,14 @@ def reduced(name):
 @pytest.mark.parametrize("name", STRATEGIES)
 @torch.no_grad()
 def test_every_patch_has_the_feature_of_its_token(images, name):
-    """Against what the taps saw: a pass of its own, whose tokens the trace hands out patch by
+    """Against what the hook points saw: a pass of its own, whose tokens the trace hands out patch by
     patch.
     """
     model = reduced(name)
     seen = {}
     handles = [
-        tap.register_forward_hook(lambda tap, given, x, index=index: seen.update({index: x}))
-        for index, tap in enumerate(model.hook_points)
+        point.register_forward_hook(lambda point, given, x, index=index: seen.update({index: x}))
+        for index, point in enumerate(model.hook_points)
     ]
     torch.manual_seed(6)  # for the strategy that draws
     layers = {layer.index: layer.assignment for layer in model.trace(images)[1].layers}
@@ -146,7 +146,7 @@ def test_every_family_gives_timms_maps_where_nothing_is_reduced(name):
 def test_stopping_early_runs_no_further_block(images):
     model = reduced("tdm")
     blocks = []
-    for index, tap in enumerate(model.hook_points):
+    for index, point in enumerate(model.hook_points):
         tap.register_forward_hook(lambda *_, index=index: blocks.append(index))
     model.forward_intermediates(images, indices=[0, 1], stop_early=True)
     assert blocks == [0, 1]

@@ -83,4 +83,4 @@ def test_taps_are_removed_on_errors_and_copies_show_nothing():
         model(torch.zeros(1, 3, 32, 32))
         raise RuntimeError
     assert seen == [17, 9, 9, 9]
-    assert not any(tap._forward_hooks for tap in model.hook_points)
+    assert not any(point._forward_hooks for point in model.hook_points)
