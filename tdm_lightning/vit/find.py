@@ -96,9 +96,9 @@ def hook_blocks(vit: nn.Module, see: See) -> Iterator[None]:
     """Show ``see`` the tokens after each block of every pass inside the context; the hooks are
     removed with it.
 
-    The hook points of a reduced model and the blocks of a plain one give the same tokens in the same
-    place. Code that was compiled before does not know of the hooks and shows nothing; copies of the
-    model show nothing either.
+    The hook points of a reduced model and the blocks of a plain one give the same tokens in the
+    same place. Code that was compiled before does not know of the hooks and shows nothing; copies
+    of the model show nothing either.
     """
     points: Any = (
         vit.hook_points if isinstance(vit, TokenReducedViT) else adapter_for(vit).blocks(vit)

@@ -64,8 +64,8 @@ def reduced(name):
 @pytest.mark.parametrize("name", STRATEGIES)
 @torch.no_grad()
 def test_every_patch_has_the_feature_of_its_token(images, name):
-    """Against what the hook points saw: a pass of its own, whose tokens the trace hands out patch by
-    patch.
+    """Against what the hook points saw: a pass of its own, whose tokens the trace hands out patch
+    by patch.
     """
     model = reduced(name)
     seen = {}
@@ -91,7 +91,7 @@ def test_every_patch_has_the_feature_of_its_token(images, name):
         inside = seen[index].shape[1] - 2
         for image, patch in (
             ((held >= 0) & (held < inside)).nonzero().tolist()
-        ):  # what is parked no tap has seen
+        ):  # what is parked no hook has seen
             torch.testing.assert_close(
                 dense[image, patch], seen[index][image, 2 + held[image, patch]]
             )
@@ -147,7 +147,7 @@ def test_stopping_early_runs_no_further_block(images):
     model = reduced("tdm")
     blocks = []
     for index, point in enumerate(model.hook_points):
-        tap.register_forward_hook(lambda *_, index=index: blocks.append(index))
+        point.register_forward_hook(lambda *_, index=index: blocks.append(index))
     model.forward_intermediates(images, indices=[0, 1], stop_early=True)
     assert blocks == [0, 1]
 
