@@ -186,7 +186,8 @@ def describe(strategy: Strategy) -> tuple[str, str]:
     title = type(strategy).__name__
     if shown.get("merger") is not None and usual.get("merger") is None:
         title += "+" + shown["merger"]["class_path"].rsplit(".", 1)[-1]
-        if shown["merger"]["init_args"] == _defaults(type(strategy.merger)):
+        merger: Any = strategy.merger
+        if shown["merger"]["init_args"] == _defaults(type(merger)):
             del shown["merger"]
     return title, arguments_line(
         {"init_args": {name: _short(value) for name, value in shown.items()}}
