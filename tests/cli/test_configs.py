@@ -51,7 +51,7 @@ def run(tiny, *layers, commands=("fit", "test", "predict"), last=()):
 
 #: Methods whose keep rate is annealed, those trained as DeiT is, and those that need a trained
 #: model to learn from.
-SCRATCH = ("tdm", "evit", "evit_tdm")
+SCRATCH = ("tdm", "ward", "evit", "evit_tdm")
 DEIT = ("plain", "evovit", "evovit_tdm", "tome", "topk", "random", "dpcknn")
 DYVIT = ("dyvit", "dyvit_tdm")
 FINETUNED = (*SCRATCH, "plain", "tome", "topk", "random", "dpcknn")
