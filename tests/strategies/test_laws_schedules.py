@@ -17,7 +17,7 @@ from tests.helpers.vits import lively
 
 STRATEGIES = {
     "tome": lambda rate=0.7: tdm.ToMe(0 if rate == 1 else 2),
-    "ward": lambda rate=0.7: tdm.WardTDM(rate, layers=(1, 3)),
+    "ward": lambda rate=0.7: tdm.WardTDM(rate, layers=(1, 3), rounds=2),
     "dpcknn": lambda rate=0.7: tdm.DPCKNN(rate, layers=(1, 3)),
     "dpcknn-learned": lambda rate=0.7: tdm.DPCKNN(rate, layers=(1, 3), learned_weights=True),
     "topk": lambda rate=0.7: tdm.TopK(rate, layers=(1, 3)),
