@@ -18,15 +18,14 @@ def run(function: Callable[..., Any], args: Sequence[str] | None = None) -> Any:
         args: the arguments; ``None``: those of the process.
 
     Raises:
-        SystemExit: with code 2 for what the user can mend. Given ``args``, the library's own errors
-            are raised.
+        SystemExit: with code 2 for what the user can mend. Given ``args``, these errors are raised.
     """
     title = f"python -m benchmarks.{function.__name__}"
     summary = (function.__doc__ or "").partition("\n\n")[0]
     arguments = list(sys.argv[1:] if args is None else args)
     try:
         return run_function(title, summary, function, arguments)
-    except TokenReductionError as error:
+    except (TokenReductionError, FileNotFoundError) as error:
         if args is not None:
             raise
         print(f"{title}: error: {' '.join(str(error).split())}", file=sys.stderr)
