@@ -14,7 +14,17 @@ from tdm_lightning import checkpoints, errors, export, flops, hub, metrics, spar
 from tdm_lightning.budget import solve_keep_rate
 from tdm_lightning.core import ModelInfo, Output, Reduction, Role, Seen, Tokens, Trace
 from tdm_lightning.importance import Chance, ClassAttention, Importance, ReceivedAttention
-from tdm_lightning.mergers import Cluster, Drop, Fuse, Merger, PairMerger, TokenMerger, WardMerger
+from tdm_lightning.mergers import (
+    Cluster,
+    Drop,
+    EnergyMerger,
+    Fuse,
+    FusingMerger,
+    Merger,
+    PairMerger,
+    TokenMerger,
+    WardMerger,
+)
 from tdm_lightning.schedules import CountPerBlock, FewerPerBlock, RateAtBlocks, Schedule
 from tdm_lightning.sparsity import Structured, SViTE, Unstructured
 from tdm_lightning.strategies import (
@@ -25,12 +35,14 @@ from tdm_lightning.strategies import (
     DyViT,
     EViT,
     EvoViT,
+    PiToMe,
     PSViT,
     Random,
     Requirements,
     SPViT,
     Stack,
     Strategy,
+    ToFu,
     TokenReduction,
     ToMe,
     TopK,
@@ -58,9 +70,11 @@ __all__ = [
     "Drop",
     "DyViT",
     "EViT",
+    "EnergyMerger",
     "EvoViT",
     "FewerPerBlock",
     "Fuse",
+    "FusingMerger",
     "ImageNetDataModule",
     "Importance",
     "Merger",
@@ -68,6 +82,7 @@ __all__ = [
     "Output",
     "PSViT",
     "PairMerger",
+    "PiToMe",
     "Random",
     "RateAtBlocks",
     "ReceivedAttention",
@@ -81,6 +96,7 @@ __all__ = [
     "Stack",
     "Strategy",
     "Structured",
+    "ToFu",
     "ToMe",
     "TokenMerger",
     "TokenReducedViT",

@@ -3,9 +3,21 @@
 from tdm_lightning.mergers.base import Merger
 from tdm_lightning.mergers.cluster import Cluster
 from tdm_lightning.mergers.drop import Drop
+from tdm_lightning.mergers.energy_merger import EnergyMerger
 from tdm_lightning.mergers.fuse import Fuse
+from tdm_lightning.mergers.fusing_merger import FusingMerger
 from tdm_lightning.mergers.pair_merger import PairMerger
 from tdm_lightning.mergers.token_merger import TokenMerger
 from tdm_lightning.mergers.ward_merger import WardMerger
 
-__all__ = ["Cluster", "Drop", "Fuse", "Merger", "PairMerger", "TokenMerger", "WardMerger"]
+__all__ = [
+    "Cluster",
+    "Drop",
+    "EnergyMerger",
+    "Fuse",
+    "FusingMerger",
+    "Merger",
+    "PairMerger",
+    "TokenMerger",
+    "WardMerger",
+]

@@ -49,12 +49,7 @@ class PairMerger(Merger):
         Raises:
             ValueError: if more than half would have to go.
         """
-        if patches - keep > patches // 2:
-            raise SettingError(
-                f"matching in two sets leaves at least {patches - patches // 2} of {patches} tokens"
-                f" in one block, and {keep} are asked for; raise the keep rate or reduce in more"
-                " blocks"
-            )
+        check_half(patches, keep)
 
     def __call__(self, seen: Seen, keep: int) -> Reduction:
         """See :meth:`Merger.__call__`."""
@@ -67,3 +62,16 @@ class PairMerger(Merger):
         merged = merge_groups(seen.x, group, seen.size / total.gather(1, group), keep)
         role = torch.where(shared, int(Role.MATCHED), int(Role.KEPT))
         return Reduction(merged, group, role, total)
+
+
+def check_half(patches: int, keep: int) -> None:
+    """Refuse what matching in two sets cannot do.
+
+    Raises:
+        ValueError: if more than half would have to go.
+    """
+    if patches - keep > patches // 2:
+        raise SettingError(
+            f"matching in two sets leaves at least {patches - patches // 2} of {patches} tokens in"
+            f" one block, and {keep} are asked for; raise the keep rate or reduce in more blocks"
+        )

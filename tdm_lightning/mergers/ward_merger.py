@@ -118,7 +118,7 @@ class WardMerger(Merger):
         parts = [seen.x] if seen.keys is None else [seen.x, seen.keys]
         found = torch.cat([F.normalize(part.detach().float(), dim=-1) for part in parts], dim=-1)
         if found.device.type == "cpu" and not torch.compiler.is_compiling():
-            finite = found.isfinite().all(dim=-1)
+            finite = found.sum(dim=-1).isfinite()  # of unit vectors, so it cannot overflow
             if not bool(finite.all()):
                 raise ReductionError(
                     f"the features of {int((~finite).sum())} of {finite.numel()} tokens are not"

@@ -2,6 +2,7 @@
 
 from tdm_lightning.ops.alternating import match_alternating
 from tdm_lightning.ops.clusters import cluster_density_peaks, pairwise_distances
+from tdm_lightning.ops.energy import match_by_energy, token_energy
 from tdm_lightning.ops.importance import class_attention, received_attention
 from tdm_lightning.ops.linear import linear_bias, linear_weight
 from tdm_lightning.ops.merge import (
@@ -9,6 +10,7 @@ from tdm_lightning.ops.merge import (
     gather_tokens,
     group_weights,
     inverse_order,
+    joined,
     mean_positions,
     merge_groups,
     rank_order,
@@ -27,9 +29,11 @@ __all__ = [
     "gather_tokens",
     "group_weights",
     "inverse_order",
+    "joined",
     "linear_bias",
     "linear_weight",
     "match_alternating",
+    "match_by_energy",
     "match_pairs",
     "mean_positions",
     "merge_groups",
@@ -38,6 +42,7 @@ __all__ = [
     "policy_softmax",
     "rank_order",
     "received_attention",
+    "token_energy",
     "unmerge",
     "ward_groups",
 ]

@@ -78,6 +78,25 @@ def first_members(group: Tensor, groups: int, order: Tensor | None = None) -> Te
     return first if order is None else order.gather(1, first)
 
 
+def joined(into: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups, from the token that each one joins.
+
+    Args:
+        into: position of the token that takes each one in, B×N, int64; its own for one that stays.
+
+    Returns:
+        The group of every token, B×N, int64, in the order of those that stay; and a mask of the
+        tokens that share their group, B×N, bool.
+
+    >>> joined(torch.tensor([[2, 1, 2, 3]]))
+    (tensor([[1, 0, 1, 2]]), tensor([[ True, False,  True, False]]))
+    """
+    stays = into == torch.arange(into.shape[1], device=into.device)
+    group = (stays.cumsum(dim=1) - 1).gather(1, into)
+    received = torch.zeros_like(into).scatter_add(1, into, (~stays).to(into.dtype))
+    return group, ~stays | (received > 0)
+
+
 def mean_positions(
     group: Tensor, groups: int, position: Tensor, size: Tensor, columns: int
 ) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdm_lightning.ops.merge import joined
 from tdm_lightning.ops.precision import full_precision
 
 Matching = Literal["bipartite", "greedy"]
@@ -38,11 +39,7 @@ def match_pairs(x: Tensor, pairs: int, rule: Matching = "bipartite") -> tuple[Te
             unit = F.normalize(x.float(), dim=-1)
             fuse = _bipartite if rule == "bipartite" else _one_to_one
             into = fuse(unit, pairs, into)
-    survives = into == torch.arange(n, device=x.device)
-    slot = survives.cumsum(1) - 1
-    group = slot.gather(1, into)
-    received = torch.zeros_like(into).scatter_add(1, into, (~survives).to(into.dtype))
-    return group, ~survives | (received > 0)
+    return joined(into)
 
 
 def _bipartite(unit: Tensor, pairs: int, into: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ from tdm_lightning.strategies.evit import EViT
 from tdm_lightning.strategies.evovit import EvoViT
 from tdm_lightning.strategies.iared2 import IARED2
 from tdm_lightning.strategies.objective import TrainingObjective
+from tdm_lightning.strategies.pitome import PiToMe
 from tdm_lightning.strategies.psvit import PSViT
 from tdm_lightning.strategies.random import Random
 from tdm_lightning.strategies.reduction import TokenReduction
 from tdm_lightning.strategies.spvit import SPViT
 from tdm_lightning.strategies.stack import Stack
 from tdm_lightning.strategies.tdm import TDM
+from tdm_lightning.strategies.tofu import ToFu
 from tdm_lightning.strategies.tome import ToMe
 from tdm_lightning.strategies.topk import TopK
 from tdm_lightning.strategies.ward_tdm import WardTDM
@@ -27,11 +29,13 @@ __all__ = [
     "EViT",
     "EvoViT",
     "PSViT",
+    "PiToMe",
     "Random",
     "Requirements",
     "SPViT",
     "Stack",
     "Strategy",
+    "ToFu",
     "ToMe",
     "TokenReduction",
     "TopK",

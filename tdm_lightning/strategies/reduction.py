@@ -96,12 +96,19 @@ class TokenReduction(Strategy):
                 " example to ClassAttention()"
             )
         self.schedule.check(info)
-        merger, count = self.reducer, info.patches
+        count = info.patches
         for index in range(info.depth):
             keep = self.keep_count(index, count, info)
             if keep < count:
+                merger = self.merger_in(index, info)
                 merger.check(count, keep)
                 count = min(count, merger.leaving(keep))
+
+    def merger_in(self, index: int, info: ModelInfo) -> Merger:
+        """The merger of block ``index``, for methods that merge in another way from block to block;
+        it asks for the same as :attr:`reducer`.
+        """
+        return self.reducer
 
     def keep_count(self, index: int, count: int, info: ModelInfo) -> int:
         """How many of ``count`` tokens stay in block ``index``, with the current rate."""
@@ -130,9 +137,10 @@ class TokenReduction(Strategy):
         return self.importance(seen, index, self.training)
 
     def _reduced(self, index: int, tokens: Tokens, seen: Seen | None) -> Tokens:
-        keep, merger = self.keep_count(index, tokens.count, tokens.info), self.reducer
+        keep = self.keep_count(index, tokens.count, tokens.info)
         if keep >= tokens.count:
             return tokens
+        merger = self.merger_in(index, tokens.info)
         seen = tokens.seen() if seen is None else seen
         score = self.score_tokens(index, seen)
         seen = Seen(seen.x, tokens.size, score, seen.keys, seen.normed, seen.prefix)

@@ -18,6 +18,8 @@ from tests.helpers.vits import lively
 STRATEGIES = {
     "tome": lambda rate=0.7: tdm.ToMe(0 if rate == 1 else 2),
     "ward": lambda rate=0.7: tdm.WardTDM(rate, layers=(1, 3), rounds=2),
+    "pitome": lambda rate=0.7: tdm.PiToMe(rate),
+    "tofu": lambda rate=0.7: tdm.ToFu(0 if rate == 1 else 2),
     "dpcknn": lambda rate=0.7: tdm.DPCKNN(rate, layers=(1, 3)),
     "dpcknn-learned": lambda rate=0.7: tdm.DPCKNN(rate, layers=(1, 3), learned_weights=True),
     "topk": lambda rate=0.7: tdm.TopK(rate, layers=(1, 3)),
@@ -86,6 +88,8 @@ def test_counts_and_the_fate_of_every_patch(images, name):
     trace = output.trace
     expected = {
         "tome": [62, 60, 58, 56, 54, 52],
+        "tofu": [62, 60, 58, 56, 54, 52],
+        "pitome": [45, 32, 23, 17, 12, 9],
         "ward": [64, 45, 45, 32, 32, 32],
         "evovit": [64, 64, 44, 44, 44, 44],
     }.get(name.split("-")[0], [64, 44, 44, 31, 31, 31])
@@ -132,7 +136,7 @@ def through(model, embedded):
     return model.strategy.finish(tokens)
 
 
-BY_PLACE = ("tome", "random", "ward")
+BY_PLACE = ("tome", "tofu", "random", "ward")
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in BY_PLACE])
@@ -189,9 +193,14 @@ def test_an_image_does_not_depend_on_its_batch(images, name):
             assert torch.equal(layer.assignment[i], single.assignment[0])
 
 
+DEPTHS = {"evovit": 5, "tome": 2, "pitome": 2, "tofu": 2}
+
+
 def traced(name):
     """As deep as its layers need: tracing takes long."""
-    return reduced(name, depth={"evovit": 5, "tome": 2}.get(name.split("-")[0], 4))
+    return reduced(
+        name, depth={"evovit": 5, "tome": 2, "pitome": 2, "tofu": 2}.get(name.split("-")[0], 4)
+    )
 
 
 @every_strategy

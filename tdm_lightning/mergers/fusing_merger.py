@@ -1,0 +1,65 @@
+"""The most similar pairs are averaged, with the larger norm restored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tdm_lightning.core.reduction import Reduction, Role, Seen
+from tdm_lightning.mergers.base import Merger
+from tdm_lightning.mergers.pair_merger import check_half
+from tdm_lightning.ops import match_alternating, merge_groups
+
+
+class FusingMerger(Merger):
+    """Matches as :class:`PairMerger` does, and makes up for what averages lose in length (ToFu, Kim
+    et al., "Token Fusion", WACV 2024; as implemented in ``Westlake-AI/OpenToMe``).
+
+    A group becomes its plain mean, times the largest norm of its members, divided by that of the
+    one that took the others in. The paper's own formula (MLERP) divides by the norm of the mean.
+
+    Args:
+        drop: the tokens that would be taken in are dropped instead.
+    """
+
+    reads_sizes = False
+
+    def __init__(self, drop: bool = False) -> None:
+        self.drop = bool(drop)
+
+    def requires(self) -> frozenset[str]:
+        """Keys."""
+        return frozenset({"keys"})
+
+    def check(self, patches: int, keep: int) -> None:
+        """See :meth:`Merger.check`.
+
+        Raises:
+            ValueError: if more than half would have to go.
+        """
+        check_half(patches, keep)
+
+    def __call__(self, seen: Seen, keep: int) -> Reduction:
+        """See :meth:`Merger.__call__`."""
+        assert seen.keys is not None
+        n = seen.x.shape[1]
+        group, shared = match_alternating(seen.keys, n - keep, seen.prefix)
+        # Even positions of the sequence go into odd ones.
+        even = (torch.arange(n, device=group.device) + seen.prefix) % 2 == 0
+        taken = shared & even
+        if self.drop:
+            kept = merge_groups(seen.x, group, (~taken).to(seen.x.dtype), keep)
+            role = torch.where(taken, int(Role.DROPPED), int(Role.KEPT))
+            return Reduction(kept, group.masked_fill(taken, -1), role)
+        count = torch.zeros_like(group[:, :keep]).scatter_add(1, group, torch.ones_like(group))
+        mean = merge_groups(seen.x, group, 1.0 / count.gather(1, group), keep)
+        norm = seen.x.float().norm(dim=-1)
+        own = _totals(norm.masked_fill(taken, 0), group, keep)
+        largest = torch.zeros_like(own).scatter_reduce(1, group, norm, "amax")
+        scale = torch.where(count > 1, largest / own, torch.ones_like(own))
+        role = torch.where(shared, int(Role.MATCHED), int(Role.KEPT))
+        return Reduction(mean * scale.to(mean.dtype).unsqueeze(-1), group, role)
+
+
+def _totals(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    return values.new_zeros(values.shape[0], groups).scatter_add(1, group, values)
