@@ -22,16 +22,24 @@ from tdm_lightning.mergers import (
     FusingMerger,
     Merger,
     PairMerger,
+    RankMerger,
     TokenMerger,
     WardMerger,
 )
-from tdm_lightning.schedules import CountPerBlock, FewerPerBlock, RateAtBlocks, Schedule
+from tdm_lightning.schedules import (
+    CountPerBlock,
+    FewerPerBlock,
+    RateAtBlocks,
+    Schedule,
+    SharePerBlock,
+)
 from tdm_lightning.sparsity import Structured, SViTE, Unstructured
 from tdm_lightning.strategies import (
     DPCKNN,
     IARED2,
     TDM,
     AViT,
+    DiffRate,
     DyViT,
     EViT,
     EvoViT,
@@ -67,6 +75,7 @@ __all__ = [
     "ClassAttention",
     "Cluster",
     "CountPerBlock",
+    "DiffRate",
     "Drop",
     "DyViT",
     "EViT",
@@ -84,6 +93,7 @@ __all__ = [
     "PairMerger",
     "PiToMe",
     "Random",
+    "RankMerger",
     "RateAtBlocks",
     "ReceivedAttention",
     "Reduction",
@@ -93,6 +103,7 @@ __all__ = [
     "SViTE",
     "Schedule",
     "Seen",
+    "SharePerBlock",
     "Stack",
     "Strategy",
     "Structured",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from tdm_lightning.core.checks import (
     check_keep_rate,
     check_layers,
     check_layers_exist,
+    check_number,
 )
 from tdm_lightning.core.configurable import Configurable
 from tdm_lightning.core.info import ModelInfo
@@ -243,6 +245,51 @@ class CountPerBlock(Schedule):
                 f"counts must hold one number per block, {info.depth} here, got {len(self.counts)}:"
                 f" {list(self.counts)}"
             )
+
+
+class SharePerBlock(Schedule):
+    """A list says which share of the initial tokens leaves each block.
+
+    Args:
+        shares: of each block, from the first, in (0, 1]; they must not grow.
+        power: that they are raised to; above 1 fewer tokens stay.
+
+    Raises:
+        TypeError, ValueError: if they are no such shares, or the power is not positive.
+    """
+
+    def __init__(self, shares: Sequence[float], power: float = 1.0) -> None:
+        self.shares = tuple(check_keep_rate(share, "a share") for share in shares)
+        self.power = check_number(power, "power", above=True)
+        if any(later > share for share, later in itertools.pairwise(self.shares)):
+            raise SettingError(f"shares must not grow, got {list(self.shares)}")
+
+    def reduces(self, index: int, depth: int) -> bool:
+        """See :meth:`Schedule.reduces`."""
+        return self.shares[index] < (self.shares[index - 1] if index else 1)
+
+    def keep(self, index: int, count: int, info: ModelInfo, rate: float | None = None) -> int:
+        """See :meth:`Schedule.keep`."""
+        wanted = round(self.shares[index] ** self.power * info.patches)
+        return min(count, max(1, wanted)) if self.reduces(index, info.depth) else count
+
+    def check(self, info: ModelInfo) -> None:
+        """See :meth:`Schedule.check`.
+
+        Raises:
+            ValueError: if there is not one share per block.
+        """
+        if len(self.shares) != info.depth:
+            raise SettingError(
+                f"shares must hold one number per block, {info.depth} here, got"
+                f" {len(self.shares)}: {list(self.shares)}"
+            )
+
+    def search_space(self, depth: int, patches: int, size: int = 1000) -> SearchSpace[Schedule]:
+        """Powers from 12 down to ``12/size``."""
+        return SearchSpace(
+            size, lambda step: SharePerBlock(self.shares, 12 * (size + 1 - step) / size)
+        )
 
 
 def annealed(keep_rate: float, current: float | None) -> float:

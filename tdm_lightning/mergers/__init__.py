@@ -7,6 +7,7 @@ from tdm_lightning.mergers.energy_merger import EnergyMerger
 from tdm_lightning.mergers.fuse import Fuse
 from tdm_lightning.mergers.fusing_merger import FusingMerger
 from tdm_lightning.mergers.pair_merger import PairMerger
+from tdm_lightning.mergers.rank_merger import RankMerger
 from tdm_lightning.mergers.token_merger import TokenMerger
 from tdm_lightning.mergers.ward_merger import WardMerger
 
@@ -18,6 +19,7 @@ __all__ = [
     "FusingMerger",
     "Merger",
     "PairMerger",
+    "RankMerger",
     "TokenMerger",
     "WardMerger",
 ]

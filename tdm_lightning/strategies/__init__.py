@@ -2,6 +2,7 @@
 
 from tdm_lightning.strategies.avit import AViT
 from tdm_lightning.strategies.base import Requirements, Strategy
+from tdm_lightning.strategies.diffrate import DiffRate
 from tdm_lightning.strategies.dpcknn import DPCKNN
 from tdm_lightning.strategies.dyvit import DyViT
 from tdm_lightning.strategies.evit import EViT
@@ -25,6 +26,7 @@ __all__ = [
     "IARED2",
     "TDM",
     "AViT",
+    "DiffRate",
     "DyViT",
     "EViT",
     "EvoViT",

@@ -15,11 +15,13 @@ from tdm_lightning.vit.adapters import model_info
 from tests.helpers.exporting import check_compiled, check_exported
 from tests.helpers.vits import lively
 
+COUNTS = ([64, 50, 50, 31, 31, 31], [64, 56, 50, 40, 31, 31])
 STRATEGIES = {
     "tome": lambda rate=0.7: tdm.ToMe(0 if rate == 1 else 2),
     "ward": lambda rate=0.7: tdm.WardTDM(rate, layers=(1, 3), rounds=2),
     "pitome": lambda rate=0.7: tdm.PiToMe(rate),
     "tofu": lambda rate=0.7: tdm.ToFu(0 if rate == 1 else 2),
+    "diffrate": lambda rate=0.7: tdm.DiffRate(*([64] * 6,) if rate == 1 else COUNTS),
     "dpcknn": lambda rate=0.7: tdm.DPCKNN(rate, layers=(1, 3)),
     "dpcknn-learned": lambda rate=0.7: tdm.DPCKNN(rate, layers=(1, 3), learned_weights=True),
     "topk": lambda rate=0.7: tdm.TopK(rate, layers=(1, 3)),
@@ -89,6 +91,7 @@ def test_counts_and_the_fate_of_every_patch(images, name):
     expected = {
         "tome": [62, 60, 58, 56, 54, 52],
         "tofu": [62, 60, 58, 56, 54, 52],
+        "diffrate": COUNTS[0],
         "pitome": [45, 32, 23, 17, 12, 9],
         "ward": [64, 45, 45, 32, 32, 32],
         "evovit": [64, 64, 44, 44, 44, 44],
@@ -193,13 +196,16 @@ def test_an_image_does_not_depend_on_its_batch(images, name):
             assert torch.equal(layer.assignment[i], single.assignment[0])
 
 
-DEPTHS = {"evovit": 5, "tome": 2, "pitome": 2, "tofu": 2}
+DEPTHS = {"evovit": 5, "tome": 2, "pitome": 2, "tofu": 2, "diffrate": 6}
 
 
 def traced(name):
     """As deep as its layers need: tracing takes long."""
     return reduced(
-        name, depth={"evovit": 5, "tome": 2, "pitome": 2, "tofu": 2}.get(name.split("-")[0], 4)
+        name,
+        depth={"evovit": 5, "tome": 2, "pitome": 2, "tofu": 2, "diffrate": 6}.get(
+            name.split("-")[0], 4
+        ),
     )
 
 
