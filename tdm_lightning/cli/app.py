@@ -23,6 +23,11 @@ COMMANDS = {
         "export",
         "Write a model for ONNX Runtime, torch.export or the hub.",
     ),
+    "rates": (
+        "tdm_lightning.cli.rates",
+        "rates",
+        "Learn how many tokens each block should leave at a budget.",
+    ),
     "slim": (
         "tdm_lightning.cli.slim",
         "slim",

@@ -93,7 +93,7 @@ def slim(
     data = type(data)(
         **{**data.hparams, "model": model, "model_kwargs": model_kwargs, "augment": False}
     )
-    vit = _load_vit(weights, model, {"num_classes": data.num_classes, **(model_kwargs or {})})
+    vit = load_vit(weights, model, {"num_classes": data.num_classes, **(model_kwargs or {})})
     if match_gmacs is not None:
         counts = _counts_within(vit, match_gmacs)
     data.setup("fit")
@@ -121,7 +121,7 @@ def slim(
     return slimmed
 
 
-def _load_vit(weights: bool | str | None, name: str, arguments: dict[str, Any]) -> nn.Module:
+def load_vit(weights: bool | str | None, name: str, arguments: dict[str, Any]) -> nn.Module:
     """The timm model with its weights."""
     vit = create_vit(name, pretrained=weights is True, **arguments)
     if isinstance(weights, str):
