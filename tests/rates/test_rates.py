@@ -36,7 +36,7 @@ def vit():
     return trained()
 
 
-BLOCKS = (0, 2)
+BLOCKS = (0, 1, 2)
 DIGITS = ("--data=ImageNetDataModule", "--data.dataset=digits", "--data.batch_size=16")
 
 
