@@ -44,7 +44,7 @@ def draw_scene(
     others: Sequence[np.ndarray],
     rng: np.random.Generator,
     clutter: Clutter | None = None,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """One garment, whole and in front, at a random place and scale.
 
     Args:
@@ -54,7 +54,7 @@ def draw_scene(
         clutter: how the scene is filled; ``None``: the defaults.
 
     Returns:
-        ``SIDE``×``SIDE``, bytes.
+        The scene and where the garment is, ``SIDE``×``SIDE`` bytes each.
     """
     c = Clutter() if clutter is None else clutter
     scene = Image.fromarray(_ground(c, rng))
@@ -65,9 +65,9 @@ def draw_scene(
         ends = rng.uniform(0, SIDE, size=2), rng.uniform(-0.35, 0.35, size=2) * SIDE
         line = (*ends[0], *(ends[0] + ends[1]))
         pen.line(line, fill=int(rng.integers(60, 256)), width=int(rng.integers(1, 3)))
-    _paste(scene, garment, rng.uniform(*c.scale), rng)
+    mask = _paste(scene, garment, rng.uniform(*c.scale), rng)
     grain = rng.normal(0, 255 * c.grain, size=(SIDE, SIDE))
-    return np.clip(np.asarray(scene) + grain, 0, 255).astype(np.uint8)
+    return np.clip(np.asarray(scene) + grain, 0, 255).astype(np.uint8), mask
 
 
 def _ground(clutter: Clutter, rng: np.random.Generator) -> np.ndarray:
@@ -87,8 +87,10 @@ def _cut(garment: np.ndarray, share: float, rng: np.random.Generator) -> np.ndar
     return garment[y : y + size, x : x + size]
 
 
-def _paste(scene: Image.Image, picture: np.ndarray, scale: float, rng: np.random.Generator) -> None:
-    """Put a garment anywhere inside the scene; what is black around it is left out."""
+def _paste(
+    scene: Image.Image, picture: np.ndarray, scale: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Put a garment anywhere inside the scene, but for the black around it; gives the mask."""
     size = max(1, round(scale * SIDE))
     place = tuple(int(at) for at in rng.integers(0, SIDE - size, size=2, endpoint=True))
     to = (size, size)
@@ -96,4 +98,9 @@ def _paste(scene: Image.Image, picture: np.ndarray, scale: float, rng: np.random
     # A closed outline keeps the dark parts inside of a garment.
     outline = Image.fromarray((255 * (picture > _GARMENT)).astype(np.uint8))
     outline = outline.filter(ImageFilter.MaxFilter(3)).filter(ImageFilter.MinFilter(3))
-    scene.paste(grey, place, outline.resize(to, Image.Resampling.BILINEAR))
+    mask = Image.new("L", scene.size)
+    mask.paste(outline.resize(to, Image.Resampling.BILINEAR), place)
+    whole = Image.new("L", scene.size)
+    whole.paste(grey, place)
+    scene.paste(whole, (0, 0), mask)
+    return np.asarray(mask)

@@ -14,7 +14,7 @@ from tdm_lightning.core.positions import Positions
 from tdm_lightning.core.reduction import Reduction, Role, Seen
 from tdm_lightning.core.trace import History, LayerTrace
 from tdm_lightning.errors import SettingTypeError
-from tdm_lightning.ops import gather_tokens, pack
+from tdm_lightning.ops import gather_tokens, joined, pack
 
 #: Added to the logits of keys that nobody may attend to. Finite in half precision too, because an
 #: image may have no other keys.
@@ -163,8 +163,15 @@ class Tokens:
 
     # Batches in which every image keeps its own number of tokens
 
-    def packed(self, index: int, kept: Tensor, importance: Tensor | None = None) -> Tokens:
-        """The tokens after every image kept its own choice of patch tokens; the others are gone.
+    def packed(
+        self,
+        index: int,
+        kept: Tensor,
+        importance: Tensor | None = None,
+        into: Tensor | None = None,
+    ) -> Tokens:
+        """The tokens after every image kept its own choice of patch tokens; the others are gone, or
+        went into kept ones, whose features are already those of the group.
 
         Images that kept fewer than the longest are padded; padding is masked out of the attention
         and stands for no patch.
@@ -173,6 +180,7 @@ class Tokens:
             index: the block.
             kept: B×N, bool; padding is never kept.
             importance: B×N, for the trace.
+            into: the kept token that holds each one, B×N, int64; ``None``: none but itself.
         """
         kept = kept & self.valid_patches
         order, valid = pack(kept)
@@ -181,6 +189,10 @@ class Tokens:
             x = x.masked_fill(~valid.unsqueeze(-1), 0)
         assignment = torch.where(kept, kept.cumsum(dim=1) - 1, -1)
         role = torch.where(kept, int(Role.KEPT), int(Role.DROPPED))
+        if into is not None:
+            _, shared = joined(into)
+            assignment = assignment.gather(1, into)
+            role = torch.where(shared, int(Role.MATCHED), role)
         reduction = Reduction(x, assignment, role, position=order)
         tokens = self.reduced(index, reduction, importance)
         if self.valid is None:

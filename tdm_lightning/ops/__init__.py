@@ -16,9 +16,11 @@ from tdm_lightning.ops.merge import (
     rank_order,
     unmerge,
 )
+from tdm_lightning.ops.mutual import mutual_pairs
 from tdm_lightning.ops.pairs import match_pairs
 from tdm_lightning.ops.policy import policy_softmax
 from tdm_lightning.ops.ragged import pack
+from tdm_lightning.ops.spread import spread_weights
 from tdm_lightning.ops.ward import fewest_after, ward_groups
 
 __all__ = [
@@ -37,11 +39,13 @@ __all__ = [
     "match_pairs",
     "mean_positions",
     "merge_groups",
+    "mutual_pairs",
     "pack",
     "pairwise_distances",
     "policy_softmax",
     "rank_order",
     "received_attention",
+    "spread_weights",
     "token_energy",
     "unmerge",
     "ward_groups",

@@ -8,6 +8,8 @@ from tdm_lightning.strategies.dyvit import DyViT
 from tdm_lightning.strategies.evit import EViT
 from tdm_lightning.strategies.evovit import EvoViT
 from tdm_lightning.strategies.iared2 import IARED2
+from tdm_lightning.strategies.mame import MaMe
+from tdm_lightning.strategies.mpm import MPM
 from tdm_lightning.strategies.objective import TrainingObjective
 from tdm_lightning.strategies.pitome import PiToMe
 from tdm_lightning.strategies.psvit import PSViT
@@ -24,12 +26,14 @@ from tdm_lightning.strategies.ward_tdm import WardTDM
 __all__ = [
     "DPCKNN",
     "IARED2",
+    "MPM",
     "TDM",
     "AViT",
     "DiffRate",
     "DyViT",
     "EViT",
     "EvoViT",
+    "MaMe",
     "PSViT",
     "PiToMe",
     "Random",
