@@ -16,6 +16,7 @@ from tdm_lightning.core import ModelInfo, Output, Reduction, Role, Seen, Tokens,
 from tdm_lightning.importance import Chance, ClassAttention, Importance, ReceivedAttention
 from tdm_lightning.mergers import (
     Cluster,
+    CriteriaMerger,
     Drop,
     EnergyMerger,
     Fuse,
@@ -37,6 +38,7 @@ from tdm_lightning.sparsity import Structured, SViTE, Unstructured
 from tdm_lightning.strategies import (
     DPCKNN,
     IARED2,
+    MCTF,
     MPM,
     TDM,
     AViT,
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DPCKNN",
     "IARED2",
+    "MCTF",
     "MPM",
     "TDM",
     "AViT",
@@ -78,6 +81,7 @@ __all__ = [
     "ClassAttention",
     "Cluster",
     "CountPerBlock",
+    "CriteriaMerger",
     "DiffRate",
     "Drop",
     "DyViT",

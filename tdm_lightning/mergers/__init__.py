@@ -2,6 +2,7 @@
 
 from tdm_lightning.mergers.base import Merger
 from tdm_lightning.mergers.cluster import Cluster
+from tdm_lightning.mergers.criteria_merger import CriteriaMerger
 from tdm_lightning.mergers.drop import Drop
 from tdm_lightning.mergers.energy_merger import EnergyMerger
 from tdm_lightning.mergers.fuse import Fuse
@@ -13,6 +14,7 @@ from tdm_lightning.mergers.ward_merger import WardMerger
 
 __all__ = [
     "Cluster",
+    "CriteriaMerger",
     "Drop",
     "EnergyMerger",
     "Fuse",

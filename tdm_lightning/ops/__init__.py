@@ -2,6 +2,7 @@
 
 from tdm_lightning.ops.alternating import match_alternating
 from tdm_lightning.ops.clusters import cluster_density_peaks, pairwise_distances
+from tdm_lightning.ops.criteria import match_both_ways
 from tdm_lightning.ops.energy import match_by_energy, token_energy
 from tdm_lightning.ops.importance import class_attention, received_attention
 from tdm_lightning.ops.linear import linear_bias, linear_weight
@@ -35,6 +36,7 @@ __all__ = [
     "linear_bias",
     "linear_weight",
     "match_alternating",
+    "match_both_ways",
     "match_by_energy",
     "match_pairs",
     "mean_positions",

@@ -9,6 +9,7 @@ from tdm_lightning.strategies.evit import EViT
 from tdm_lightning.strategies.evovit import EvoViT
 from tdm_lightning.strategies.iared2 import IARED2
 from tdm_lightning.strategies.mame import MaMe
+from tdm_lightning.strategies.mctf import MCTF
 from tdm_lightning.strategies.mpm import MPM
 from tdm_lightning.strategies.objective import TrainingObjective
 from tdm_lightning.strategies.pitome import PiToMe
@@ -26,6 +27,7 @@ from tdm_lightning.strategies.ward_tdm import WardTDM
 __all__ = [
     "DPCKNN",
     "IARED2",
+    "MCTF",
     "MPM",
     "TDM",
     "AViT",

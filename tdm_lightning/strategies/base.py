@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -26,6 +27,8 @@ class Requirements:
         absolute_positions: tokens without a position on the grid run through the blocks, which RoPE
             and relative position biases rule out.
         rows: blocks compute chosen rows only, so the model's blocks must be able to.
+        ahead: tokens are merged by a block's attention before its values are read, so the model's
+            blocks must be able to.
         sizes: the number of patches that each token stands for is followed.
         teacher: the loss compares with a frozen, unreduced copy of the model.
     """
@@ -33,8 +36,24 @@ class Requirements:
     pooling: Literal["patches", "token"] | None = None
     absolute_positions: bool = False
     rows: bool = False
+    ahead: bool = False
     sizes: bool = False
     teacher: bool = False
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What was merged ahead of a block.
+
+    Attributes:
+        tokens: those that are left.
+        group: the patch token that now holds each one, B×N, int64.
+        weight: its share in that token, B×N; those of a group sum to one.
+    """
+
+    tokens: Tokens
+    group: Tensor
+    weight: Tensor
 
 
 class Strategy(nn.Module, Configurable):
@@ -111,6 +130,19 @@ class Strategy(nn.Module, Configurable):
         attention still looks at all of them, and only these leave it. ``None``: all.
 
         Asked after :meth:`before_block`, of strategies whose requirements say ``rows``.
+        """
+        return None
+
+    def ahead(self, index: int, tokens: Tokens) -> Callable[[Tensor], Ahead] | None:
+        """How block ``index`` merges by its own attention, before its values are read; ``None``:
+        it does not.
+
+        Asked after :meth:`before_block`, of strategies whose requirements say ``ahead``; the blocks
+        that do so show nothing to :meth:`after_attention`.
+
+        Returns:
+            A function of the mean attention that each row of ``tokens.x`` receives over all heads
+            and rows, B×T, float32.
         """
         return None
 

@@ -15,7 +15,7 @@ from tdm_lightning.core.reduction import Seen
 from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.schedules import SearchSpace
-from tdm_lightning.strategies.base import Requirements, Strategy
+from tdm_lightning.strategies.base import Ahead, Requirements, Strategy
 from tdm_lightning.strategies.objective import Criterion, TrainingObjective
 
 
@@ -58,6 +58,7 @@ class Stack(Strategy):
             pooling=next((one.pooling for one in asked if one.pooling is not None), None),
             absolute_positions=any(one.absolute_positions for one in asked),
             rows=any(one.rows for one in asked),
+            ahead=any(one.ahead for one in asked),
             sizes=any(one.sizes for one in asked),
             teacher=any(one.teacher for one in asked),
         )
@@ -132,6 +133,11 @@ class Stack(Strategy):
         """Those of the member that chooses some."""
         rows = (member.rows(index, tokens) for member in self.members)
         return next((found for found in rows if found is not None), None)
+
+    def ahead(self, index: int, tokens: Tokens) -> Callable[[Tensor], Ahead] | None:
+        """That of the member that merges so; the others' states stay as they are."""
+        found = (member.ahead(index, tokens) for member in self.members)
+        return next((one for one in found if one is not None), None)
 
     def after_attention(self, index: int, tokens: Tokens, seen: Seen) -> Tokens:
         """All members in order, once each has put right what they see."""

@@ -66,6 +66,7 @@ class TokenReducedViT(TimmTools, nn.Module):
         self._info = self._adapter.info(vit)
         requirements = strategy.requires()
         self._follows_sizes, self._chooses_rows = requirements.sizes, requirements.rows
+        self._merges_ahead = requirements.ahead
         # A model that is ready for inference stays so, though the strategy is new; parts of it that
         # were frozen stay frozen.
         self.training = vit.training
@@ -255,6 +256,11 @@ class TokenReducedViT(TimmTools, nn.Module):
         watch("before_block", index)
         if tokens.images is not None and not len(tokens.images):
             return tokens  # all have left
+        ahead = strategy.ahead(index, tokens) if self._merges_ahead else None
+        if ahead is not None:
+            tokens = adapter.attend_ahead(block, tokens, ahead)
+            watch("attention", index)
+            return self._fed_forward(index, block, tokens, watch)
         needs = strategy.needs(index, tokens.info)
         rows = strategy.rows(index, tokens) if self._chooses_rows else None
         x, read = adapter.attend(block, index, tokens, needs, rows)
@@ -262,9 +268,12 @@ class TokenReducedViT(TimmTools, nn.Module):
         seen = read() if needs else Seen(x[:, tokens.prefix :], prefix=tokens.prefix)
         tokens = strategy.after_attention(index, tokens.replace(x=x), seen)
         watch("after_attention", index)
-        tokens = tokens.replace(x=adapter.feed_forward(block, tokens.x))
+        return self._fed_forward(index, block, tokens, watch)
+
+    def _fed_forward(self, index: int, block: nn.Module, tokens: Tokens, watch: Watch) -> Tokens:
+        tokens = tokens.replace(x=self._adapter.feed_forward(block, tokens.x))
         watch("mlp", index)
-        tokens = strategy.after_block(index, tokens)
+        tokens = self.strategy.after_block(index, tokens)
         watch("after_block", index)
         return tokens
 

@@ -54,7 +54,8 @@ def run(tiny, *layers, commands=("fit", "test", "predict"), last=()):
 SCRATCH = ("tdm", "ward", "evit", "evit_tdm")
 DEIT = ("plain", "evovit", "evovit_tdm", "tome", "topk", "random", "dpcknn")
 DYVIT = ("dyvit", "dyvit_tdm")
-FINETUNED = (*SCRATCH, "plain", "tome", "topk", "random", "dpcknn")
+PEERS = ("pitome", "tofu", "mctf", "diffrate", "mpm", "mame")
+FINETUNED = (*SCRATCH, "plain", "tome", "topk", "random", "dpcknn", *PEERS)
 PAIRS = [
     (f"strategies/{name}", f"recipes/{recipe}")
     for recipe, names in {

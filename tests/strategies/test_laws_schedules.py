@@ -22,6 +22,7 @@ STRATEGIES = {
     "pitome": lambda rate=0.7: tdm.PiToMe(rate),
     "tofu": lambda rate=0.7: tdm.ToFu(0 if rate == 1 else 2),
     "diffrate": lambda rate=0.7: tdm.DiffRate(*([64] * 6,) if rate == 1 else COUNTS),
+    "mctf": lambda rate=0.7: tdm.MCTF(0 if rate == 1 else 2),
     "dpcknn": lambda rate=0.7: tdm.DPCKNN(rate, layers=(1, 3)),
     "dpcknn-learned": lambda rate=0.7: tdm.DPCKNN(rate, layers=(1, 3), learned_weights=True),
     "topk": lambda rate=0.7: tdm.TopK(rate, layers=(1, 3)),
@@ -90,6 +91,7 @@ def test_counts_and_the_fate_of_every_patch(images, name):
     trace = output.trace
     expected = {
         "tome": [62, 60, 58, 56, 54, 52],
+        "mctf": [64, 62, 60, 58, 56, 54],
         "tofu": [62, 60, 58, 56, 54, 52],
         "diffrate": COUNTS[0],
         "pitome": [45, 32, 23, 17, 12, 9],
@@ -139,7 +141,7 @@ def through(model, embedded):
     return model.strategy.finish(tokens)
 
 
-BY_PLACE = ("tome", "tofu", "random", "ward")
+BY_PLACE = ("tome", "mctf", "tofu", "random", "ward")
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in BY_PLACE])
@@ -196,14 +198,14 @@ def test_an_image_does_not_depend_on_its_batch(images, name):
             assert torch.equal(layer.assignment[i], single.assignment[0])
 
 
-DEPTHS = {"evovit": 5, "tome": 2, "pitome": 2, "tofu": 2, "diffrate": 6}
+DEPTHS = {"evovit": 5, "tome": 2, "mctf": 2, "pitome": 2, "tofu": 2, "diffrate": 6}
 
 
 def traced(name):
     """As deep as its layers need: tracing takes long."""
     return reduced(
         name,
-        depth={"evovit": 5, "tome": 2, "pitome": 2, "tofu": 2, "diffrate": 6}.get(
+        depth={"evovit": 5, "tome": 2, "mctf": 2, "pitome": 2, "tofu": 2, "diffrate": 6}.get(
             name.split("-")[0], 4
         ),
     )
@@ -262,7 +264,8 @@ def test_inference_attends_through_the_fused_kernel(images, name, monkeypatch):
         F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k)
     )
     model(images)
-    assert len(calls) == 6
+    # MCTF needs the map itself in the blocks that merge.
+    assert len(calls) == (1 if name == "mctf" else 6)
 
 
 @every_strategy

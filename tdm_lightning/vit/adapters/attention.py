@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from tdm_lightning.core.reduction import Seen
 from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.ops import class_attention, policy_softmax, received_attention
+from tdm_lightning.ops.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,34 @@ def attended(
         weights = F.dropout(policy_softmax(logits, policy), dropout)
         x = weights.to(heads.v.dtype) @ heads.v
     return x.transpose(1, 2).flatten(2)
+
+
+def attention_map(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """The weights themselves, B×H×T×T, float32."""
+    with full_precision(q.device):
+        logits = (q.float() * scale) @ k.float().transpose(-2, -1)
+        return (logits if bias is None else logits + bias).softmax(dim=-1)
+
+
+def pooled_map(weights: Tensor, group: Tensor, share: Tensor, groups: int) -> Tensor:
+    """The attention of merged tokens: what a group receives is the sum of its members', what it
+    pays their mean by share.
+
+    Args:
+        weights: B×H×T×T.
+        group: the group of each of T tokens in ``0…groups-1``, B×T, int64.
+        share: of each token in its group, B×T.
+        groups: number of groups.
+
+    Returns:
+        B×H×groups×groups.
+    """
+    batch, heads, t, _ = weights.shape
+    columns = group[:, None, None, :].expand(batch, heads, t, t)
+    received = weights.new_zeros(batch, heads, t, groups).scatter_add(3, columns, weights)
+    rows = group[:, None, :, None].expand(batch, heads, t, groups)
+    paid = received * share[:, None, :, None].to(received.dtype)
+    return weights.new_zeros(batch, heads, groups, groups).scatter_add(2, rows, paid)
 
 
 def seen_by(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tdm_lightning.core.info import ModelInfo
 from tdm_lightning.core.reduction import Seen
 from tdm_lightning.core.tokens import Tokens
-from tdm_lightning.strategies.base import Requirements
+from tdm_lightning.errors import UnsupportedModelError
+from tdm_lightning.strategies.base import Ahead, Requirements
 
 Size = tuple[int, int]
 
@@ -100,6 +101,21 @@ class Adapter(ABC):
             needed from the queries and keys. That reading is the strategy's work, not the model's,
             so it is called, and counted, apart.
         """
+
+    def attend_ahead(self, block: Any, tokens: Tokens, reduce: Callable[[Tensor], Ahead]) -> Tokens:
+        """The attention half of a block whose tokens are merged by its own attention map before its
+        values are read: what a merged token receives is the sum of its members', what it pays
+        their mean by share.
+
+        Args:
+            block: one of :meth:`blocks`.
+            tokens: those that enter.
+            reduce: see :meth:`tdm_lightning.Strategy.ahead`.
+
+        Raises:
+            TypeError: for blocks that cannot be taken apart so.
+        """
+        raise UnsupportedModelError(f"{type(block).__name__} computes its attention in one piece")
 
     @abstractmethod
     def feed_forward(self, block: Any, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from tdm_lightning.core.info import ModelInfo
 from tdm_lightning.core.positions import Positions
 from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import SettingError, UnsupportedModelError
-from tdm_lightning.strategies.base import Requirements
+from tdm_lightning.strategies.base import Ahead, Requirements
 from tdm_lightning.vit.adapters.base import Adapter, Read, Size
 from tdm_lightning.vit.adapters.timm_parts import BLOCKS, check_block, check_rows, parts_of
 from tdm_lightning.vit.pooling import log_size, mean_over_patches
@@ -104,7 +104,7 @@ class TimmAdapter(Adapter):
         """See :meth:`Adapter.check`."""
         for block in vit.blocks:
             check_block(block)
-            if requirements.rows:
+            if requirements.rows or requirements.ahead:
                 check_rows(block)
 
     def needs_sizes(self, vit: Any) -> bool:
@@ -163,6 +163,10 @@ class TimmAdapter(Adapter):
     ) -> tuple[Tensor, Read]:
         """See :meth:`Adapter.attend`."""
         return parts_of(block, BLOCKS).attend(block, index, tokens, needs, rows)
+
+    def attend_ahead(self, block: Any, tokens: Tokens, reduce: Callable[[Tensor], Ahead]) -> Tokens:
+        """See :meth:`Adapter.attend_ahead`."""
+        return parts_of(block, BLOCKS).attend_ahead(block, tokens, reduce)
 
     def feed_forward(self, block: Any, x: Tensor) -> Tensor:
         """See :meth:`Adapter.feed_forward`."""

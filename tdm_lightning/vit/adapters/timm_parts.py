@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import UnsupportedModelError
-from tdm_lightning.vit.adapters.attention import Heads, attended, seen_by
+from tdm_lightning.strategies.base import Ahead
+from tdm_lightning.vit.adapters.attention import Heads, attended, attention_map, pooled_map, seen_by
 from tdm_lightning.vit.adapters.base import Read, nothing
 
 
@@ -47,6 +50,14 @@ class AttentionParts(ABC):
             x = x * attn.gate(h).sigmoid()
         return attn.proj_drop(attn.proj(x))
 
+    def queries_and_keys(self, attn: Any, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of B×T×C, B×H×T×d each, without values."""
+        raise UnsupportedModelError(f"{type(attn).__name__} forms no queries without values")
+
+    def weighted(self, attn: Any, weights: Tensor, h: Tensor) -> Tensor:
+        """What an attention map, B×H×T×T, makes of the values of B×T×C, projected."""
+        raise UnsupportedModelError(f"{type(attn).__name__} forms no values alone")
+
     def of_rows(self, attn: Any, h: Tensor, rows: Tensor, tokens: Tokens) -> Tensor:
         """The attention of some rows of B×T×C, which look at all of them; B×Q×C."""
         raise UnsupportedModelError(f"{type(attn).__name__} computes all rows or none")
@@ -67,6 +78,10 @@ class BlockParts(ABC):
         self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: Tensor | None
     ) -> tuple[Tensor, Read]:
         """See :meth:`Adapter.attend`."""
+
+    def attend_ahead(self, block: Any, tokens: Tokens, reduce: Callable[[Tensor], Ahead]) -> Tokens:
+        """See :meth:`Adapter.attend_ahead`."""
+        raise UnsupportedModelError(f"{type(block).__name__} computes its attention in one piece")
 
     @abstractmethod
     def feed_forward(self, block: Any, x: Tensor) -> Tensor:
@@ -125,6 +140,20 @@ class PreNorm(BlockParts):
         x = tokens.x if rows is None else tokens.x.index_select(1, rows)
         x = x + self.residual(block, mixed)
         return x, reader(block.attn, heads, tokens, x, needs, block.norm2)
+
+    def attend_ahead(self, block: Any, tokens: Tokens, reduce: Callable[[Tensor], Ahead]) -> Tokens:
+        """See :meth:`Adapter.attend_ahead`."""
+        parts, prefix = parts_of(block.attn, ATTENTIONS), tokens.prefix
+        q, k = parts.queries_and_keys(block.attn, block.norm1(tokens.x))
+        weights = attention_map(q, k, block.attn.scale, parts.bias(block.attn, tokens))
+        found = reduce(weights.mean(dim=(1, 2)))
+        first = torch.arange(prefix, device=found.group.device).expand(found.group.shape[0], -1)
+        group = torch.cat((first, found.group + prefix), dim=1)
+        share = pad(found.weight, (prefix, 0), value=1.0)
+        x = found.tokens.x
+        pooled = pooled_map(weights, group, share, x.shape[1])
+        mixed = parts.weighted(block.attn, pooled.to(x.dtype), block.norm1(x))
+        return found.tokens.replace(x=x + self.residual(block, mixed))
 
     def residual(self, block: Any, mixed: Tensor) -> Tensor:
         """What the attention adds."""
@@ -223,7 +252,7 @@ def check_rows(block: nn.Module) -> None:
         return
     inner = "".join(f" with {type(attention).__name__}" for attention in attentions[:1])
     raise UnsupportedModelError(
-        "chosen rows of a block are computed, which takes timm's Block with its Attention; this"
-        f" model's is {type(block).__name__}{inner}. Take a model with plain blocks, or another"
-        " strategy such as EViT or TDM"
+        "chosen rows of a block or its attention map are computed, which takes timm's Block with its"
+        f" Attention; this model's is {type(block).__name__}{inner}. Take a model with plain blocks,"
+        " or another strategy such as EViT or TDM"
     )

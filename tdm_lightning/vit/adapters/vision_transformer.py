@@ -51,16 +51,35 @@ class PlainAttention(AttentionParts):
     def of_rows(self, attn: Any, h: Tensor, rows: Tensor, tokens: Tokens) -> Tensor:
         """See :class:`AttentionParts`: queries are formed for these rows alone."""
         asking = h.index_select(1, rows)
-        weight, bias = linear_weight(attn.qkv), linear_bias(attn.qkv)
-        width = weight.shape[0] // 3
-        q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-        q = F.linear(asking, weight[:width], q_bias)
-        q = q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-        kv = F.linear(h, weight[width:], kv_bias).unflatten(-1, (2, attn.num_heads, -1))
-        k, v = kv.permute(2, 0, 3, 1, 4)
+        (q,) = _projected(attn, asking, 0, 1)
+        k, v = _projected(attn, h, 1, 3)
         k = attn.k_norm(k)
         heads = Heads(attn.q_norm(q), k, v, attn.scale, k)
         return self.output(attn, heads, asking, tokens.key_bias, None)
+
+    def queries_and_keys(self, attn: Any, h: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`AttentionParts`."""
+        q, k = _projected(attn, h, 0, 2)
+        return attn.q_norm(q), attn.k_norm(k)
+
+    def weighted(self, attn: Any, weights: Tensor, h: Tensor) -> Tensor:
+        """See :class:`AttentionParts`."""
+        (v,) = _projected(attn, h, 2, 3)
+        x = (attn.attn_drop(weights) @ v).transpose(1, 2).flatten(2)
+        x = attn.norm(x)
+        if getattr(attn, "gate", None) is not None:
+            x = x * attn.gate(h).sigmoid()
+        return attn.proj_drop(attn.proj(x))
+
+
+def _projected(attn: Any, h: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+    """Some of queries (0), keys (1) and values (2) of B×T×C, B×H×T×d each."""
+    weight, bias = linear_weight(attn.qkv), linear_bias(attn.qkv)
+    width = weight.shape[0] // 3
+    part = slice(first * width, last * width)
+    x = F.linear(h, weight[part], None if bias is None else bias[part])
+    x = x.unflatten(-1, (last - first, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return x.unbind(0)
 
 
 class DifferentialAttention(AttentionParts):

@@ -1,0 +1,78 @@
+"""Tokens that are alike, little attended and small are merged first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tdm_lightning.core.checks import check_number
+from tdm_lightning.core.reduction import Reduction, Role, Seen
+from tdm_lightning.errors import SettingError
+from tdm_lightning.mergers.base import Merger
+from tdm_lightning.mergers.pair_merger import check_half
+from tdm_lightning.ops import match_both_ways, merge_groups
+
+_TINY = 1e-12
+
+
+class CriteriaMerger(Merger):
+    """Weighs likeness, importance and size together (MCTF, Lee et al., "Multi-criteria Token Fusion
+    with One-step-ahead Attention", CVPR 2024; ``mlvlab/MCTF``).
+
+    See :func:`~tdm_lightning.ops.match_both_ways`. A group becomes the mean of its tokens, weighted
+    by importance times size (eq. 10). It halves the tokens at most.
+
+    Args:
+        temperatures: of likeness, importance and size, positive.
+        proportional_attention: see :class:`Merger`.
+
+    Raises:
+        TypeError, ValueError: if an argument is of the wrong kind or out of range.
+    """
+
+    def __init__(
+        self,
+        temperatures: tuple[float, float, float] = (1.0, 20.0, 40.0),
+        proportional_attention: bool = True,
+    ) -> None:
+        if len(temperatures) != 3:
+            raise SettingError(
+                f"temperatures are of likeness, importance and size, got {list(temperatures)}"
+            )
+        one, two, three = (check_number(t, "a temperature", above=True) for t in temperatures)
+        self.temperatures = (one, two, three)
+        self.proportional_attention = bool(proportional_attention)
+
+    def requires(self) -> frozenset[str]:
+        """Importance."""
+        return frozenset({"importance"})
+
+    def check(self, patches: int, keep: int) -> None:
+        """See :meth:`Merger.check`.
+
+        Raises:
+            ValueError: if more than half would have to go.
+        """
+        check_half(patches, keep)
+
+    def shares(self, seen: Seen, group: Tensor, groups: int) -> Tensor:
+        """How much of its group each token is, B×N."""
+        assert seen.size is not None
+        assert seen.importance is not None
+        weight = seen.importance.float() * seen.size + _TINY
+        total = weight.new_zeros(weight.shape[0], groups).scatter_add(1, group, weight)
+        return weight / total.gather(1, group)
+
+    def __call__(self, seen: Seen, keep: int) -> Reduction:
+        """See :meth:`Merger.__call__`."""
+        assert seen.size is not None
+        assert seen.importance is not None
+        pairs = seen.x.shape[1] - keep
+        importance = seen.importance.float() + _TINY
+        group, shared = match_both_ways(
+            seen.x, importance, seen.size, pairs, seen.prefix, self.temperatures
+        )
+        merged = merge_groups(seen.x, group, self.shares(seen, group, keep), keep)
+        total = seen.size.new_zeros(group.shape[0], keep).scatter_add(1, group, seen.size)
+        role = torch.where(shared, int(Role.MATCHED), int(Role.KEPT))
+        return Reduction(merged, group, role, total)
