@@ -252,7 +252,7 @@ def check_rows(block: nn.Module) -> None:
         return
     inner = "".join(f" with {type(attention).__name__}" for attention in attentions[:1])
     raise UnsupportedModelError(
-        "chosen rows of a block or its attention map are computed, which takes timm's Block with its"
-        f" Attention; this model's is {type(block).__name__}{inner}. Take a model with plain blocks,"
-        " or another strategy such as EViT or TDM"
+        "chosen rows of a block or its attention map are computed, which takes timm's Block with"
+        f" its Attention; this model's is {type(block).__name__}{inner}. Take a model with plain"
+        " blocks, or another strategy such as EViT or TDM"
     )
