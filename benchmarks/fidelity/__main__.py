@@ -17,15 +17,18 @@ def fidelity(
     weights: bool | str | None = None,
     methods: list[str] | None = None,
     rates: list[float] | None = None,
-    out: str = "study",
+    crops: int = 96,
+    draws: list[int] | None = None,
+    out: str = "fidelity",
 ) -> list[Path]:
-    """Compare patch features and attention of a reduced ViT with its own unreduced, on photographs,
+    """Compare the features of a reduced ViT with its own unreduced, on crops of photographs,
     without labels.
 
     The methods are those that need no training, each at the GMACs of TDM's keep rates. The
-    photographs come with scikit-learn and scikit-image. Writes ``fidelity.csv`` and
-    ``fidelity.png``, which ``python -m benchmarks.study`` redraws, and ``panels.png`` with what the
-    patches of each photograph become under TDM at 0.7.
+    photographs come with scikit-learn and scikit-image. It goes on where it stopped: every line of
+    ``fidelity.csv`` is one method at one budget on one draw. Writes ``fidelity.md`` and
+    ``fidelity.png`` from it, and ``panels.png`` with what the patches of each photograph become
+    under WardTDM at 0.5.
 
     Args:
         model: name of a timm ViT.
@@ -33,6 +36,8 @@ def fidelity(
         weights: a file, a folder or a hub name, or ``true`` for timm's pretrained ones.
         methods: only these methods.
         rates: only these of TDM's keep rates.
+        crops: of a draw.
+        draws: seeds of the draws.
         out: folder for the files.
 
     Returns:
@@ -42,14 +47,14 @@ def fidelity(
         ValueError: without trained weights, or for a setting that does not fit.
     """
     import torch
-    from timm.data import create_transform
 
-    from benchmarks.study import figures
-    from benchmarks.study.fidelity import measure_fidelity
-    from benchmarks.study.photographs import photographs
-    from benchmarks.study.results import write_fidelity
+    from benchmarks.fidelity import table
+    from benchmarks.fidelity.photographs import crops as crops_of
+    from benchmarks.fidelity.photographs import photographs
+    from benchmarks.fidelity.run import DRAWS, RATES, measured, training_free
+    from benchmarks.study.figures import save
     from tdm_lightning.checkpoints import load_weights
-    from tdm_lightning.strategies import TDM
+    from tdm_lightning.strategies import WardTDM
     from tdm_lightning.visualize.images import data_config
     from tdm_lightning.visualize.sheet import make_folder, save_schools
     from tdm_lightning.vit import attach
@@ -64,26 +69,28 @@ def fidelity(
     vit = create_vit(model, pretrained=weights is True, **arguments).eval()
     if isinstance(weights, str):
         load_weights(vit, weights)
-    photos = photographs()
-    found = measure_fidelity(
+    photos, folder = photographs(), make_folder(out)
+    path = folder / "fidelity.csv"
+    for one in measured(
         vit,
-        lambda strategy: create_vit(model, **arguments),
-        photos,
-        create_transform(**data_config(vit)),
-        methods,
-        rates,
-    )
-    folder = make_folder(out)
-    written = [
-        write_fidelity(folder, found),
-        figures.save(figures.fidelity(found), folder / "fidelity.png"),
-    ]
+        lambda: create_vit(model, **arguments),
+        lambda draw: crops_of(photos, crops, draw, data_config(vit)),
+        training_free(methods),
+        RATES if rates is None else rates,
+        DRAWS if draws is None else draws,
+        {(one.method, one.rate, one.draw) for one in table.read(path)},
+    ):
+        table.add(path, one)
+        mean, error = table.mean_and_error([100 * value for value in one.pooled])
+        print(f"draw {one.draw}, {one.rate:g}, {one.method}: {mean:.2f} ± {error:.2f}", flush=True)
+    every = table.read(path)
+    written = [path, folder / "fidelity.md", save(table.figure(every), folder / "fidelity.png")]
+    written[1].write_text(table.text(every), encoding="utf-8")
     with torch.inference_mode():
-        written.append(
-            save_schools(folder / "panels.png", list(photos.values()), attach(vit, TDM(0.7)).eval())
-        )
-    for path in written:
-        print(path)
+        model_at_half = attach(vit, WardTDM(0.5)).eval()
+        written.append(save_schools(folder / "panels.png", list(photos.values()), model_at_half))
+    for file in written:
+        print(file)
     return written
 
 

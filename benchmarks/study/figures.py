@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.study.results import COSINES, Fidelity, Result
+from benchmarks.study.results import Result
 from benchmarks.study.tables import mean_accuracy, methods_of, rates_of, runs
 
 if TYPE_CHECKING:
@@ -18,7 +17,10 @@ if TYPE_CHECKING:
 #: Colour, marker and line: red tones merge for diversity among what is important, blue ones keep
 #: what is important, green ones merge whatever is alike.
 STYLES: dict[str, tuple[str, str, str]] = {
-    "TDM": ("#c1121f", "o", "-"),
+    "WardTDM": ("#9b2226", "o", "-"),
+    "WardTDM (6 blocks)": ("#ae2012", "d", "--"),
+    "WardTDM (12 blocks)": ("#bb3e03", "s", ":"),
+    "TDM": ("#e5989b", "o", "-"),
     "TDM (6 blocks)": ("#780000", "o", ":"),
     "EViT+TDM": ("#e76f51", "D", "--"),
     "DyViT+TDM": ("#f4a261", "s", "--"),
@@ -31,7 +33,13 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "PS-ViT": ("#9fc5e8", "h", "--"),
     "DPC-KNN": ("#38761d", "X", "-"),
     "ToMe": ("#7fb069", "*", "-"),
+    "ToMe (rate)": ("#588157", "*", "--"),
+    "PiToMe": ("#2a9d8f", "^", "-"),
+    "MCTF": ("#457b9d", "s", "-"),
+    "DiffRate": ("#8d99ae", "D", "-"),
+    "ToFu": ("#b5838d", "v", "-"),
     "Random": ("#7f7f7f", "p", ":"),
+    "Random (12 blocks)": ("#a0a0a0", "P", ":"),
 }
 _WIDTH = 10.0
 #: So many points below the plain model end a panel of fine-tuned accuracies; what lies lower would
@@ -41,7 +49,7 @@ _REACH = 30.0
 
 def accuracy_against_gmacs(results: Sequence[Result]) -> Figure:
     """Accuracy against multiply-accumulates, without and after fine-tuning."""
-    figure, axes = _panels(("without fine-tuning", "after fine-tuning"), height=4.2)
+    figure, axes = panels(("without fine-tuning", "after fine-tuning"), height=4.2)
     for axis, when in zip(axes, ("before", "after"), strict=True):
         for method, style in _drawn(results):
             points = [
@@ -49,13 +57,13 @@ def accuracy_against_gmacs(results: Sequence[Result]) -> Figure:
                 for rate in rates_of(results)
                 if (found := runs(results, method, rate, when))
             ]
-            _errorbar(axis, points, method, style)
+            errorbar(axis, points, method, style)
         _plain_line(axis, results, when)
         if when == "after":
             _end_at(axis, 100 * mean_accuracy(results, "Plain", 1.0, when) - _REACH)
         axis.set_xlabel("GMACs per image, everything counted")
         axis.set_ylabel("top-1 accuracy (%)")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -63,7 +71,7 @@ def accuracy_per_keep_rate(results: Sequence[Result]) -> Figure:
     """What the plain model's accuracy loses at the budget of each of TDM's keep rates, after
     fine-tuning.
     """
-    figure, (axis,) = _panels(("",), height=4.2, width=7.5)
+    figure, (axis,) = panels(("",), height=4.2, width=7.5)
     rates = rates_of(results)
     plain = mean_accuracy(results, "Plain", 1.0, "after")
     base = 0.0 if math.isnan(plain) else 100 * plain
@@ -77,7 +85,7 @@ def accuracy_per_keep_rate(results: Sequence[Result]) -> Figure:
             if found := runs(results, method, rate, "after"):
                 mean, below, above = _spread(found.values(), "after")
                 points.append((place + shift, mean - base, below, above))
-        _errorbar(axis, points, method, style, line=False)
+        errorbar(axis, points, method, style, line=False)
     for place in range(len(rates) - 1):
         axis.axvline(place + 0.5, color="0.85", linewidth=0.8, zorder=0)
     axis.axhline(0, color="black", linestyle="--", linewidth=1, zorder=1, label="Plain")
@@ -86,7 +94,7 @@ def accuracy_per_keep_rate(results: Sequence[Result]) -> Figure:
     axis.set_xlabel("TDM's keep rate; every method at its GMACs")
     axis.set_ylabel("accuracy against the plain model (points)" if base else "top-1 accuracy (%)")
     axis.grid(axis="x", visible=False)
-    _legend(figure, [axis])
+    legend(figure, [axis])
     return figure
 
 
@@ -94,7 +102,7 @@ def diversity_beside_accuracy(results: Sequence[Result], rate: float) -> Figure:
     """Diversity score of the patch tokens after each block, beside the accuracy, at the budget of a
     keep rate.
     """
-    figure, (left, right) = _panels(
+    figure, (left, right) = panels(
         (f"diversity at the budget of keep rate {rate:g}", "accuracy there, after fine-tuning"),
         height=4.2,
     )
@@ -155,43 +163,7 @@ def diversity_beside_accuracy(results: Sequence[Result], rate: float) -> Figure:
     if not math.isnan(end):
         right.set_xlim(left=end)
     right.set_xlabel("top-1 accuracy (%)")
-    _legend(figure, [left])
-    return figure
-
-
-def fidelity(found: Sequence[Fidelity]) -> Figure:
-    """How alike the features and the attention of a reduced ViT are to its own unreduced, means
-    over photographs.
-    """
-    figure, axes = _panels(
-        (
-            "patch features (dropped patches count 0)",
-            "patch features, patches still held",
-            "class attention, last blocks",
-        ),
-        height=4.0,
-        width=12.5,
-    )
-    rates = sorted({one.rate for one in found}, reverse=True)
-    for axis, name in zip(axes, COSINES, strict=True):
-        for method, style in STYLES.items():
-            columns = [
-                [getattr(one, name) for one in found if (one.method, one.rate) == (method, rate)]
-                for rate in rates
-            ]
-            points = [
-                (place, fmean(values), 0.0, 0.0) for place, values in enumerate(columns) if values
-            ]
-            _errorbar(axis, points, method, style)
-        axis.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-        axis.set_xlabel("TDM's keep rate; all at its GMACs")
-    axes[0].set_ylabel("cosine with the unreduced model")
-    photographs = len({one.photograph for one in found})
-    figure.suptitle(
-        f"Fidelity to the unreduced ViT on {photographs} photographs; this is not accuracy",
-        fontsize=11,
-    )
-    _legend(figure, axes)
+    legend(figure, [left])
     return figure
 
 
@@ -201,9 +173,10 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _panels(
+def panels(
     titles: Sequence[str], height: float, width: float = _WIDTH
 ) -> tuple[Figure, list[Axes]]:
+    """A figure with panels side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -228,9 +201,10 @@ def _spread(found: Any, when: str) -> tuple[float, float, float]:
     return mean, mean - min(values), max(values) - mean
 
 
-def _errorbar(
+def errorbar(
     axis: Axes, points: Sequence[Any], label: str, style: tuple[str, str, str], line: bool = True
 ) -> None:
+    """Draw points (x, y, below, above) of one method."""
     if not points:
         return
     colour, marker, dashes = style
@@ -249,7 +223,7 @@ def _errorbar(
         elinewidth=1,
         capsize=2,
         label=label,
-        zorder=4 if label == "TDM" else 3,
+        zorder=4 if label == "WardTDM" else 3,
     )
 
 
@@ -294,7 +268,7 @@ def _per_token(result: Result) -> list[float]:
     return [score / count if count else math.nan for score, count in found]
 
 
-def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+def legend(figure: Figure, axes: Sequence[Axes]) -> None:
     """One legend for all panels, beside them."""
     entries = {
         label: handle

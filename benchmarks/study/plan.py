@@ -13,16 +13,21 @@ from tdm_lightning.mergers import TokenMerger
 from tdm_lightning.slimming import select
 from tdm_lightning.strategies import (
     DPCKNN,
+    MCTF,
     TDM,
+    DiffRate,
     DyViT,
     EViT,
     EvoViT,
+    PiToMe,
     PSViT,
     Random,
     SPViT,
     Strategy,
+    ToFu,
     ToMe,
     TopK,
+    WardTDM,
 )
 from tdm_lightning.vit import attach
 
@@ -88,6 +93,11 @@ _EVOVIT_NOTE = (
     " fine-tuning adapts"
 )
 
+_DIFFRATE_NOTE = (
+    "the shares that its authors learned for DeiT-S at 2.9 GFLOPs, raised to the power that meets"
+    " the budget"
+)
+
 #: Six blocks, one keep rate for all, solved for the budget: as many small steps as three large ones
 #: cost. Chosen on the validation split, see :mod:`~benchmarks.study.placement`.
 _EVERY_OTHER = (0, 2, 4, 6, 8, 10)
@@ -100,11 +110,32 @@ METHODS = (
         lambda rate: TDM(rate, layers=_EVERY_OTHER),
         note="reduces after every other block instead of three, by the same share each time",
     ),
+    Method("WardTDM", lambda rate: WardTDM()),
+    Method(
+        "WardTDM (6 blocks)",
+        lambda rate: WardTDM(layers=_EVERY_OTHER),
+        note="reduces in every other block",
+    ),
+    Method(
+        "WardTDM (12 blocks)",
+        lambda rate: WardTDM(layers="all", rounds=2),
+        note="reduces in every block, in two rounds",
+    ),
     Method("EViT", lambda rate: EViT()),
     Method("TopK", lambda rate: TopK()),
     Method("DPC-KNN", lambda rate: DPCKNN()),
     Method("ToMe", lambda rate: ToMe()),
+    Method("ToMe (rate)", lambda rate: ToMe(keep_rate=0.9), note="a constant rate in every block"),
+    Method("PiToMe", lambda rate: PiToMe()),
+    Method("MCTF", lambda rate: MCTF()),
+    Method("DiffRate", lambda rate: DiffRate(), note=_DIFFRATE_NOTE),
+    Method("ToFu", lambda rate: ToFu()),
     Method("Random", lambda rate: Random()),
+    Method(
+        "Random (12 blocks)",
+        lambda rate: Random(layers=tuple(range(12))),
+        note="a constant rate in every block",
+    ),
     Method("DyViT", lambda rate: DyViT(**_DYVIT), lr_factor=10, note=_DYVIT_NOTE),
     Method(
         "DyViT+TDM",

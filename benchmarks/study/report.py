@@ -8,7 +8,7 @@ from benchmarks.study import figures, tables
 from benchmarks.study.ablate import DEFAULT, VARIANTS
 from benchmarks.study.placement import PLACEMENTS
 from benchmarks.study.plan import METHODS
-from benchmarks.study.results import WHEN, Result, collect, read, read_fidelity
+from benchmarks.study.results import WHEN, Result, collect, read
 from tdm_lightning.errors import SettingError
 
 #: The keep rate of the figure with the diversity scores.
@@ -43,8 +43,6 @@ def report(folder: Path) -> list[Path]:
         written.append(
             _text(folder / "placement.md", [*_accuracies(placement), tables.remarks(placement)])
         )
-    if found := read_fidelity(folder):
-        written.append(figures.save(figures.fidelity(found), folder / "fidelity.png"))
     if not written:
         raise SettingError(
             f"there are no results in {folder}: run `python -m benchmarks.study --part grid`"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,6 @@ from tdm_lightning.strategies import Strategy
 
 #: Before and after the fine-tuning.
 WHEN = ("before", "after")
-#: What :class:`Fidelity` measures.
-COSINES = ("features", "held", "attention")
 
 
 @dataclass(frozen=True)
@@ -52,31 +50,6 @@ class Result:
     facts: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """One photograph under one method.
-
-    Attributes:
-        method: its name.
-        rate: TDM's keep rate whose budget it has.
-        gmacs: 10⁹ multiply-accumulates, all of them.
-        photograph: its name.
-        features: mean cosine over patches between the dense final features of reduced and plain
-            model; 0 for dropped patches.
-        held: the same mean over those patches only that some token still holds.
-        attention: cosine between the class attentions over all patches, mean over the last blocks.
-            A token's attention is spread evenly over its patches; dropped patches get none.
-    """
-
-    method: str
-    rate: float
-    gmacs: float
-    photograph: str
-    features: float
-    held: float
-    attention: float
-
-
 def collect(folder: Path, part: str, methods: Sequence[Method]) -> list[Path]:
     """Write ``PART.csv`` and ``PART_correct.csv`` of the finished cells in ``FOLDER/PART``; none
     where there are no cells.
@@ -108,28 +81,6 @@ def read(folder: Path, part: str) -> list[Result]:
     return [
         _result(row, right[row["method"], row["rate"], row["seed"]]) for row in read_csv(numbers)
     ]
-
-
-def write_fidelity(folder: Path, found: Sequence[Fidelity]) -> Path:
-    """Write ``fidelity.csv``."""
-    path = folder / "fidelity.csv"
-    write_csv(
-        path,
-        [
-            {**asdict(one), **{name: f"{getattr(one, name):.5f}" for name in COSINES}}
-            for one in found
-        ],
-    )
-    return path
-
-
-def read_fidelity(folder: Path) -> list[Fidelity]:
-    """What :func:`write_fidelity` wrote; none where there is no file."""
-    path = folder / "fidelity.csv"
-    return [
-        Fidelity(**{**row, **{name: float(row[name]) for name in ("rate", "gmacs", *COSINES)}})
-        for row in read_csv(path)
-    ]  # type: ignore[arg-type]
 
 
 def _numbers(cell: Record) -> dict[str, Any]:
