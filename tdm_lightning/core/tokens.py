@@ -14,7 +14,7 @@ from tdm_lightning.core.positions import Positions
 from tdm_lightning.core.reduction import Reduction, Role, Seen
 from tdm_lightning.core.trace import History, LayerTrace
 from tdm_lightning.errors import SettingTypeError
-from tdm_lightning.ops import gather_tokens, joined, pack
+from tdm_lightning.ops import gather_tokens, pack
 
 #: Added to the logits of keys that nobody may attend to. Finite in half precision too, because an
 #: image may have no other keys.
@@ -168,10 +168,10 @@ class Tokens:
         index: int,
         kept: Tensor,
         importance: Tensor | None = None,
-        into: Tensor | None = None,
+        joins: Tensor | None = None,
     ) -> Tokens:
         """The tokens after every image kept its own choice of patch tokens; the others are gone, or
-        went into kept ones, whose features are already those of the group.
+        live on in kept ones.
 
         Images that kept fewer than the longest are padded; padding is masked out of the attention
         and stands for no patch.
@@ -180,20 +180,26 @@ class Tokens:
             index: the block.
             kept: B×N, bool; padding is never kept.
             importance: B×N, for the trace.
-            into: the kept token that holds each one, B×N, int64; ``None``: none but itself.
+            joins: the kept token that each token has been combined into, itself where it is kept,
+                B×N, int64; ``None``: what is not kept is gone.
         """
-        kept = kept & self.valid_patches
+        present = self.valid_patches
+        kept = kept & present
         order, valid = pack(kept)
         x = gather_tokens(self.patches, order)
         if not bool(valid.all()):
             x = x.masked_fill(~valid.unsqueeze(-1), 0)
-        assignment = torch.where(kept, kept.cumsum(dim=1) - 1, -1)
-        role = torch.where(kept, int(Role.KEPT), int(Role.DROPPED))
-        if into is not None:
-            _, shared = joined(into)
-            assignment = assignment.gather(1, into)
-            role = torch.where(shared, int(Role.MATCHED), role)
-        reduction = Reduction(x, assignment, role, position=order)
+        slot = kept.cumsum(dim=1) - 1
+        if joins is None:
+            assignment = torch.where(kept, slot, -1)
+            role = torch.where(kept, int(Role.KEPT), int(Role.DROPPED))
+        else:
+            assignment = torch.where(present, slot.gather(1, joins), -1)
+            members = torch.zeros_like(joins).scatter_add(1, joins, present.long())
+            shared = torch.where(members.gather(1, joins) > 1, int(Role.MATCHED), int(Role.KEPT))
+            role = torch.where(present, shared, int(Role.DROPPED))
+        position = order if joins is None else None
+        reduction = Reduction(x, assignment, role, position=position)
         tokens = self.reduced(index, reduction, importance)
         if self.valid is None:
             return tokens.masked(pad(valid, (self.prefix, 0), value=True))

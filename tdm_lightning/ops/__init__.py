@@ -17,7 +17,7 @@ from tdm_lightning.ops.merge import (
     rank_order,
     unmerge,
 )
-from tdm_lightning.ops.mutual import mutual_pairs
+from tdm_lightning.ops.mutual import mutual_neighbours
 from tdm_lightning.ops.pairs import match_pairs
 from tdm_lightning.ops.policy import policy_softmax
 from tdm_lightning.ops.ragged import pack
@@ -41,7 +41,7 @@ __all__ = [
     "match_pairs",
     "mean_positions",
     "merge_groups",
-    "mutual_pairs",
+    "mutual_neighbours",
     "pack",
     "pairwise_distances",
     "policy_softmax",

@@ -75,4 +75,4 @@ class MaMe(Strategy):
         into = here.clone()
         into[:, 1::2] = torch.where(goes, 2 * weight.argmax(dim=1), here[:, 1::2])
         tokens = tokens.replace(x=torch.cat((tokens.x[:, : tokens.prefix], merged), dim=1))
-        return tokens.packed(index, into == here, into=into)
+        return tokens.packed(index, into == here, joins=into)

@@ -1,4 +1,4 @@
-"""MPM: average pairs of tokens that are each other's nearest."""
+"""MPM: merge the pairs of tokens that are each other's nearest neighbour."""
 
 from __future__ import annotations
 
@@ -10,25 +10,36 @@ from torch import nn
 from tdm_lightning.core.checks import check_layers, check_layers_exist
 from tdm_lightning.core.info import ModelInfo
 from tdm_lightning.core.tokens import Tokens
-from tdm_lightning.ops import gather_tokens, mutual_pairs
+from tdm_lightning.ops import gather_tokens, mutual_neighbours
 from tdm_lightning.strategies.base import Strategy
 
 
 class MPM(Strategy):
-    """Averages pairs of tokens that are each other's nearest by cosine, before some blocks (Ravé et
-    al., "MPM: Mutual Pair Merging for Efficient Vision Transformers", CVPR Findings 2026, arXiv
-    2604.05718; no code was published, so this is a reading).
+    """Merges mutual nearest neighbours before a few blocks (Ravé et al., "MPM: Mutual Pair Merging
+    for Efficient Vision Transformers", CVPR 2026 Findings; ``saulane/MPM``). Needs no training and
+    adds no parameter.
 
-    How many pairs there are depends on the image: at most half of the tokens go, and nothing can be
-    set but the blocks. Stated in the paper: cosines of all image tokens, the mutual pairs, their
-    plain mean in the place of the first, the blocks. A reading: images of a batch keep their own
-    numbers of tokens, the shorter ones padded; sizes play no part.
+    Two patch tokens that are each other's nearest by cosine become their plain mean, in the place
+    of the first; all others stay as they are. How many pairs there are depends on the image, at
+    most half of its tokens go each time, and there is no rate or threshold to set: only the blocks.
+    Class and register tokens take no part, and a merged token attracts no more attention than
+    another.
+
+    What an image gives does not depend on its batch: shorter ones are padded, the padding is masked
+    and pairs with nobody, as in the official Segmenter; the official code for timm runs image by
+    image. The official code copies merged tokens back to all their patches before the head;
+    here :meth:`~tdm_lightning.TokenReducedViT.forward_intermediates` does so for dense tasks, and
+    pooling heads count each token as many times as it stands for patches, which is the same.
+
+    A reading: where the blocks ask for positions a pair stands as any merged token here does, see
+    :meth:`Positions.after <tdm_lightning.core.positions.Positions.after>`; the paper's models do
+    not ask.
 
     Args:
-        layers: blocks before which pairs are merged, counted from 0.
+        layers: blocks *before* which pairs are merged, counted from 0.
 
     Raises:
-        TypeError, ValueError: if they are no such blocks.
+        TypeError, ValueError: if they are of the wrong kind, negative, repeated or not there.
     """
 
     adaptive = True
@@ -38,24 +49,23 @@ class MPM(Strategy):
         self.layers = check_layers(layers)
 
     def bind(self, vit: nn.Module, info: ModelInfo) -> None:
-        """See :meth:`Strategy.bind`.
+        """Check the layers.
 
         Raises:
-            ValueError: if the model has no such blocks.
+            ValueError: if the model has not so many.
         """
         check_layers_exist(self.layers, info.depth)
 
     def before_block(self, index: int, tokens: Tokens) -> Tokens:
-        """Merge the pairs that there are."""
-        if index not in self.layers or tokens.count < 2:
+        """Merge the pairs of each image."""
+        if index not in self.layers:
             return tokens
         x = tokens.patches
-        into = mutual_pairs(x, tokens.valid_patches)
-        here = torch.arange(tokens.count, device=into.device)
-        taken = into != here
-        # the other of each pair, itself where there is none
-        other = here.expand_as(into).scatter(1, into, torch.where(taken, here, into))
-        other = torch.where(taken, into, other)
-        mean = (x + gather_tokens(x, other)) / 2
-        tokens = tokens.replace(x=torch.cat((tokens.x[:, : tokens.prefix], mean), dim=1))
-        return tokens.packed(index, ~taken, into=into)
+        partner = mutual_neighbours(x, None if tokens.valid is None else tokens.valid_patches)
+        here = torch.arange(tokens.count, device=x.device)
+        joins = torch.minimum(partner, here)
+        # Half and half, so that a token alone stays exactly what it is; halved first, because half
+        # precision may not hold the sum.
+        merged = x / 2 + gather_tokens(x, partner) / 2
+        tokens = tokens.replace(x=torch.cat((tokens.x[:, : tokens.prefix], merged), dim=1))
+        return tokens.packed(index, joins == here, joins=joins)

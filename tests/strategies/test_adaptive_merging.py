@@ -1,4 +1,4 @@
-"""MPM and MaMe, which no code is published of: against plain loops, and batch by batch."""
+"""MaMe, which no code is published of, and MPM: against plain loops, and batch by batch."""
 
 import pytest
 import timm
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import tdm_lightning as tdm
 from tdm_lightning.core import Role
-from tdm_lightning.ops import mutual_pairs, spread_weights
+from tdm_lightning.ops import spread_weights
 from tests.helpers.vits import lively
 
 METHODS = {"mpm": lambda: tdm.MPM((1, 2)), "mame": lambda: tdm.MaMe(0.6, (0, 1, 2))}
@@ -138,8 +138,6 @@ def test_bad_arguments(make, words):
 
 
 def test_one_and_two_patches():
-    valid = torch.tensor([[True, True], [True, False]])
-    assert mutual_pairs(torch.randn(2, 2, 3), valid).tolist() == [[0, 0], [0, 1]]
     assert spread_weights(torch.full((1, 1, 1), 0.9), 0.8).tolist() == [[[1.0]]]
     for make in METHODS.values():
         vit = small(img_size=4)

@@ -16,6 +16,7 @@ STRATEGIES = {
     "dyvit": lambda: tdm.DyViT(0.5, (1, 2)),
     "evovit": lambda: tdm.EvoViT(0.5, layers=(1, 2, 3)),
     "tome": lambda: tdm.ToMe(4),
+    "mpm": lambda: tdm.MPM((1, 2)),
     "dpcknn": lambda: tdm.DPCKNN(0.5, (1, 2)),
     "topk": lambda: tdm.TopK(0.5, (1, 2)),
     "random": lambda: tdm.Random(0.5, (1, 2)),
@@ -24,7 +25,7 @@ STRATEGIES = {
     "spvit": lambda: tdm.SPViT((1, 2)),
     "iared2": lambda: tdm.IARED2(groups=2, threshold=0.73),
 }
-HOLDING = {"tdm", "evit", "evovit", "tome", "dpcknn", "spvit"}  # methods that lose no patch
+HOLDING = {"tdm", "evit", "evovit", "tome", "dpcknn", "spvit", "mpm"}  # methods that lose no patch
 
 
 def wide(**kwargs):
