@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from lightning.pytorch import Trainer
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -19,6 +20,7 @@ from benchmarks.runner import run
 from benchmarks.scenes.draw import SIDE
 from benchmarks.scenes.split import Garments, draw_scenes, read_garments
 from tdm_lightning.core.tables import append_csv
+from tdm_lightning.training.module import TokenReductionClassifier
 from tdm_lightning.visualize.sheet import make_folder
 
 MODEL = "vit_tiny_patch16_224"
@@ -171,10 +173,15 @@ def _resized(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 def _written(path: Path, model: Any) -> Path:
     """A checkpoint as ``tdm fit`` writes one, weights only, in half precision."""
-    side, width = model.patch_embed.img_size[0], model.embed_dim
-    settings = {"model": MODEL, "model_kwargs": _kwargs(side, width), "strategy": None}
-    weights = {f"model.vit.{name}": value.half() for name, value in model.state_dict().items()}
-    torch.save({"hyper_parameters": settings, "state_dict": weights}, path)
+    kwargs = _kwargs(model.patch_embed.img_size[0], model.embed_dim)
+    module = TokenReductionClassifier(MODEL, model_kwargs=kwargs)
+    module.model.vit.load_state_dict(model.state_dict())
+    trainer = Trainer(accelerator="cpu", barebones=True)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path, weights_only=True)
+    content = torch.load(path, weights_only=True)
+    content["state_dict"] = {name: value.half() for name, value in content["state_dict"].items()}
+    torch.save(content, path)
     return path
 
 
