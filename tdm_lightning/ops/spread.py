@@ -5,13 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 _TINY = 1e-12
+#: Weights that differ by no more are equal but for rounding.
+_EQUAL = 1e-6
 
 
 def spread_weights(alike: Tensor, threshold: float) -> Tensor:
     """How much of each source goes into each target (MaMe, Huo and Li, CVPR Findings 2026).
 
-    Cosines below the threshold count nothing; what is left of a source is normalised over the
-    targets, what lies below its mean is cut off, and the rest normalised again.
+    The threshold is taken off the cosines, and what is left of a source is normalised over the
+    targets; the mean of its weights is taken off those, and the rest normalised again. Where
+    nothing is left then, the targets being equal or one alone, the weights stay as they were.
 
     Args:
         alike: cosines of targets and sources, B×T×S.
@@ -28,9 +31,8 @@ def spread_weights(alike: Tensor, threshold: float) -> Tensor:
     weight = _normalised((alike - threshold).clamp(min=0))
     there = (weight > 0).sum(dim=1, keepdim=True).clamp(min=1)
     mean = weight.sum(dim=1, keepdim=True) / there
-    # A single target's weight is its mean: it keeps it.
     refined = (weight - mean).clamp(min=0)
-    alone = refined.sum(dim=1, keepdim=True) <= _TINY
+    alone = refined.sum(dim=1, keepdim=True) <= _EQUAL
     return _normalised(refined.where(~alone, weight))
 
 

@@ -23,12 +23,14 @@ class MaMe(Strategy):
     it (Huo and Li, "MaMe: Matrix-Based Token Merging", CVPR Findings 2026, arXiv 2604.13432;
     ``cominder/mame`` holds no code, so this is a reading).
 
-    How many tokens go depends on the image and the threshold. Stated: targets and sources, their
-    cosines less a threshold, normalised for each source, cut at its mean and normalised again; a
-    source that is like no target stays; the first eight blocks. A reading: sources are the odd
-    places, targets the even ones, between attention and MLP; a target becomes the mean of itself
-    and what it is given, by weight; a patch is traced to the target that got most of it; and each
-    image keeps its own tokens, where the paper keeps those that any image of the batch needs.
+    How many tokens go depends on the image and the threshold. What is known of the paper here are
+    its abstract, its README and summaries: targets and sources, their cosines less a threshold,
+    normalised for each source, pruned by the mean of its weights and normalised again; a source
+    that is like no target stays; the first eight blocks. A reading: sources are the odd places,
+    targets the even ones, between attention and MLP; a source whose targets are all alike keeps its
+    weights; a target becomes the mean of itself and what it is given, by weight; a patch is traced
+    to the target that got most of it; the threshold; and each image keeps its own tokens, where the
+    paper keeps those that any image of the batch needs.
 
     Args:
         threshold: the cosine from which a token is like another.
@@ -61,7 +63,7 @@ class MaMe(Strategy):
             return tokens
         x, valid = tokens.patches, tokens.valid_patches
         targets, sources = x[:, ::2], x[:, 1::2]
-        with torch.no_grad(), full_precision(x.device):
+        with full_precision(x.device):
             unit = F.normalize(x.float(), dim=-1)
             alike = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
             there = valid[:, ::2].unsqueeze(2) & valid[:, 1::2].unsqueeze(1)

@@ -47,7 +47,7 @@ def plain_spread(x, threshold):
         weights = {t: w / total for t, w in weights.items() if w > 0}
         mean = sum(weights.values()) / len(weights)
         above = {t: w - mean for t, w in weights.items() if w > mean}
-        weights = above if sum(above.values()) > 1e-12 else weights
+        weights = above if sum(above.values()) > 1e-6 else weights
         for t, w in weights.items():
             given[t].append((w / sum(weights.values()), s))
         into[s] = max(weights, key=weights.get)
