@@ -34,6 +34,7 @@ def study(
     eval_images: int | None = None,
     lr: float = 2e-4,
     weight_decay: float = 0.05,
+    distill: float = 0.0,
 ) -> list[Path]:
     """Run a part of the study, or draw what it found.
 
@@ -56,6 +57,7 @@ def study(
         eval_images: evaluate on the first so many images only.
         lr: learning rate of the fine-tuning.
         weight_decay: of the fine-tuning.
+        distill: weight of distillation from the plain model in the fine-tuning; 0: none.
 
     Returns:
         The files that the report wrote.
@@ -88,7 +90,7 @@ def study(
     data = type(data)(**{**data.hparams, "model": start.model, "model_kwargs": start.model_kwargs})
     made = {"grid": grid_cells, "ablation": ablation_cells, "placement": placement_cells}
     cells = made[part](methods, rates, seeds)
-    recipe = Recipe(train_images, lr, weight_decay)
+    recipe = Recipe(train_images, lr, weight_decay, distill)
     run_cells(cells, start, data, folder / part, recipe, split or _SPLITS[part], eval_images)
     return []
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
 
-from tdm_lightning.core.checks import check_count
+from tdm_lightning.core.checks import check_count, check_number
 from tdm_lightning.data import ImageNetDataModule
 from tdm_lightning.errors import SettingError
+from tdm_lightning.strategies import Distillation, Stack, Strategy
 from tdm_lightning.training.module import TokenReductionClassifier
 
 
@@ -23,6 +24,7 @@ class Recipe:
         train_images: images to see; more than there are: some again.
         lr: learning rate at the start.
         weight_decay: as in :class:`~tdm_lightning.TokenReductionClassifier`.
+        distill: weight of the divergence from the plain model's answers; 0: none.
 
     Raises:
         TypeError, ValueError: if a number is none or out of range.
@@ -31,11 +33,13 @@ class Recipe:
     train_images: int = 6000
     lr: float = 2e-4
     weight_decay: float = 0.05
+    distill: float = 0.0
 
     def __post_init__(self) -> None:
         check_count(self.train_images, "train_images", least=0)
         if not 0 < self.lr < math.inf:
             raise SettingError(f"lr must be a positive learning rate, got {self.lr!r}")
+        check_number(self.distill, "distill")
 
     def arguments(self, lr_factor: float) -> dict[str, float | None]:
         """For :class:`~tdm_lightning.TokenReductionClassifier`; the factor: see
@@ -50,6 +54,11 @@ class Recipe:
             "mixup": 0.0,
             "cutmix": 0.0,
         }
+
+
+def taught(strategy: Strategy, recipe: Recipe) -> Strategy:
+    """The method, beside distillation where the recipe has some."""
+    return Stack([Distillation(recipe.distill), strategy]) if recipe.distill else strategy
 
 
 def finetune(module: TokenReductionClassifier, data: ImageNetDataModule, recipe: Recipe) -> None:

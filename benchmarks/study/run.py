@@ -15,7 +15,7 @@ from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 
 from benchmarks.study.evaluate import Evaluation, evaluate, gathered
-from benchmarks.study.finetune import Recipe, finetune
+from benchmarks.study.finetune import Recipe, finetune, taught
 from benchmarks.study.plain import Plain
 from benchmarks.study.plan import SEEDS, Cell
 from benchmarks.study.store import Record, Store, pack_bits
@@ -109,7 +109,7 @@ def run_cell(
     seed_everything(cell.seed, verbose=False)
     if cell.method.look is not None:
         strategy = cell.method.look(strategy, plain.under(Strategy()).model.vit, _unaugmented(data))
-    module = plain.under(strategy, **recipe.arguments(cell.method.lr_factor))
+    module = plain.under(taught(strategy, recipe), **recipe.arguments(cell.method.lr_factor))
     model = module.model.to(choose_device("auto"))
     if (
         cell.seed == SEEDS[0] or not recipe.train_images

@@ -3,6 +3,7 @@
 from tdm_lightning.strategies.avit import AViT
 from tdm_lightning.strategies.base import Requirements, Strategy
 from tdm_lightning.strategies.diffrate import DiffRate
+from tdm_lightning.strategies.distill import Distillation
 from tdm_lightning.strategies.dpcknn import DPCKNN
 from tdm_lightning.strategies.dyvit import DyViT
 from tdm_lightning.strategies.evit import EViT
@@ -32,6 +33,7 @@ __all__ = [
     "TDM",
     "AViT",
     "DiffRate",
+    "Distillation",
     "DyViT",
     "EViT",
     "EvoViT",

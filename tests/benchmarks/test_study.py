@@ -249,6 +249,16 @@ def test_all_methods_see_the_same_images(checkpoint, monkeypatch):
     assert seen[:2] == seen[2:4] == seen[4:6] == seen[6:8] == seen[8:]
 
 
+def test_fine_tuning_with_distillation(checkpoint):
+    plain, images = Plain.read(checkpoint), (torch.zeros(2, 1, 28, 28), torch.zeros(2).long())
+    method = replace(METHODS_BY_NAME["WardTDM"], solve=False)
+    record = run_cell(Cell(method, 0.7, 2), plain, data(), Recipe(8, distill=1.0), images)
+    assert record["setting"]["class_path"] == "tdm_lightning.WardTDM"
+    assert "accuracy_after" in record
+    with pytest.raises(ValueError, match="distill"):
+        Recipe(8, distill=-1.0)
+
+
 def test_psvits_masks_come_from_training_images():
     import timm
 
