@@ -24,7 +24,7 @@ ALL = {
     **STRATEGIES,
     "svite-tdm": lambda: [tdm.SViTE(), tdm.TDM(0.5, (1, 2), tdm.TokenMerger(features="keys"))],
 }
-ADAPTIVE = {"avit", "spvit", "iared2"}
+ADAPTIVE = {"avit", "spvit", "iared2", "mpm"}
 
 
 def made(name):
