@@ -18,11 +18,12 @@ _SPLITS: dict[str, Literal["validation", "test"]] = {
     "grid": "test",
     "ablation": "validation",
     "placement": "validation",
+    "ward": "validation",
 }
 
 
 def study(
-    part: Literal["grid", "ablation", "placement", "report"] = "report",
+    part: Literal["grid", "ablation", "placement", "ward", "report"] = "report",
     plain: str | None = None,
     data: ImageNetDataModule | None = None,
     out: str = "study",
@@ -44,7 +45,8 @@ def study(
     Args:
         part: ``grid``: methods at TDM's budgets, on the test split. ``ablation``: TDM with one of
             its merger's arguments changed at a time, on the validation split. ``placement``: TDM in
-            other blocks, on that split too. ``report``: tables and figures of what is there, in
+            other blocks, on that split too. ``ward``: WardTDM with one part changed at a time, on
+            that split too. ``report``: tables and figures of what is there, in
             seconds.
         plain: checkpoint that ``tdm fit`` wrote of the unreduced model.
         data: its images; the model they are prepared for is filled in.
@@ -72,6 +74,7 @@ def study(
     from benchmarks.study.plan import grid_cells
     from benchmarks.study.report import report
     from benchmarks.study.run import run_cells
+    from benchmarks.study.ward import ward_cells
 
     folder = Path(out)
     if part == "report":
@@ -88,7 +91,12 @@ def study(
     )  # it introduces itself once per cell
     start = Plain.read(plain)
     data = type(data)(**{**data.hparams, "model": start.model, "model_kwargs": start.model_kwargs})
-    made = {"grid": grid_cells, "ablation": ablation_cells, "placement": placement_cells}
+    made = {
+        "grid": grid_cells,
+        "ablation": ablation_cells,
+        "placement": placement_cells,
+        "ward": ward_cells,
+    }
     cells = made[part](methods, rates, seeds)
     recipe = Recipe(train_images, lr, weight_decay, distill)
     run_cells(cells, start, data, folder / part, recipe, split or _SPLITS[part], eval_images)

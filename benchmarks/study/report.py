@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.study import figures, tables
+from benchmarks.study import figures, tables, ward
 from benchmarks.study.ablate import DEFAULT, VARIANTS
 from benchmarks.study.placement import PLACEMENTS
 from benchmarks.study.plan import METHODS
@@ -29,7 +29,10 @@ def report(folder: Path) -> list[Path]:
     """
     written = [*collect(folder, "grid", METHODS), *collect(folder, "ablation", VARIANTS)]
     written += collect(folder, "placement", PLACEMENTS)
-    grid, ablation, placement = (read(folder, part) for part in ("grid", "ablation", "placement"))
+    written += collect(folder, "ward", ward.VARIANTS)
+    grid, ablation, placement, linkage = (
+        read(folder, part) for part in ("grid", "ablation", "placement", "ward")
+    )
     if any(result.accuracy for result in grid):
         written += _grid(folder, grid)
     if ablation:
@@ -37,6 +40,13 @@ def report(folder: Path) -> list[Path]:
             _text(
                 folder / "ablation.md",
                 [tables.ablation_table(ablation, DEFAULT), tables.remarks(ablation)],
+            )
+        )
+    if linkage:
+        written.append(
+            _text(
+                folder / "ward.md",
+                [tables.ablation_table(linkage, ward.DEFAULT), tables.remarks(linkage)],
             )
         )
     if placement:

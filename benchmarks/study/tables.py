@@ -117,7 +117,7 @@ def difference_table(results: Sequence[Result], when: str) -> str:
 
 
 def ablation_table(results: Sequence[Result], default: str) -> str:
-    """What each change of the merger is ahead of the default, per keep rate, before and after
+    """What each change is ahead of the default, per keep rate, before and after
     fine-tuning.
     """
     rates = rates_of(results)
@@ -135,7 +135,7 @@ def ablation_table(results: Sequence[Result], default: str) -> str:
         rows.append([method, *cells])
     rows.sort(key=lambda row: row[0] != default)
     title = (
-        "Accuracy of TDM's defaults, and the lead in points of each change over them with 95 %"
+        "Accuracy of the defaults, and the lead in points of each change over them with 95 %"
         " bootstrap intervals"
     )
     return f"{title}; bold: the interval excludes 0.\n\n{markdown(header, rows)}"

@@ -32,6 +32,7 @@ from benchmarks.study.plan import (
 )
 from benchmarks.study.run import run_cell, solved
 from benchmarks.study.store import Store, unpack_bits
+from benchmarks.study.ward import VARIANTS as WARD_VARIANTS
 from tdm_lightning.data import ImageNetDataModule
 from tdm_lightning.slimming import select
 from tdm_lightning.training.module import TokenReductionClassifier
@@ -369,6 +370,38 @@ def test_placements_at_equal_cost(study, tmp_path):
         f"| blocks 1 3 5 7 9 | {100 * other['accuracy_before']:.2f} |"
         in (tmp_path / "placement.md").read_text()
     )
+
+
+def test_parts_of_wardtdm_changed_one_at_a_time(study, tmp_path):
+    names = ["WardTDM", "keys alone"]
+    study(
+        tmp_path,
+        "--part=ward",
+        f"--methods={names}",
+        "--rates=[0.5]",
+        "--train-images=0",
+        "--eval-images=20",
+    )
+    cells = cells_in(tmp_path / "ward")
+    assert len(cells) == 2
+    for cell in cells.values():
+        assert 0.99 * cell["gmacs_budget"] <= cell["gmacs"] <= cell["gmacs_budget"]
+    run(study_command, [f"--out={tmp_path}"])
+    assert "| keys alone |" in (tmp_path / "ward.md").read_text()
+
+
+@torch.no_grad()
+def test_every_part_of_wardtdm_makes_a_difference():
+    import timm
+
+    vit = lively(timm.create_model(NAME, num_classes=10, **{**SHAPE, "depth": 12})).eval()
+    torch.nn.init.normal_(vit.head.weight)
+    images = torch.randn(2, 1, 28, 28)
+    answers = {
+        method.name: tdm.attach(vit, method.make(0.5)).eval()(images) for method in WARD_VARIANTS
+    }
+    different = {name: (a - answers["WardTDM"]).abs().max() for name, a in answers.items()}
+    assert all(difference > 1e-4 for name, difference in different.items() if name != "WardTDM")
 
 
 def test_nothing_to_report(tmp_path):
