@@ -15,8 +15,8 @@ from tdm_lightning.errors import SettingError
 from tdm_lightning.importance import ReceivedAttention
 from tdm_lightning.mergers import CriteriaMerger
 from tdm_lightning.mergers.base import check_reduction
-from tdm_lightning.schedules import FewerPerBlock, RateAtBlocks, Schedule
-from tdm_lightning.strategies.base import Ahead, Requirements
+from tdm_lightning.schedules import FewerPerBlock, RateAtBlocks, Schedule, SearchSpace
+from tdm_lightning.strategies.base import Ahead, Requirements, Strategy
 from tdm_lightning.strategies.reduction import TokenReduction
 
 #: Tokens that always stay, the class token included.
@@ -98,6 +98,21 @@ class MCTF(TokenReduction):
     def after_attention(self, index: int, tokens: Tokens, seen: Seen) -> Tokens:
         """Nothing is left to do."""
         return tokens
+
+    def search_space(self, depth: int, patches: int) -> SearchSpace[Strategy] | None:
+        """The keep rates; of ``r`` the number of merges in all, over all blocks but the first, the
+        early ones first.
+        """
+        if self.keep_rate is not None or self._blocks is not None or depth == 1:
+            return super().search_space(depth, patches)
+        blocks = depth - 1
+        most = blocks * (patches // 2)
+
+        def candidate(step: int) -> Strategy:
+            each, more = divmod(most + 1 - step, blocks)
+            return self.changed(r=[0, *(each + (block < more) for block in range(blocks))])
+
+        return SearchSpace(most + 1, candidate)
 
     def _merged(self, index: int, tokens: Tokens, keep: int, received: Tensor) -> Ahead:
         importance = received[:, tokens.prefix :]

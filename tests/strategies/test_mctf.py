@@ -113,3 +113,14 @@ def test_ten_tokens_stay():
 def test_what_cannot_be_done_is_said(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("share", [0.7, 0.4])
+def test_meets_a_budget(share):
+    vit = timm.create_model(
+        "deit_tiny_patch16_224", img_size=56, patch_size=4, embed_dim=32, num_heads=2, depth=6
+    )
+    budget = share * tdm.flops.macs_with(vit, tdm.Strategy()) / 1e9
+    solved = tdm.budget.at_budget(vit, tdm.MCTF(), budget)
+    assert solved.r[0] == 0
+    assert 0.99 * budget <= tdm.flops.macs_with(vit, solved) / 1e9 <= budget
