@@ -240,11 +240,7 @@ class CountPerBlock(Schedule):
         Raises:
             ValueError: if there is not one count per block.
         """
-        if len(self.counts) != info.depth:
-            raise SettingError(
-                f"counts must hold one number per block, {info.depth} here, got {len(self.counts)}:"
-                f" {list(self.counts)}"
-            )
+        _check_length(self.counts, "counts", info)
 
 
 class SharePerBlock(Schedule):
@@ -279,11 +275,7 @@ class SharePerBlock(Schedule):
         Raises:
             ValueError: if there is not one share per block.
         """
-        if len(self.shares) != info.depth:
-            raise SettingError(
-                f"shares must hold one number per block, {info.depth} here, got"
-                f" {len(self.shares)}: {list(self.shares)}"
-            )
+        _check_length(self.shares, "shares", info)
 
     def search_space(self, depth: int, patches: int, size: int = 1000) -> SearchSpace[Schedule]:
         """Powers from 12 down to ``12/size``."""
@@ -298,6 +290,14 @@ def annealed(keep_rate: float, current: float | None) -> float:
     As in the official EViT, nothing is reduced unless both are below 1.
     """
     return keep_rate if current is None or keep_rate == 1 else current
+
+
+def _check_length(numbers: Sequence[Any], name: str, info: ModelInfo) -> None:
+    if len(numbers) != info.depth:
+        raise SettingError(
+            f"{name} must hold one number per block, {info.depth} here, got {len(numbers)}:"
+            f" {list(numbers)}"
+        )
 
 
 def _check_r(r: Any) -> int | list[int] | tuple[int, float]:

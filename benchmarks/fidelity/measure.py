@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tdm_lightning.core import Output
+from tdm_lightning.ops import unmerge
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.vit import TokenReducedViT, attach
 
@@ -51,12 +53,10 @@ def observed(
     return torch.cat(pooled), torch.cat(dense)
 
 
-def dense_features(model: TokenReducedViT, output: object) -> Tensor:
+def dense_features(model: TokenReducedViT, output: Output) -> Tensor:
     """The feature of the token that holds each patch, B×N0×C; zero where it was dropped."""
-    from tdm_lightning.ops import unmerge
-
-    features, trace = output.features, output.trace  # type: ignore[attr-defined]
-    patches = features[:, model.num_prefix_tokens :]
+    assert output.trace is not None
+    trace, patches = output.trace, output.features[:, model.num_prefix_tokens :]
     return unmerge(patches, trace.layers[-1].assignment) if trace.layers else patches
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,6 @@ def crops(photos: dict[str, Image.Image], count: int, seed: int, config: dict[st
 
     state = torch.get_rng_state()
     torch.manual_seed(seed)
-    import random
-
     random.seed(seed)  # timm's crops draw from Python's generator
     prepare = create_transform(
         **config, is_training=True, scale=_SCALE, ratio=_RATIO, color_jitter=None, hflip=0.5

@@ -5,6 +5,7 @@ cost.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -67,14 +68,14 @@ def study(
     Raises:
         TypeError, ValueError: if a setting is wrong, or the folder holds results made with others.
     """
+    from benchmarks.study import ward
     from benchmarks.study.ablate import ablation_cells
     from benchmarks.study.finetune import Recipe
     from benchmarks.study.placement import placement_cells
     from benchmarks.study.plain import Plain
-    from benchmarks.study.plan import grid_cells
+    from benchmarks.study.plan import crossed, grid_cells
     from benchmarks.study.report import report
     from benchmarks.study.run import run_cells
-    from benchmarks.study.ward import ward_cells
 
     folder = Path(out)
     if part == "report":
@@ -95,7 +96,7 @@ def study(
         "grid": grid_cells,
         "ablation": ablation_cells,
         "placement": placement_cells,
-        "ward": ward_cells,
+        "ward": partial(crossed, ward.VARIANTS, ward.RATES),
     }
     cells = made[part](methods, rates, seeds)
     recipe = Recipe(train_images, lr, weight_decay, distill)

@@ -32,5 +32,6 @@ fit plain --model.weights runs/study/coarse/last.ckpt
 tdm test --config benchmarks/configs/plain.yaml --data.dataset "$dataset" --ckpt_path $plain
 cells --part ablation --eval_images 3000
 cells --part placement --train_images 0 --eval_images 3000
+cells --part ward --train_images 0 --eval_images 3000
 cells --part grid
 python -m benchmarks.study --out "$out"

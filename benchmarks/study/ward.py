@@ -4,16 +4,16 @@ TDM's budgets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from benchmarks.study.plan import METHODS, Cell, Method, crossed
-from tdm_lightning.core.reduction import Reduction, Seen
+from benchmarks.study.plan import METHODS, Method
+from tdm_lightning.core.reduction import Reduction, Role, Seen
 from tdm_lightning.importance import ClassAttention
 from tdm_lightning.mergers import WardMerger
+from tdm_lightning.mergers.pairing import means_of_patches
 from tdm_lightning.schedules import FewerPerBlock, RateAtBlocks, Schedule
 from tdm_lightning.strategies import Strategy, TokenReduction, WardTDM
 
@@ -44,11 +44,7 @@ class NoSizes(WardMerger):
         """See :meth:`WardMerger.__call__`."""
         assert seen.size is not None
         found = super().__call__(replace(seen, size=torch.ones_like(seen.size)), keep)
-        total = found.totals(seen.size)
-        share = (seen.size / total.gather(1, found.assignment)).unsqueeze(-1)
-        index = found.assignment.unsqueeze(-1).expand_as(seen.x)
-        merged = torch.zeros_like(found.x).scatter_add(1, index, share * seen.x)
-        return Reduction(merged, found.assignment, found.role, total)
+        return means_of_patches(seen, found.assignment, found.role == Role.MATCHED, keep)
 
 
 class Attentive(WardMerger):
@@ -110,17 +106,3 @@ VARIANTS = (
     Method("weights with attention^0.5", lambda rate: _with(Attentive(power=0.5))),
     Method("weights with attention", lambda rate: _with(Attentive(power=1.0))),
 )
-
-
-def ward_cells(
-    methods: Sequence[str] | None = None,
-    rates: Sequence[float] | None = None,
-    seeds: Sequence[int] | None = None,
-) -> list[Cell]:
-    """The variants in the order to run them; arguments as
-    :func:`~benchmarks.study.plan.grid_cells`, one seed by default.
-
-    Raises:
-        ValueError: if there is no such variant.
-    """
-    return crossed(VARIANTS, RATES, methods, rates, seeds)

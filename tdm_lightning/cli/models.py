@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from tdm_lightning.checkpoints import load_weights, open_weights
 from tdm_lightning.errors import FileError, SettingError
 from tdm_lightning.strategies import TDM, Strategy
@@ -63,6 +65,14 @@ def choose_model(
         )
     config = {"model_args": arguments} if source.stored is None else source.stored.config
     return Chosen(reduced, config)
+
+
+def load_vit(weights: bool | str | None, name: str, arguments: dict[str, Any]) -> nn.Module:
+    """The timm model with its weights; a strategy that they were trained under is left out."""
+    vit = create_vit(name, pretrained=weights is True, **arguments)
+    if isinstance(weights, str):
+        load_weights(vit, open_weights(weights).without_strategy())
+    return vit
 
 
 def check_trained(weights: bool | str | None, random_weights: bool, why: str) -> None:

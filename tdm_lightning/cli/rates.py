@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from tdm_lightning.cli.models import check_trained
+from tdm_lightning.cli.models import check_trained, load_vit
 from tdm_lightning.data import ImageNetDataModule
 from tdm_lightning.errors import SettingError
 from tdm_lightning.mergers import Merger, WardMerger
@@ -60,7 +60,6 @@ def rates(
         TypeError, ValueError: without trained weights or data, if a setting is wrong, or the budget
             cannot be met.
     """
-    from tdm_lightning.cli.slim import load_vit
     from tdm_lightning.compare.environment import choose_device
     from tdm_lightning.importance import ClassAttention
     from tdm_lightning.rates import learn_counts

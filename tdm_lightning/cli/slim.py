@@ -9,11 +9,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from tdm_lightning.checkpoints import load_weights, open_weights
-from tdm_lightning.cli.models import check_trained
+from tdm_lightning.cli.models import check_trained, load_vit
 from tdm_lightning.data import ImageNetDataModule
 from tdm_lightning.errors import SettingError
-from tdm_lightning.vit.create import create_vit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -119,14 +117,6 @@ def slim(
     for name in ("slim.safetensors", "slim.csv"):
         console.print(str(folder / name), markup=False, highlight=False)
     return slimmed
-
-
-def load_vit(weights: bool | str | None, name: str, arguments: dict[str, Any]) -> nn.Module:
-    """The timm model with its weights."""
-    vit = create_vit(name, pretrained=weights is True, **arguments)
-    if isinstance(weights, str):
-        load_weights(vit, open_weights(weights).without_strategy())
-    return vit
 
 
 def _counts_within(vit: nn.Module, gmacs: float) -> list[int]:

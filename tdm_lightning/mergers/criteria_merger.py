@@ -8,14 +8,13 @@ from torch import Tensor
 from tdm_lightning.core.checks import check_number
 from tdm_lightning.core.reduction import Reduction, Role, Seen
 from tdm_lightning.errors import SettingError
-from tdm_lightning.mergers.base import Merger
-from tdm_lightning.mergers.pair_merger import check_half
+from tdm_lightning.mergers.pairing import HalvingMerger
 from tdm_lightning.ops import match_both_ways, merge_groups
 
 _TINY = 1e-12
 
 
-class CriteriaMerger(Merger):
+class CriteriaMerger(HalvingMerger):
     """Weighs likeness, importance and size together (MCTF, Lee et al., "Multi-criteria Token Fusion
     with One-step-ahead Attention", CVPR 2024; ``mlvlab/MCTF``).
 
@@ -46,14 +45,6 @@ class CriteriaMerger(Merger):
     def requires(self) -> frozenset[str]:
         """Importance."""
         return frozenset({"importance"})
-
-    def check(self, patches: int, keep: int) -> None:
-        """See :meth:`Merger.check`.
-
-        Raises:
-            ValueError: if more than half would have to go.
-        """
-        check_half(patches, keep)
 
     def shares(self, seen: Seen, group: Tensor, groups: int) -> Tensor:
         """How much of its group each token is, B×N."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from tdm_lightning.core.checks import check_number
-from tdm_lightning.core.reduction import Reduction, Role, Seen
-from tdm_lightning.mergers.base import Merger
-from tdm_lightning.mergers.pair_merger import check_half
-from tdm_lightning.ops import match_by_energy, merge_groups
+from tdm_lightning.core.reduction import Reduction, Seen
+from tdm_lightning.mergers.pairing import HalvingMerger, means_of_patches
+from tdm_lightning.ops import match_by_energy
 
 
-class EnergyMerger(Merger):
+class EnergyMerger(HalvingMerger):
     """Ranks tokens by how many others they are like, and merges those of highest energy in pairs
     (PiToMe, Tran et al., "Accelerating Transformers with Spectrum-Preserving Token Merging",
     NeurIPS 2024).
@@ -43,22 +40,10 @@ class EnergyMerger(Merger):
         """Keys."""
         return frozenset({"keys"})
 
-    def check(self, patches: int, keep: int) -> None:
-        """See :meth:`Merger.check`.
-
-        Raises:
-            ValueError: if more than half would have to go.
-        """
-        check_half(patches, keep)
-
     def __call__(self, seen: Seen, keep: int) -> Reduction:
         """See :meth:`Merger.__call__`; leaves tokens of high energy first."""
-        assert seen.size is not None
         assert seen.keys is not None
         n = seen.x.shape[1]
         among = 2 * (n - keep) if self.protect else n
         group, shared = match_by_energy(seen.keys, n - keep, self.margin, among)
-        total = seen.size.new_zeros(seen.size.shape[0], keep).scatter_add(1, group, seen.size)
-        merged = merge_groups(seen.x, group, seen.size / total.gather(1, group), keep)
-        role = torch.where(shared, int(Role.MATCHED), int(Role.KEPT))
-        return Reduction(merged, group, role, total)
+        return means_of_patches(seen, group, shared, keep)

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from tdm_lightning.core.reduction import Reduction, Role, Seen
-from tdm_lightning.mergers.base import Merger
-from tdm_lightning.mergers.pair_merger import check_half
+from tdm_lightning.mergers.pairing import HalvingMerger
 from tdm_lightning.ops import match_alternating, merge_groups
 
 
-class FusingMerger(Merger):
+class FusingMerger(HalvingMerger):
     """Matches as :class:`PairMerger` does, and makes up for what averages lose in length (ToFu, Kim
     et al., "Token Fusion", WACV 2024; as implemented in ``Westlake-AI/OpenToMe``).
 
@@ -30,14 +29,6 @@ class FusingMerger(Merger):
     def requires(self) -> frozenset[str]:
         """Keys."""
         return frozenset({"keys"})
-
-    def check(self, patches: int, keep: int) -> None:
-        """See :meth:`Merger.check`.
-
-        Raises:
-            ValueError: if more than half would have to go.
-        """
-        check_half(patches, keep)
 
     def __call__(self, seen: Seen, keep: int) -> Reduction:
         """See :meth:`Merger.__call__`."""

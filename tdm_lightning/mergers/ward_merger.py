@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tdm_lightning.core.checks import check_count, check_number
-from tdm_lightning.core.reduction import Reduction, Role, Seen
+from tdm_lightning.core.reduction import Reduction, Seen
 from tdm_lightning.errors import ReductionError, SettingError
 from tdm_lightning.mergers.base import Merger
-from tdm_lightning.ops import fewest_after, gather_tokens, merge_groups, rank_order, ward_groups
+from tdm_lightning.mergers.pairing import means_of_patches
+from tdm_lightning.ops import fewest_after, gather_tokens, joined, rank_order, ward_groups
 
 
 class WardMerger(Merger):
@@ -102,16 +103,11 @@ class WardMerger(Merger):
             # the place of the token that each one joins; a protected one joins none
             here = torch.arange(n, device=order.device).expand(batch, n)
             joins = here.scatter(1, order, order.gather(1, lead.gather(1, part)))
-            stays = joins == here
-            group = (stays.cumsum(dim=1) - 1).gather(1, joins)
+            group, shared = joined(joins)
         else:
-            group, _ = ward_groups(features, seen.size, keep, self.rounds)
-        total = seen.size.new_zeros(batch, keep).scatter_add(1, group, seen.size)
-        merged = merge_groups(seen.x, group, seen.size / total.gather(1, group), keep)
-        members = torch.zeros_like(group[:, :keep]).scatter_add(1, group, torch.ones_like(group))
-        shared = members.gather(1, group) > 1
-        role = torch.where(shared, int(Role.MATCHED), int(Role.KEPT))
-        return Reduction(merged, group, role, total)
+            group, lead = ward_groups(features, seen.size, keep, self.rounds)
+            group, shared = joined(lead.gather(1, group))
+        return means_of_patches(seen, group, shared, keep)
 
     def _features(self, seen: Seen) -> Tensor:
         """What is compared, B×N×D, float32."""

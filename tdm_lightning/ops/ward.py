@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tdm_lightning.errors import SettingError
-from tdm_lightning.ops.merge import gather_tokens
+from tdm_lightning.ops.merge import gather_tokens, joined
 from tdm_lightning.ops.precision import full_precision
 
 
@@ -82,7 +82,7 @@ def ward_groups(
             pairs = pairs_per_round(weight.shape[1], keep, rounds)
             leader = _in_rounds(features, weight, pairs)
     stays = leader == torch.arange(leader.shape[1], device=leader.device)
-    return (stays.cumsum(dim=1) - 1).gather(1, leader), _true_places(stays, keep)
+    return joined(leader)[0], _true_places(stays, keep)
 
 
 def _in_rounds(features: Tensor, weight: Tensor, pairs: list[int]) -> Tensor:

@@ -18,7 +18,7 @@ def settings(golden, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_official_numbers(official, golden, case):
-    check_against_official(official(case, tdm.DiffRate(*settings(golden, case))), case)
+    check_against_official(official(case, tdm.DiffRate(*settings(golden, case))))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ CASES = ("pitome_a", "pitome_b", "pitome_c")
 @pytest.mark.parametrize("case", CASES)
 def test_official_numbers(official, golden, case):
     rate = golden(case)[0]["method"]["keep_rate"]
-    check_against_official(official(case, tdm.PiToMe(rate)), case)
+    check_against_official(official(case, tdm.PiToMe(rate)))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,7 +12,7 @@ from tests.helpers.ward_reference import CASES, forward
 @pytest.mark.parametrize("case", CASES)
 def test_recorded_numbers(official, golden, case):
     method = golden(case)[0]["method"]
-    check_against_official(official(case, tdm.WardTDM(**method)), case)
+    check_against_official(official(case, tdm.WardTDM(**method)))
 
 
 @pytest.mark.parametrize(

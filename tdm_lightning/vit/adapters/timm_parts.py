@@ -43,7 +43,10 @@ class AttentionParts(ABC):
     ) -> Tensor:
         """What comes behind queries, keys and values: softmax, norm, gate, projection; B×T×C."""
         dropout = attn.attn_drop.p if attn.training else 0.0
-        x = attended(heads, bias, dropout, policy)
+        return self.projected(attn, attended(heads, bias, dropout, policy), h)
+
+    def projected(self, attn: Any, x: Tensor, h: Tensor) -> Tensor:
+        """What comes behind the weighted values, B×T×C: norm, gate, projection."""
         if hasattr(attn, "norm"):
             x = attn.norm(x)
         if getattr(attn, "gate", None) is not None:

@@ -65,11 +65,7 @@ class PlainAttention(AttentionParts):
     def weighted(self, attn: Any, weights: Tensor, h: Tensor) -> Tensor:
         """See :class:`AttentionParts`."""
         (v,) = _projected(attn, h, 2, 3)
-        x = (attn.attn_drop(weights) @ v).transpose(1, 2).flatten(2)
-        x = attn.norm(x)
-        if getattr(attn, "gate", None) is not None:
-            x = x * attn.gate(h).sigmoid()
-        return attn.proj_drop(attn.proj(x))
+        return self.projected(attn, (attn.attn_drop(weights) @ v).transpose(1, 2).flatten(2), h)
 
 
 def _projected(attn: Any, h: Tensor, first: int, last: int) -> tuple[Tensor, ...]:

@@ -1,0 +1,44 @@
+"""What mergers that pair tokens in two sets have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tdm_lightning.core.reduction import Reduction, Role, Seen
+from tdm_lightning.errors import SettingError
+from tdm_lightning.mergers.base import Merger
+from tdm_lightning.ops import merge_groups
+
+
+class HalvingMerger(Merger):
+    """A merger that pairs tokens of two sets once: half of them go at most."""
+
+    def check(self, patches: int, keep: int) -> None:
+        """See :meth:`Merger.check`.
+
+        Raises:
+            ValueError: if more than half would have to go.
+        """
+        if patches - keep > patches // 2:
+            raise SettingError(
+                f"matching in two sets leaves at least {patches - patches // 2} of {patches} tokens"
+                f" in one block, and {keep} are asked for; raise the keep rate or reduce in more"
+                " blocks"
+            )
+
+
+def means_of_patches(seen: Seen, group: Tensor, shared: Tensor, groups: int) -> Reduction:
+    """Every group becomes the mean of the patches that its tokens stand for.
+
+    Args:
+        seen: the N tokens.
+        group: the group of each in ``0…groups-1``, B×N, int64.
+        shared: which of them share their group, B×N, bool.
+        groups: number of groups.
+    """
+    assert seen.size is not None
+    total = seen.size.new_zeros(seen.size.shape[0], groups).scatter_add(1, group, seen.size)
+    merged = merge_groups(seen.x, group, seen.size / total.gather(1, group), groups)
+    role = torch.where(shared, int(Role.MATCHED), int(Role.KEPT))
+    return Reduction(merged, group, role, total)
