@@ -106,11 +106,10 @@ def _stage(
     for step in range(begin, steps):
         schedule.step_update(step)
         images, labels, shares = next(scenes)
-        with torch.autocast("cpu", torch.bfloat16, enabled=side == SIDE):
-            features = model.forward_features(images)
-            logits, local = model.forward_head(features), dense(features[:, 1:])
-        loss = F.cross_entropy(logits.float(), labels)
-        whole = loss + 0.5 * F.cross_entropy(local.float().flatten(0, 1), shares.flatten(0, 1))
+        features = model.forward_features(images)
+        logits, local = model.forward_head(features), dense(features[:, 1:])
+        loss = F.cross_entropy(logits, labels)
+        whole = loss + 0.5 * F.cross_entropy(local.flatten(0, 1), shares.flatten(0, 1))
         optimizer.zero_grad()
         whole.backward()
         nn.utils.clip_grad_norm_(both.parameters(), 1.0)

@@ -12,6 +12,7 @@ from typing import Literal
 from benchmarks.runner import run
 from tdm_lightning.data import ImageNetDataModule
 from tdm_lightning.errors import SettingError
+from tdm_lightning.visualize.sheet import make_folder
 
 #: What each part that runs models evaluates on: whatever is chosen is chosen on the validation
 #: split.
@@ -24,7 +25,7 @@ _SPLITS: dict[str, Literal["validation", "test"]] = {
 
 
 def study(
-    part: Literal["grid", "ablation", "placement", "ward", "report"] = "report",
+    part: Literal["grid", "ablation", "placement", "ward", "times", "report"] = "report",
     plain: str | None = None,
     data: ImageNetDataModule | None = None,
     out: str = "study",
@@ -47,8 +48,8 @@ def study(
         part: ``grid``: methods at TDM's budgets, on the test split. ``ablation``: TDM with one of
             its merger's arguments changed at a time, on the validation split. ``placement``: TDM in
             other blocks, on that split too. ``ward``: WardTDM with one part changed at a time, on
-            that split too. ``report``: tables and figures of what is there, in
-            seconds.
+            that split too. ``times``: how fast the methods are at those budgets, without
+            training. ``report``: tables and figures of what is there, in seconds.
         plain: checkpoint that ``tdm fit`` wrote of the unreduced model.
         data: its images; the model they are prepared for is filled in.
         out: folder for results.
@@ -73,9 +74,10 @@ def study(
     from benchmarks.study.finetune import Recipe
     from benchmarks.study.placement import placement_cells
     from benchmarks.study.plain import Plain
-    from benchmarks.study.plan import crossed, grid_cells
+    from benchmarks.study.plan import METHODS, RATES, chosen_methods, crossed, grid_cells
     from benchmarks.study.report import report
     from benchmarks.study.run import run_cells
+    from benchmarks.study.times import measure_times
 
     folder = Path(out)
     if part == "report":
@@ -91,6 +93,10 @@ def study(
         logging.WARNING
     )  # it introduces itself once per cell
     start = Plain.read(plain)
+    if part == "times":
+        path = make_folder(folder) / "times.csv"
+        measure_times(chosen_methods(METHODS, methods), rates or RATES, start, path)
+        return [path]
     data = type(data)(**{**data.hparams, "model": start.model, "model_kwargs": start.model_kwargs})
     made = {
         "grid": grid_cells,

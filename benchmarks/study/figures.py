@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.study.results import Result
-from benchmarks.study.tables import mean_accuracy, methods_of, rates_of, runs
+from benchmarks.study.results import WHEN, Result
+from benchmarks.study.tables import TITLES, mean_accuracy, methods_of, rates_of, runs
+from tdm_lightning.compare.table import Quartiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,8 +50,9 @@ _REACH = 30.0
 
 def accuracy_against_gmacs(results: Sequence[Result]) -> Figure:
     """Accuracy against multiply-accumulates, without and after fine-tuning."""
-    figure, axes = panels(("without fine-tuning", "after fine-tuning"), height=4.2)
-    for axis, when in zip(axes, ("before", "after"), strict=True):
+    shown = [name for name in WHEN if any(name in result.accuracy for result in results)]
+    figure, axes = panels([TITLES[name] for name in shown], height=4.2)
+    for axis, when in zip(axes, shown, strict=True):
         for method, style in _drawn(results):
             points = [
                 (next(iter(found.values())).gmacs, *_spread(found.values(), when))
@@ -62,6 +64,30 @@ def accuracy_against_gmacs(results: Sequence[Result]) -> Figure:
         if when == "after":
             _end_at(axis, 100 * mean_accuracy(results, "Plain", 1.0, when) - _REACH)
         axis.set_xlabel("GMACs per image, everything counted")
+        axis.set_ylabel("top-1 accuracy (%)")
+    legend(figure, axes)
+    return figure
+
+
+def accuracy_against_time(
+    results: Sequence[Result], times: Mapping[tuple[str, float], Quartiles]
+) -> Figure:
+    """Accuracy against measured speed, as a multiple of the plain model's, without and after
+    fine-tuning.
+    """
+    when = [name for name in WHEN if any(name in result.accuracy for result in results)]
+    figure, axes = panels([f"{TITLES[name]}" for name in when], height=4.2)
+    for axis, name in zip(axes, when, strict=True):
+        for method, style in _drawn(results):
+            points = [
+                (times[method, rate].median, *_spread(found.values(), name))
+                for rate in rates_of(results)
+                if (method, rate) in times and (found := runs(results, method, rate, name))
+            ]
+            errorbar(axis, points, method, style)
+        _plain_line(axis, results, name)
+        axis.axvline(1, color="0.7", linewidth=0.8, zorder=1)
+        axis.set_xlabel("images/s as a multiple of the plain model's, measured")
         axis.set_ylabel("top-1 accuracy (%)")
     legend(figure, axes)
     return figure

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -32,11 +32,9 @@ from tdm_lightning.strategies import (
 from tdm_lightning.vit import attach
 
 #: TDM's keep rates, whose budgets all methods get; those that matter most first.
-RATES = (0.7, 0.5, 0.3, 0.9, 0.2)
-#: Where seeds beyond the first are run.
-REPEATED_RATES = (0.7, 0.5, 0.3)
-REPEATED_METHODS = ("TDM", "EViT", "TopK", "DPC-KNN")
-SEEDS = (1, 2, 3)
+RATES = (0.3, 0.5, 0.2, 0.7)
+#: Where none are chosen.
+SEEDS = (1,)
 
 
 @dataclass(frozen=True)
@@ -180,24 +178,15 @@ def grid_cells(
     rates: Sequence[float] | None = None,
     seeds: Sequence[int] | None = None,
 ) -> list[Cell]:
-    """The grid in the order to run it: first one seed everywhere, then the others where they are
-    wanted.
-
-    Args:
-        methods: only these.
-        rates: only these of TDM's keep rates; others than :data:`RATES` may be asked for.
-        seeds: only these.
+    """The grid in the order to run it; arguments as :func:`crossed`. The plain model comes once a
+    seed.
 
     Raises:
         ValueError: if there is no such method.
     """
-    chosen = chosen_methods(METHODS, methods)
-    every = RATES if rates is None else tuple(rates)
-    return [
-        cell
-        for seed in (SEEDS if seeds is None else seeds)
-        for cell in _of_seed(chosen, every, seed)
-    ]
+    cells = crossed(METHODS, RATES, methods, rates, seeds)
+    once = (replace(c, rate=1.0) if c.method.name == "Plain" else c for c in cells)
+    return list(dict.fromkeys(once))
 
 
 def chosen_methods(known: Sequence[Method], names: Iterable[str] | None) -> list[Method]:
@@ -223,8 +212,14 @@ def crossed(
     rates: Sequence[float] | None,
     seeds: Sequence[int] | None,
 ) -> list[Cell]:
-    """Every method at every keep rate with every seed; of ``every`` rate and with the first seed
-    where none are chosen.
+    """Every method at every keep rate with every seed.
+
+    Args:
+        known: the methods there are.
+        every: the keep rates where none are chosen.
+        methods: only these.
+        rates: TDM's keep rates, others than usual may be asked for.
+        seeds: of the fine-tuning; ``None``: :data:`SEEDS`.
 
     Raises:
         ValueError: if there is no such method.
@@ -232,18 +227,7 @@ def crossed(
     chosen = chosen_methods(known, methods)
     return [
         Cell(method, rate, seed)
-        for seed in seeds or SEEDS[:1]
+        for seed in seeds or SEEDS
         for rate in rates or every
         for method in chosen
     ]
-
-
-def _of_seed(methods: Sequence[Method], rates: Sequence[float], seed: int) -> Iterator[Cell]:
-    first = seed == SEEDS[0]
-    if first:
-        yield from (Cell(method, 1.0, seed) for method in methods if method.name == "Plain")
-    for rate in rates:
-        for method in methods:
-            repeated = method.name in REPEATED_METHODS and rate in REPEATED_RATES
-            if method.name != "Plain" and (first or repeated):
-                yield Cell(method, rate, seed)

@@ -9,6 +9,7 @@ from benchmarks.study.ablate import DEFAULT, VARIANTS
 from benchmarks.study.placement import PLACEMENTS
 from benchmarks.study.plan import METHODS
 from benchmarks.study.results import WHEN, Result, collect, read
+from benchmarks.study.times import read_times
 from tdm_lightning.errors import SettingError
 
 #: The keep rate of the figure with the diversity scores.
@@ -71,6 +72,10 @@ def _grid(folder: Path, grid: list[Result]) -> list[Path]:
     ]
     written = [_text(folder / "grid.md", [*parts, tables.remarks(grid)])]
     written.append(figures.save(figures.accuracy_against_gmacs(grid), folder / "accuracy.png"))
+    if times := read_times(folder / "times.csv"):
+        written.append(
+            figures.save(figures.accuracy_against_time(grid, times), folder / "time.png")
+        )
     if "after" in when:
         written.append(
             figures.save(figures.accuracy_per_keep_rate(grid), folder / "keep_rates.png")

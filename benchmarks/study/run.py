@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.study.evaluate import Evaluation, evaluate, gathered
 from benchmarks.study.finetune import Recipe, finetune, taught
 from benchmarks.study.plain import Plain
-from benchmarks.study.plan import SEEDS, Cell
+from benchmarks.study.plan import Cell
 from benchmarks.study.store import Record, Store, pack_bits
 from tdm_lightning.budget import at_budget
 from tdm_lightning.compare.environment import choose_device, device_name
@@ -111,14 +111,11 @@ def run_cell(
         strategy = cell.method.look(strategy, plain.under(Strategy()).model.vit, _unaugmented(data))
     module = plain.under(taught(strategy, recipe), **recipe.arguments(cell.method.lr_factor))
     model = module.model.to(choose_device("auto"))
-    if (
-        cell.seed == SEEDS[0] or not recipe.train_images
-    ):  # the seed decides nothing before the fine-tuning
+    if not recipe.train_images:
         start = perf_counter()
-        record |= _evaluated("before", evaluate(model, *images)) | {
-            "seconds_to_evaluate": _since(start)
-        }
-    if recipe.train_images:
+        record |= _evaluated("before", evaluate(model, *images))
+        record["seconds_to_evaluate"] = _since(start)
+    else:
         seed_everything(
             cell.seed, verbose=False
         )  # again: whatever a method drew so far, all see the same images

@@ -1,37 +1,38 @@
 #!/usr/bin/env bash
-# The whole study from nothing: bash benchmarks/study/run.sh DATASET [OUT]
+# A bed from its base to its tables: bash benchmarks/study/run.sh garments|scenes DATASET [OUT]
 # DATASET: a folder with Fashion-MNIST's files, or zalando-datasets/fashion_mnist on the hub.
-# Goes on where it was broken off.
-# With WORKERS=4 the cells are shared among four processes of one thread each.
+# Goes on where it was broken off. With WORKERS=2 the cells are shared among two processes of one
+# thread each.
 set -euo pipefail
-dataset=$1 out=${2:-runs/study/out} plain=runs/study/plain/last.ckpt
+bed=$1 dataset=$2 out=${3:-runs/$1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+options=(--config benchmarks/configs/grid.yaml)
+case $bed in
+garments)
+    options+=(--plain benchmarks/study/plain.ckpt --data.init_args.dataset "$dataset") ;;
+scenes)
+    [ -e "$out/data/test.parquet" ] ||
+        python -m benchmarks.scenes --garments "$dataset" --out "$out/data"
+    options+=(--plain benchmarks/scenes/plain.ckpt --data.init_args.dataset "$out/data"
+        --data.init_args.val_split validation --data.init_args.val_holdout 0.0) ;;
+*) echo "no bed $bed: garments or scenes" >&2 && exit 2 ;;
+esac
 
-# fit NAME OPTIONS...: train into runs/study/NAME once
-fit() {
-    local folder=runs/study/$1 && shift
-    [ -e "$folder/finished" ] && return
-    tdm fit --config benchmarks/configs/plain.yaml "$@" --data.dataset "$dataset" \
-        $([ -e "$folder/last.ckpt" ] && echo --ckpt_path "$folder/last.ckpt")
-    touch "$folder/finished"
-}
-
-# cells OPTIONS...: a part of the study, shared among the workers
+# cells FOLDER OPTIONS...: a part of the study, shared among the workers
 cells() {
-    local running=()
+    local folder=$out/$1 running=() && shift
     for _ in $(seq "${WORKERS:-1}"); do
-        python -m benchmarks.study --config benchmarks/configs/grid.yaml "$@" --plain $plain \
-            --data.init_args.dataset "$dataset" --out "$out" &
+        python -m benchmarks.study "${options[@]}" "$@" --out "$folder" &
         running+=($!)
     done
     for worker in "${running[@]}"; do wait "$worker"; done
 }
 
-fit coarse --config benchmarks/configs/coarse.yaml
-fit plain --model.weights runs/study/coarse/last.ckpt
-tdm test --config benchmarks/configs/plain.yaml --data.dataset "$dataset" --ckpt_path $plain
-cells --part ablation --eval_images 3000
-cells --part placement --train_images 0 --eval_images 3000
-cells --part ward --train_images 0 --eval_images 3000
-cells --part grid
-python -m benchmarks.study --out "$out"
+cells free --part ward --train_images 0 --eval_images 4000
+cells free --part grid --train_images 0
+for images in 3000 10000; do
+    cells $images --part grid --train_images $images --seeds '[1,2]'
+    cells $images-distilled --part grid --train_images $images --distill 1 --seeds '[1,2]'
+done
+python -m benchmarks.study "${options[@]}" --part times --out "$out/free"
+for folder in "$out"/free "$out"/*000*; do python -m benchmarks.study --out "$folder"; done

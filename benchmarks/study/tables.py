@@ -16,7 +16,8 @@ BUDGETS = "TDM"
 OURS = ("WardTDM", "TDM")
 #: Up to this keep rate the mean difference over keep rates is taken.
 LOW_RATES = 0.5
-_TITLES = {"before": "without fine-tuning", "after": "after fine-tuning"}
+#: What a table or panel of accuracies is called.
+TITLES = {"before": "without fine-tuning", "after": "after fine-tuning"}
 
 
 def methods_of(results: Iterable[Result]) -> list[str]:
@@ -83,7 +84,7 @@ def accuracy_table(results: Sequence[Result], when: str) -> str:
     plain = mean_accuracy(results, "Plain", 1.0, when)
     beside = "" if math.isnan(plain) else f" The plain model: {100 * plain:.2f}."
     return (
-        f"Top-1 accuracy (%), {_TITLES[when]}, at the GMACs of TDM's keep"
+        f"Top-1 accuracy (%), {TITLES[when]}, at the GMACs of TDM's keep"
         f" rates.{beside}\n\n{markdown(header, rows)}"
     )
 
@@ -110,7 +111,7 @@ def difference_table(results: Sequence[Result], when: str) -> str:
         if any(found):
             rows.append([method, *(_difference_cell(cell) for cell in found)])
     title = (
-        f"{ours}'s lead in points of accuracy, {_TITLES[when]}, with 95 % bootstrap intervals over"
+        f"{ours}'s lead in points of accuracy, {TITLES[when]}, with 95 % bootstrap intervals over"
         " images"
     )
     return f"{title}; bold: the interval excludes 0.\n\n{markdown(header, rows)}"
@@ -122,7 +123,7 @@ def ablation_table(results: Sequence[Result], default: str) -> str:
     """
     rates = rates_of(results)
     columns = [(rate, when) for when in WHEN for rate in rates]
-    header = ["change", *(f"{rate:g}, {_TITLES[when]}" for rate, when in columns)]
+    header = ["change", *(f"{rate:g}, {TITLES[when]}" for rate, when in columns)]
     rows = []
     for method in methods_of(results):
         if method == default:

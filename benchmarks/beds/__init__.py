@@ -1,0 +1,1 @@
+"""The three beds in one table."""
