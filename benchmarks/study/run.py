@@ -145,19 +145,31 @@ def solved(cell: Cell, vit: Callable[[Strategy], nn.Module]) -> tuple[Strategy, 
     budget = macs_with(vit(Strategy()), TDM(cell.rate), total=True)
     try:
         if cell.method.solve:
-            strategy = at_budget(model, strategy, budget / 1e9, total=True)
+            strategy = _near(budget, model, strategy)
         # Counting attaches the strategy, and one with parameters can be attached only once.
         total, backbone = (
             macs_with(model, _again(strategy), total=total) for total in (True, False)
         )
     except ValueError as error:
         raise NoSetting(str(error)) from error
-    if cell.method.solve and abs(total / budget - 1) > TOLERANCE:
-        raise NoSetting(
-            f"the nearest setting below {budget / 1e9:.4f} GMACs costs {total / 1e9:.4f}"
-        )
     costs = {"gmacs": total, "gmacs_backbone": backbone, "gmacs_budget": budget}
     return _again(strategy), {name: value / 1e9 for name, value in costs.items()}
+
+
+def _near(budget: float, model: nn.Module, strategy: Strategy) -> Strategy:
+    """The last setting below a budget; where that is too far from it, the last one a little
+    above.
+    """
+    costs = []
+    for limit in (budget, budget * (1 + TOLERANCE)):
+        found = at_budget(model, _again(strategy), limit / 1e9, total=True)
+        costs.append(macs_with(model, _again(found), total=True))
+        if abs(costs[-1] / budget - 1) <= TOLERANCE:
+            return found
+    raise NoSetting(
+        f"the nearest settings to {budget / 1e9:.4f} GMACs cost"
+        f" {' and '.join(f'{cost / 1e9:.4f}' for cost in costs)}"
+    )
 
 
 def _again(strategy: Strategy) -> Strategy:
