@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from benchmarks.fidelity.measure import Fidelity, distances, observed
 from benchmarks.study.plan import METHODS, Cell, Method, chosen_methods
-from benchmarks.study.run import NoSetting, solved
+from benchmarks.study.run import NoSetting, nearest, solved
 from tdm_lightning.strategies import Strategy
+from tdm_lightning.vit import attach
 
 #: TDM's keep rates whose budgets all methods get.
 RATES = (0.7, 0.5, 0.3, 0.2)
@@ -28,6 +29,8 @@ TRAINING_FREE = (
     "MCTF",
     "DiffRate",
     "ToFu",
+    "MaMe",
+    "MPM",
     "EViT",
     "TopK",
     "DPC-KNN",
@@ -77,7 +80,8 @@ def measured(
         for method, rate in todo:
             key = (method.name, rate)
             if key not in settings:
-                settings[key] = _setting(method, rate, make, report)
+                cell = Cell(method, rate, seed=1)
+                settings[key] = _setting(cell, vit, make, images, report)
             if (found := settings[key]) is not None:
                 strategy = Strategy.from_config(found[0].config())
                 values = distances(plain, observed(vit, strategy, images))
@@ -85,12 +89,21 @@ def measured(
 
 
 def _setting(
-    method: Method, rate: float, make: Callable[[], nn.Module], report: Callable[[str], None]
+    cell: Cell,
+    vit: nn.Module,
+    make: Callable[[], nn.Module],
+    images: Tensor,
+    report: Callable[[str], None],
 ) -> tuple[Strategy, float] | None:
     """The strategy at the budget, and what it costs."""
     try:
-        strategy, costs = solved(Cell(method, rate, seed=1), lambda _: make())
+        if cell.method.settings:
+            strategy, costs = nearest(
+                cell, lambda _: make(), lambda chosen: attach(vit, chosen).eval(), images
+            )
+        else:
+            strategy, costs = solved(cell, lambda _: make())
     except NoSetting as error:
-        report(f"{method.name} has no setting at keep rate {rate:g}: {error}")
+        report(f"{cell.method.name} has no setting at keep rate {cell.rate:g}: {error}")
         return None
     return strategy, costs["gmacs"]

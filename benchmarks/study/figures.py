@@ -39,6 +39,8 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "MCTF": ("#457b9d", "s", "-"),
     "DiffRate": ("#8d99ae", "D", "-"),
     "ToFu": ("#b5838d", "v", "-"),
+    "MaMe": ("#6a994e", "<", "-"),
+    "MPM": ("#bc6c25", ">", "-"),
     "Random": ("#7f7f7f", "p", ":"),
     "Random (12 blocks)": ("#a0a0a0", "P", ":"),
 }

@@ -14,11 +14,13 @@ from tdm_lightning.slimming import select
 from tdm_lightning.strategies import (
     DPCKNN,
     MCTF,
+    MPM,
     TDM,
     DiffRate,
     DyViT,
     EViT,
     EvoViT,
+    MaMe,
     PiToMe,
     PSViT,
     Random,
@@ -51,6 +53,8 @@ class Method:
         look: takes from training images what the method must know before anything else: from its
             strategy at the budget, the trained plain ViT and the images, prepared as for
             evaluation, it makes the strategy to evaluate.
+        settings: of a method that decides image by image, from the least to the most costly: the
+            one is taken whose mean cost on training images is nearest to the budget.
     """
 
     name: str
@@ -61,6 +65,7 @@ class Method:
     look: Callable[[Strategy, nn.Module, Iterable[Any]], Strategy] | None = field(
         default=None, compare=False
     )
+    settings: Sequence[Strategy] = field(default=(), compare=False)
 
 
 def _by_impact(strategy: Strategy, vit: nn.Module, images: Iterable[Any]) -> Strategy:
@@ -96,6 +101,32 @@ _DIFFRATE_NOTE = (
     " the budget"
 )
 
+_MEAN_NOTE = (
+    "decides image by image; meets the budget in the mean of training images, as near as its"
+    " settings come"
+)
+
+
+def _by_threshold() -> list[Strategy]:
+    return [MaMe(threshold=step / 200) for step in range(-100, 200)]
+
+
+def _by_blocks() -> list[Strategy]:
+    """MPM has no other setting than its blocks: those between two, every one, second or third."""
+    chosen = {
+        tuple(range(first, last + 1, step))
+        for first in range(12)
+        for last in range(first, 12)
+        for step in (1, 2, 3)
+    }
+
+    def predicted(blocks: tuple[int, ...]) -> float:
+        """What is left where every merging takes a quarter, summed over the blocks."""
+        return sum(0.75 ** sum(block <= at for block in blocks) for at in range(12))
+
+    return [MPM(layers=blocks) for blocks in sorted(chosen, key=predicted)]
+
+
 #: Six blocks, one keep rate for all, solved for the budget: as many small steps as three large ones
 #: cost. Chosen on the validation split, see :mod:`~benchmarks.study.placement`.
 _EVERY_OTHER = (0, 2, 4, 6, 8, 10)
@@ -128,6 +159,8 @@ METHODS = (
     Method("MCTF", lambda rate: MCTF()),
     Method("DiffRate", lambda rate: DiffRate(), note=_DIFFRATE_NOTE),
     Method("ToFu", lambda rate: ToFu()),
+    Method("MaMe", lambda rate: MaMe(), solve=False, note=_MEAN_NOTE, settings=_by_threshold()),
+    Method("MPM", lambda rate: MPM(), solve=False, note=_MEAN_NOTE, settings=_by_blocks()),
     Method("Random", lambda rate: Random()),
     Method(
         "Random (12 blocks)",

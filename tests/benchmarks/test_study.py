@@ -29,7 +29,7 @@ from benchmarks.study.plan import (
     Method,
     grid_cells,
 )
-from benchmarks.study.run import run_cell, solved
+from benchmarks.study.run import NoSetting, nearest, run_cell, solved
 from benchmarks.study.store import Store, unpack_bits
 from benchmarks.study.ward import VARIANTS as WARD_VARIANTS
 from tdm_lightning.data import ImageNetDataModule
@@ -423,3 +423,30 @@ def test_what_a_run_needs(tmp_path):
 def test_ablation_cells():
     names = [cell.name for cell in ablation_cells()]
     assert len(set(names)) == len(names) == 2 * len(VARIANTS)
+
+
+def test_methods_that_decide_image_by_image_meet_the_budget_in_the_mean(checkpoint):
+    plain, images = Plain.read(checkpoint), torch.randn(4, 1, 28, 28)
+    rates = [step / 20 for step in range(6, 20)]
+    method = replace(METHODS_BY_NAME["MPM"], settings=[tdm.EViT(rate) for rate in rates])
+
+    def under(strategy):
+        return plain.under(strategy).model.eval()
+
+    strategy, costs = nearest(Cell(method, 0.7, 1), plain.vit, under, images)
+    budget = 1e9 * costs["gmacs_budget"]
+    distance = {
+        rate: abs(tdm.flops.macs_with(plain.vit(strategy), tdm.EViT(rate), total=True) - budget)
+        for rate in rates
+    }
+    assert strategy.keep_rate == min(rates, key=distance.__getitem__)
+    alone = replace(method, settings=[tdm.MPM(layers=(9,))])
+    with pytest.raises(NoSetting, match="in the mean"):
+        nearest(Cell(alone, 0.3, 1), plain.vit, under, images)
+
+
+def test_settings_of_methods_that_decide_image_by_image_go_from_little_to_much():
+    thresholds = [strategy.threshold for strategy in METHODS_BY_NAME["MaMe"].settings]
+    assert thresholds == sorted(thresholds)
+    blocks = [strategy.layers for strategy in METHODS_BY_NAME["MPM"].settings]
+    assert (blocks[0], blocks[-1]) == (tuple(range(12)), (11,))
