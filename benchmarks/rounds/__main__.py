@@ -15,10 +15,10 @@ def rounds(
     model_kwargs: dict[str, Any] | None = None,
     weights: bool | str | None = None,
     photographs: list[str] | None = None,
-    block: int = 1,
+    block: int = 0,
     keep_rate: float = 0.35,
     count: int = 4,
-    protect: float = 0.1,
+    protect: float = 0.0,
     out: str = "rounds.png",
 ) -> Path:
     """Draw the groups after each of ``WardMerger``'s rounds in one block.

@@ -18,7 +18,7 @@ from tdm_lightning.schedules import FewerPerBlock, RateAtBlocks, Schedule
 from tdm_lightning.strategies import Strategy, TokenReduction, WardTDM
 
 RATES = (0.5, 0.3, 0.2)
-_BLOCKS = (1, 3, 6, 9)
+_BLOCKS = (0, 3, 6, 9)
 
 
 class TokensAlone(WardMerger):
@@ -83,17 +83,14 @@ def _fixed(name: str, *settings: object) -> Method:
 DEFAULT = "WardTDM"
 VARIANTS = (
     *(method for method in METHODS if method.name in (DEFAULT, "TDM", "ToMe", "ToMe (rate)")),
-    _fixed("blocks 0 3 6 9", (0, 3, 6, 9)),
-    _fixed("blocks 0 3 6 9, a twentieth protected", (0, 3, 6, 9), 4, 0.05),
-    _fixed("blocks 0 3 6 9, none protected", (0, 3, 6, 9), 4, 0.0),
+    _fixed("blocks 1 3 6 9", (1, 3, 6, 9)),
+    _fixed("blocks 1 3 6 9, a tenth protected", (1, 3, 6, 9), 4, 0.1),
     _fixed("blocks 0 2 4 7", (0, 2, 4, 7)),
     _fixed("blocks 0 2 5 8", (0, 2, 5, 8)),
     _fixed("blocks 1 3 5 7", (1, 3, 5, 7)),
     _fixed("blocks 1 4 7", (1, 4, 7)),
     _fixed("blocks 3 6 9", (3, 6, 9)),
     _fixed("6 blocks", (0, 2, 4, 6, 8, 10)),
-    _fixed("6 blocks, a twentieth protected", (0, 2, 4, 6, 8, 10), 4, 0.05),
-    _fixed("6 blocks, none protected", (0, 2, 4, 6, 8, 10), 4, 0.0),
     _fixed("12 blocks, 2 rounds", "all", 2),
     _fixed("12 blocks, 1 round", "all", 1),
     Method("12 blocks, r fewer, 1 round", lambda rate: _with(WardMerger(1), FewerPerBlock(13))),
@@ -103,9 +100,9 @@ VARIANTS = (
     Method("tokens alone", lambda rate: _with(TokensAlone())),
     Method("keys alone", lambda rate: _with(KeysAlone())),
     Method("no sizes in the linkage", lambda rate: _with(NoSizes())),
-    Method("no proportional attention", lambda rate: _with(WardMerger(4, 0.1, False))),
-    _fixed("none protected", _BLOCKS, 4, 0.0),
+    Method("no proportional attention", lambda rate: _with(WardMerger(4, 0.0, False))),
     _fixed("a twentieth protected", _BLOCKS, 4, 0.05),
+    _fixed("a tenth protected", _BLOCKS, 4, 0.1),
     _fixed("a quarter protected", _BLOCKS, 4, 0.25),
     _fixed("two fifths protected", _BLOCKS, 4, 0.4),
     Method("weights with attention^0.25", lambda rate: _with(Attentive(power=0.25))),

@@ -38,7 +38,7 @@ class WardMerger(Merger):
     def __init__(
         self,
         rounds: int | None = 4,
-        protect: float = 0.1,
+        protect: float = 0.0,
         proportional_attention: bool = True,
     ) -> None:
         self.rounds = None if rounds is None else check_count(rounds, "rounds")

@@ -79,11 +79,11 @@ def test_protected_tokens_take_no_part_and_keep_their_order():
 @pytest.mark.parametrize(
     "strategy",
     [
-        lambda: tdm.WardTDM(0.7, (1, 3)),
+        lambda: tdm.WardTDM(0.7, (1, 3), protect=0.1),
         lambda: tdm.WardTDM(0.9, "all", rounds=1, protect=0),
         lambda: tdm.TDM(0.7, (1, 3), tdm.WardMerger(None)),
-        lambda: tdm.EViT(0.7, (1, 3), merger=tdm.WardMerger()),
-        lambda: tdm.DyViT(0.7, (1, 3), tdm.WardMerger()),
+        lambda: tdm.EViT(0.7, (1, 3), merger=tdm.WardMerger(protect=0.1)),
+        lambda: tdm.DyViT(0.7, (1, 3), tdm.WardMerger(protect=0.1)),
         lambda: tdm.EvoViT(0.7, layers=(2, 4), merger=tdm.WardMerger()),
         lambda: tdm.SPViT((1, 3), (0.5, 0.25), tdm.WardMerger(), fixed_count=True),
         lambda: tdm.DPCKNN(0.7, (1, 3), merger=tdm.WardMerger(protect=0)),
@@ -127,7 +127,7 @@ def test_positions_class_tokens_and_pooling_of_other_models(name):
 
 def test_what_cannot_be_reached_is_refused_with_the_lowest_rate():
     with pytest.raises(SettingError, match=r"leave at least 10 of 64 tokens.*rate there is 0\.156"):
-        tdm.attach(make_vit(), tdm.WardTDM(0.1, (1,)))
+        tdm.attach(make_vit(), tdm.WardTDM(0.1, (1,), protect=0.1))
     with pytest.raises(SettingError, match="at most halve leave at least 32 of 64"):
         tdm.attach(make_vit(), tdm.WardTDM(0.3, "all", rounds=1, protect=0))
     with pytest.raises(SettingError, match="cheapest setting costs 0\\.00"):
@@ -141,7 +141,7 @@ def test_what_cannot_be_reached_is_refused_with_the_lowest_rate():
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_few_tokens(n):
-    found = tdm.WardMerger()(seen(n), 1)
+    found = tdm.WardMerger(protect=0.1)(seen(n), 1)
     assert found.assignment.eq(0).all()
     torch.testing.assert_close(found.size[:, 0], seen(n).size.sum(1))
 

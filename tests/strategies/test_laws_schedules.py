@@ -19,7 +19,7 @@ from tests.helpers.vits import lively
 COUNTS = ([64, 50, 50, 31, 31, 31], [64, 56, 50, 40, 31, 31])
 STRATEGIES = {
     "tome": lambda rate=0.7: tdm.ToMe(0 if rate == 1 else 2),
-    "ward": lambda rate=0.7: tdm.WardTDM(rate, layers=(1, 3), rounds=2),
+    "ward": lambda rate=0.7: tdm.WardTDM(rate, layers=(1, 3), rounds=2, protect=0.1),
     "pitome": lambda rate=0.7: tdm.PiToMe(rate),
     "tofu": lambda rate=0.7: tdm.ToFu(0 if rate == 1 else 2),
     "diffrate": lambda rate=0.7: tdm.DiffRate(*([64] * 6,) if rate == 1 else COUNTS),
