@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks.fidelity.measure import Fidelity, distances, observed
 from benchmarks.study.plan import METHODS, Cell, Method, chosen_methods
-from benchmarks.study.run import NoSetting, nearest, solved
+from benchmarks.study.run import NoSetting, at_its_budget
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.vit import attach
 
@@ -16,36 +16,16 @@ from tdm_lightning.vit import attach
 RATES = (0.7, 0.5, 0.3, 0.2)
 #: Seeds of the crops: what draws differ by shows what a standard error over crops does not.
 DRAWS = (1, 2, 3)
-#: Methods that need neither training nor another head.
-TRAINING_FREE = (
-    "WardTDM",
-    "WardTDM (6 blocks)",
-    "WardTDM (12 blocks)",
-    "TDM",
-    "TDM (6 blocks)",
-    "ToMe",
-    "ToMe (rate)",
-    "PiToMe",
-    "MCTF",
-    "DiffRate",
-    "ToFu",
-    "MaMe",
-    "MPM",
-    "EViT",
-    "TopK",
-    "DPC-KNN",
-    "Random",
-    "Random (12 blocks)",
-)
 
 
 def training_free(names: Sequence[str] | None = None) -> list[Method]:
-    """The methods of these names; ``None``: all that need no training.
+    """The methods of these names; ``None``: all that need neither training nor labels.
 
     Raises:
         ValueError: for a method that is not among them.
     """
-    return chosen_methods([method for method in METHODS if method.name in TRAINING_FREE], names)
+    known = [m for m in METHODS if m.free and m.look is None and m.name != "Plain"]
+    return chosen_methods(known, names)
 
 
 def measured(
@@ -97,12 +77,9 @@ def _setting(
 ) -> tuple[Strategy, float] | None:
     """The strategy at the budget, and what it costs."""
     try:
-        if cell.method.settings:
-            strategy, costs = nearest(
-                cell, lambda _: make(), lambda chosen: attach(vit, chosen).eval(), images
-            )
-        else:
-            strategy, costs = solved(cell, lambda _: make())
+        strategy, costs = at_its_budget(
+            cell, lambda _: make(), lambda chosen: attach(vit, chosen).eval(), lambda: images
+        )
     except NoSetting as error:
         report(f"{cell.method.name} has no setting at keep rate {cell.rate:g}: {error}")
         return None

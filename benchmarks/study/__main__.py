@@ -99,7 +99,7 @@ def study(
         return [path]
     data = type(data)(**{**data.hparams, "model": start.model, "model_kwargs": start.model_kwargs})
     made = {
-        "grid": grid_cells,
+        "grid": partial(grid_cells, trained=train_images > 0),
         "ablation": ablation_cells,
         "placement": placement_cells,
         "ward": partial(crossed, ward.VARIANTS, ward.RATES),

@@ -11,6 +11,9 @@ from tdm_lightning.strategies import TDM
 RATES = (0.7, 0.5, 0.3)
 
 _BLOCKS = (
+    (2, 5, 8),
+    (1, 4, 7),
+    (0, 3, 6, 9),
     (0, 2, 4, 6, 8, 10),
     (1, 3, 5, 7, 9),
     (2, 4, 6, 8, 10),

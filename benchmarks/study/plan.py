@@ -28,7 +28,6 @@ from tdm_lightning.strategies import (
     Strategy,
     ToFu,
     ToMe,
-    TopK,
     WardTDM,
 )
 from tdm_lightning.vit import attach
@@ -53,6 +52,8 @@ class Method:
         look: takes from training images what the method must know before anything else: from its
             strategy at the budget, the trained plain ViT and the images, prepared as for
             evaluation, it makes the strategy to evaluate.
+        free: whether it means anything without training: not so where predictors start at random or
+            the classifier reads what it was not trained to read.
         settings: of a method that decides image by image, from the least to the most costly: the
             one is taken whose mean cost on training images is nearest to the budget.
     """
@@ -62,6 +63,7 @@ class Method:
     solve: bool = True
     lr_factor: float = 1.0
     note: str = ""
+    free: bool = True
     look: Callable[[Strategy, nn.Module, Iterable[Any]], Strategy] | None = field(
         default=None, compare=False
     )
@@ -151,7 +153,6 @@ METHODS = (
         note="reduces in every block, in two rounds",
     ),
     Method("EViT", lambda rate: EViT()),
-    Method("TopK", lambda rate: TopK()),
     Method("DPC-KNN", lambda rate: DPCKNN()),
     Method("ToMe", lambda rate: ToMe()),
     Method("ToMe (rate)", lambda rate: ToMe(keep_rate=0.9), note="a constant rate in every block"),
@@ -167,28 +168,24 @@ METHODS = (
         lambda rate: Random(layers=tuple(range(12))),
         note="a constant rate in every block",
     ),
-    Method("DyViT", lambda rate: DyViT(**_DYVIT), lr_factor=10, note=_DYVIT_NOTE),
+    Method("DyViT", lambda rate: DyViT(**_DYVIT), lr_factor=10, note=_DYVIT_NOTE, free=False),
     Method(
         "DyViT+TDM",
         lambda rate: DyViT(merger=TokenMerger(), **_DYVIT),
         lr_factor=10,
+        free=False,
         note=_DYVIT_NOTE,
     ),
-    Method("Evo-ViT", lambda rate: EvoViT(), note=_EVOVIT_NOTE),
-    Method("SPViT", lambda rate: SPViT(**_SPVIT), lr_factor=10, note=_SPVIT_NOTE),
+    Method("Evo-ViT", lambda rate: EvoViT(), note=_EVOVIT_NOTE, free=False),
+    Method("SPViT", lambda rate: SPViT(**_SPVIT), lr_factor=10, note=_SPVIT_NOTE, free=False),
     Method(
         "SPViT+TDM",
         lambda rate: SPViT(merger=TokenMerger(), **_SPVIT),
         lr_factor=10,
+        free=False,
         note=_SPVIT_NOTE,
     ),
     Method("PS-ViT", lambda rate: PSViT(), note=_PSVIT_NOTE, look=_by_impact),
-    Method(
-        "EViT+TDM",
-        lambda rate: EViT(rate, merger=TokenMerger()),
-        solve=False,
-        note="the same computation as TDM",
-    ),
 )
 
 
@@ -210,14 +207,16 @@ def grid_cells(
     methods: Sequence[str] | None = None,
     rates: Sequence[float] | None = None,
     seeds: Sequence[int] | None = None,
+    trained: bool = True,
 ) -> list[Cell]:
     """The grid in the order to run it; arguments as :func:`crossed`. The plain model comes once a
-    seed.
+    seed. Without training (``trained``) only the methods that mean anything then.
 
     Raises:
         ValueError: if there is no such method.
     """
-    cells = crossed(METHODS, RATES, methods, rates, seeds)
+    known = [method for method in METHODS if trained or method.free]
+    cells = crossed(known, RATES, methods, rates, seeds)
     once = (replace(c, rate=1.0) if c.method.name == "Plain" else c for c in cells)
     return list(dict.fromkeys(once))
 

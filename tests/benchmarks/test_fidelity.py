@@ -13,7 +13,7 @@ from benchmarks.fidelity import table
 from benchmarks.fidelity.__main__ import fidelity
 from benchmarks.fidelity.measure import distances, observed
 from benchmarks.fidelity.photographs import crops, photographs
-from benchmarks.fidelity.run import TRAINING_FREE, training_free
+from benchmarks.fidelity.run import training_free
 from benchmarks.runner import run
 
 SHAPE = {
@@ -47,9 +47,10 @@ def test_the_plain_model_is_true_to_itself(vit, images):
         assert values == pytest.approx([0.0] * 3, abs=1e-6)
 
 
-def test_every_method_is_there():
-    assert {method.name for method in training_free()} == set(TRAINING_FREE)
-    assert len(training_free()) == len(TRAINING_FREE)
+def test_methods_that_need_training_or_labels_are_left_out():
+    names = {method.name for method in training_free()}
+    assert {"WardTDM", "TDM", "ToMe", "MaMe", "Random"} <= names
+    assert not {"Plain", "DyViT", "SPViT+TDM", "Evo-ViT", "PS-ViT"} & names
 
 
 def test_dropped_patches_count_as_far_away(vit, images):

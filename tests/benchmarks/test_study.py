@@ -56,7 +56,7 @@ DATA = {
 }
 METHODS_BY_NAME = {method.name: method for method in METHODS}
 SMALL = [
-    "--methods=[TDM,TopK]",
+    "--methods=[TDM,EViT]",
     "--rates=[0.7,0.3]",
     "--seeds=[1]",
     "--train-images=16",
@@ -123,6 +123,11 @@ def test_every_cell_of_the_grid_has_its_own_name():
     assert len(cells) == 2 * (1 + (len(METHODS) - 1) * len(RATES))
 
 
+def test_what_must_be_trained_is_left_out_where_nothing_is():
+    left = {c.method.name for c in grid_cells()} - {c.method.name for c in grid_cells(trained=False)}
+    assert left == {"DyViT", "DyViT+TDM", "Evo-ViT", "SPViT", "SPViT+TDM"}
+
+
 def test_the_names_of_methods_are_checked():
     with pytest.raises(ValueError, match="no method Nothing.*TDM"):
         grid_cells(["Nothing"])
@@ -178,7 +183,7 @@ def test_a_budget_that_cannot_be_met_is_a_result(checkpoint):
 
 def test_cells_of_the_grid(finished):
     cells = cells_in(finished / "grid")
-    assert set(cells) == {"TDM-0.7-1", "TDM-0.3-1", "TopK-0.7-1", "TopK-0.3-1"}
+    assert set(cells) == {"TDM-0.7-1", "TDM-0.3-1", "EViT-0.7-1", "EViT-0.3-1"}
     for cell in cells.values():
         assert cell["tokens"][-1] < 196
         assert len(cell["diversity_after"]) == SHAPE["depth"]
@@ -336,9 +341,9 @@ def test_tables_say_what_the_cells_say(finished):
     cells = cells_in(finished / "grid")
     with (finished / "grid.csv").open() as file:
         rows = {(row["method"], row["rate"]): row for row in csv.DictReader(file)}
-    assert float(rows["TopK", "0.3"]["gmacs"]) == cells["TopK-0.3-1"]["gmacs"]
+    assert float(rows["EViT", "0.3"]["gmacs"]) == cells["EViT-0.3-1"]["gmacs"]
     text = (finished / "grid.md").read_text()
-    lead = 100 * (cells["TDM-0.3-1"]["accuracy_after"] - cells["TopK-0.3-1"]["accuracy_after"])
+    lead = 100 * (cells["TDM-0.3-1"]["accuracy_after"] - cells["EViT-0.3-1"]["accuracy_after"])
     assert f"| TDM | {100 * cells['TDM-0.7-1']['accuracy_after']:.2f} |" in text
     assert f"{lead:+.2f} (" in text
 
@@ -346,9 +351,9 @@ def test_tables_say_what_the_cells_say(finished):
 def test_times_stand_beside_accuracies(study, finished, monkeypatch):
     monkeypatch.setattr(times, "ROUNDS", 2)
     study(finished, "--part=times", "--methods=[TDM]", "--rates=[0.3]")
-    study(finished, "--part=times", "--methods=[TDM,TopK]", "--rates=[0.3]")
+    study(finished, "--part=times", "--methods=[TDM,EViT]", "--rates=[0.3]")
     rows = (finished / "times.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows[1:]] == ["TDM", "TopK"]  # each once
+    assert [row.split(",")[0] for row in rows[1:]] == ["TDM", "EViT"]  # each once
     found = times.read_times(finished / "times.csv")
     assert all(0 < speed.q1 <= speed.median <= speed.q3 for speed in found.values())
     assert finished / "time.png" in run(study_command, [f"--out={finished}"])
