@@ -119,6 +119,7 @@ def run_cell(
     seed_everything(cell.seed, verbose=False)
     if cell.method.look is not None:
         strategy = cell.method.look(strategy, plain.under(Strategy()).model.vit, _unaugmented(data))
+        record |= _costs(plain.vit(strategy), strategy)
     module = plain.under(taught(strategy, recipe), **recipe.arguments(cell.method.lr_factor))
     model = module.model.to(choose_device("auto"))
     if not recipe.train_images:
@@ -168,14 +169,16 @@ def solved(cell: Cell, vit: Callable[[Strategy], nn.Module]) -> tuple[Strategy, 
     try:
         if cell.method.solve:
             strategy = _near(budget, model, strategy)
-        # Counting attaches the strategy, and one with parameters can be attached only once.
-        total, backbone = (
-            macs_with(model, _again(strategy), total=total) for total in (True, False)
-        )
+        costs = _costs(model, strategy)
     except ValueError as error:
         raise NoSetting(str(error)) from error
-    costs = {"gmacs": total, "gmacs_backbone": backbone, "gmacs_budget": budget}
-    return _again(strategy), {name: value / 1e9 for name, value in costs.items()}
+    return _again(strategy), {**costs, "gmacs_budget": budget / 1e9}
+
+
+def _costs(vit: nn.Module, strategy: Strategy) -> dict[str, float]:
+    # Counting attaches the strategy, and one with parameters can be attached only once.
+    names = {"gmacs": True, "gmacs_backbone": False}
+    return {n: macs_with(vit, _again(strategy), total=t) / 1e9 for n, t in names.items()}
 
 
 def nearest(

@@ -4,21 +4,28 @@ TDM's budgets.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.study.plan import METHODS, Method
 from tdm_lightning.core.reduction import Reduction, Role, Seen
+from tdm_lightning.flops import macs_with
 from tdm_lightning.importance import ClassAttention
 from tdm_lightning.mergers import WardMerger
 from tdm_lightning.mergers.pairing import means_of_patches
+from tdm_lightning.rates import learn_counts
 from tdm_lightning.schedules import FewerPerBlock, RateAtBlocks, Schedule
+from tdm_lightning.slimming.images import take_images
 from tdm_lightning.strategies import Strategy, TokenReduction, WardTDM
 
 RATES = (0.5, 0.3, 0.2)
 _BLOCKS = (0, 3, 6, 9)
+#: Training images that rates are learned on.
+_LOOKED_AT = 256
 
 
 class TokensAlone(WardMerger):
@@ -79,6 +86,24 @@ def _fixed(name: str, *settings: object) -> Method:
     return Method(name, lambda rate: WardTDM(0.7, *settings))  # type: ignore[arg-type]
 
 
+def _learnt(name: str, layers: Sequence[int] | None, rounds: int) -> Method:
+    """Rates learned for what the default costs."""
+
+    def look(strategy: Strategy, vit: nn.Module, images: Iterable[Any]) -> Strategy:
+        budget = macs_with(vit, strategy, total=True) / 1e9
+        batches = take_images(images, _LOOKED_AT, next(vit.parameters()))
+        own = TokenReduction(None, None, WardMerger(rounds))
+        return learn_counts(vit, own, batches, budget, layers).strategy
+
+    return Method(
+        name,
+        lambda rate: WardTDM(),
+        note=f"on {_LOOKED_AT} training images; the setting is that of the default, whose cost is"
+        " the budget",
+        look=look,
+    )
+
+
 #: The line that all others are compared with.
 DEFAULT = "WardTDM"
 VARIANTS = (
@@ -97,6 +122,8 @@ VARIANTS = (
     _fixed("2 rounds", _BLOCKS, 2),
     _fixed("8 rounds", _BLOCKS, 8),
     _fixed("exact agglomeration", _BLOCKS, None),
+    _learnt("rates learned", _BLOCKS, 4),
+    _learnt("rates learned, 12 blocks, 2 rounds", None, 2),
     Method("tokens alone", lambda rate: _with(TokensAlone())),
     Method("keys alone", lambda rate: _with(KeysAlone())),
     Method("no sizes in the linkage", lambda rate: _with(NoSizes())),
