@@ -10,6 +10,7 @@ from torch import Tensor
 from tdm_lightning.core.checks import check_count
 from tdm_lightning.core.configurable import Configurable
 from tdm_lightning.core.reduction import Seen
+from tdm_lightning.ops.constants import constant
 
 
 class Importance(Configurable, ABC):
@@ -91,7 +92,15 @@ class Chance(Importance):
         batch, n = seen.x.shape[:2]
         if training:
             return torch.rand(batch, n, device=seen.x.device)
-        return _hashed(n, self.seed, index, seen.x.device).expand(batch, -1)
+        scores = constant(
+            lambda: _hashed(n, self.seed, index, seen.x.device),
+            seen.x,
+            "chance",
+            n,
+            self.seed,
+            index,
+        )
+        return scores.expand(batch, -1)
 
 
 def _hashed(n: int, seed: int, index: int, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -64,9 +65,39 @@ class Reduction:
     size: Tensor | None = None
     position: Tensor | None = None
 
+    @classmethod
+    def lazily(
+        cls,
+        x: Tensor,
+        fate: Callable[[], tuple[Tensor, Tensor]],
+        size: Tensor | None = None,
+        position: Tensor | None = None,
+    ) -> Reduction:
+        """A reduction whose ``assignment`` and ``role``, as ``fate()`` gives them, are worked out
+        when something asks: a trace, positions, sizes that are not given.
+        """
+        if torch.compiler.is_compiling():  # a compiler leaves out by itself what nobody asks for
+            return cls(x, *fate(), size, position)
+        made = object.__new__(cls)
+        made.__dict__.update(x=x, size=size, position=position, _fate=fate)
+        return made
+
+    def __getattr__(self, name: str) -> Tensor:
+        # only for what is not there yet
+        if name not in ("assignment", "role") or "_fate" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        assignment, role = self.__dict__.pop("_fate")()
+        self.__dict__.update(assignment=assignment, role=role)
+        return self.__dict__[name]
+
+    @property
+    def settled(self) -> bool:
+        """Whether ``assignment`` and ``role`` are there already."""
+        return "_fate" not in self.__dict__
+
     def totals(self, values: Tensor) -> Tensor:
         """Sum over the members of each leaving token, B×M, of a value of each entering one, B×N."""
         batch, count = self.x.shape[:2]
         # What is dropped goes to one slot more.
         slot = torch.where(self.assignment < 0, count, self.assignment)
-        return values.new_zeros(batch, count + 1).scatter_add(1, slot, values)[:, :count]
+        return values.new_zeros(batch, count + 1).scatter_add_(1, slot, values)[:, :count]

@@ -112,8 +112,9 @@ def check_merger(merger: object, sees: Set[str] = WORDS) -> Merger | None:
 def check_reduction(found: Reduction, seen: Seen, keep: int, merger: Merger, block: int) -> None:
     """Whether a merger gave what it should; names block, expected and found where not.
 
-    Shapes are checked always. Values are looked at where the merger is a user's own, as that waits
-    for the device, and not while the model is compiled or exported.
+    Shapes are checked always, but of what is not worked out yet. Values are looked at where the
+    merger is a user's own, as that waits for the device, and not while the model is compiled or
+    exported.
 
     Raises:
         ValueError: if not.
@@ -123,10 +124,11 @@ def check_reduction(found: Reduction, seen: Seen, keep: int, merger: Merger, blo
     name = f"{type(merger).__name__} in block {block}"
     if not isinstance(found, Reduction):
         raise ReductionError(f"{name} gave a {type(found).__name__}, expected a Reduction")
+    own = type(merger).__module__.partition(".")[0] == "tdm_lightning"
+    fate = ("assignment", "role") if found.settled or not own else ()
     expected = {
         "x": (batch, leaving, width),
-        "assignment": (batch, n),
-        "role": (batch, n),
+        **dict.fromkeys(fate, (batch, n)),
         "size": (batch, leaving),
     }
     for part, shape in expected.items():
@@ -138,12 +140,11 @@ def check_reduction(found: Reduction, seen: Seen, keep: int, merger: Merger, blo
                 f"{name} was to make {leaving} of {n} tokens: expected {part} of shape {shape},"
                 f" found {tuple(value.shape)}"
             )
-    for part in ("assignment", "role"):
+    for part in fate:
         if getattr(found, part).dtype != torch.int64:
             raise ReductionError(
                 f"{name}: expected {part} of type int64, found {getattr(found, part).dtype}"
             )
-    own = type(merger).__module__.partition(".")[0] == "tdm_lightning"
     if not own and not torch.compiler.is_compiling() and not seen.x.is_meta:
         _check_values(found, seen, leaving, name)
 

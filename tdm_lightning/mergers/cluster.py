@@ -51,4 +51,6 @@ class Cluster(Merger):
             raw = torch.ones_like(label, dtype=torch.float32)
         assert raw is not None
         merged = merge_groups(seen.x, label, group_weights(raw, label, keep), keep)
-        return Reduction(merged, label, torch.full_like(label, int(Role.CLUSTERED)))
+        return Reduction.lazily(
+            merged, lambda: (label, torch.full_like(label, int(Role.CLUSTERED)))
+        )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tdm_lightning.core.checks import check_number
-from tdm_lightning.core.reduction import Reduction, Role, Seen
+from tdm_lightning.core.reduction import Reduction, Seen
 from tdm_lightning.errors import SettingError
-from tdm_lightning.mergers.pairing import HalvingMerger
-from tdm_lightning.ops import match_both_ways, merge_groups
+from tdm_lightning.mergers.pairing import HalvingMerger, grouped
+from tdm_lightning.ops import group_totals, match_both_ways, merge_groups
 
 _TINY = 1e-12
 
@@ -60,10 +59,8 @@ class CriteriaMerger(HalvingMerger):
         assert seen.importance is not None
         pairs = seen.x.shape[1] - keep
         importance = seen.importance.float() + _TINY
-        group, shared = match_both_ways(
+        group = match_both_ways(
             seen.x, importance, seen.size, pairs, seen.prefix, self.temperatures
         )
         merged = merge_groups(seen.x, group, self.shares(seen, group, keep), keep)
-        total = seen.size.new_zeros(group.shape[0], keep).scatter_add(1, group, seen.size)
-        role = torch.where(shared, int(Role.MATCHED), int(Role.KEPT))
-        return Reduction(merged, group, role, total)
+        return grouped(merged, group, group_totals(seen.size, group, keep))

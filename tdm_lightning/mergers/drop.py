@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from tdm_lightning.core.reduction import Reduction, Role, Seen
 from tdm_lightning.mergers.base import Merger
@@ -22,10 +23,11 @@ class Drop(Merger):
         """See :meth:`Merger.__call__`."""
         assert seen.importance is not None
         order = rank_order(seen.importance)
-        rank = inverse_order(order)
-        kept = rank < keep
-        return Reduction(
-            gather_tokens(seen.x, order[:, :keep]),
-            assignment=torch.where(kept, rank, -1),
-            role=torch.where(kept, int(Role.KEPT), int(Role.DROPPED)),
-        )
+
+        def fate() -> tuple[Tensor, Tensor]:
+            rank = inverse_order(order)
+            there = rank < keep
+            role = torch.where(there, int(Role.KEPT), int(Role.DROPPED))
+            return torch.where(there, rank, -1), role
+
+        return Reduction.lazily(gather_tokens(seen.x, order[:, :keep]), fate)

@@ -45,5 +45,5 @@ class EnergyMerger(HalvingMerger):
         assert seen.keys is not None
         n = seen.x.shape[1]
         among = 2 * (n - keep) if self.protect else n
-        group, shared = match_by_energy(seen.keys, n - keep, self.margin, among)
-        return means_of_patches(seen, group, shared, keep)
+        group = match_by_energy(seen.keys, n - keep, self.margin, among)
+        return means_of_patches(seen, group, keep)

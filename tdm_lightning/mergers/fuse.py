@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from tdm_lightning.core.reduction import Reduction, Role, Seen
 from tdm_lightning.mergers.base import Merger
@@ -31,12 +32,14 @@ class Fuse(Merger):
         x, importance = seen.x, seen.importance
         assert importance is not None
         order = rank_order(importance)
-        kept, rest = order[:, :keep], order[:, keep:]
-        weight = importance.gather(1, rest).to(x.dtype).unsqueeze(1)
-        out = torch.cat((gather_tokens(x, kept), weight @ gather_tokens(x, rest)), dim=1)
-        rank = inverse_order(order)
-        return Reduction(
-            out,
-            assignment=rank.clamp(max=keep),
-            role=torch.where(rank < keep, int(Role.KEPT), int(Role.CLUSTERED)),
-        )
+        ranked = gather_tokens(x, order)
+        weight = importance.gather(1, order[:, keep:]).to(x.dtype).unsqueeze(1)
+        fused = weight @ ranked[:, keep:]
+
+        def fate() -> tuple[Tensor, Tensor]:
+            rank = inverse_order(order)
+            role = torch.where(rank < keep, int(Role.KEPT), int(Role.CLUSTERED))
+            return rank.clamp(max=keep), role
+
+        out = torch.cat((ranked[:, :keep], fused), dim=1)
+        return Reduction.lazily(out, fate)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from tdm_lightning.core.reduction import Reduction, Role, Seen
-from tdm_lightning.mergers.pairing import HalvingMerger
-from tdm_lightning.ops import match_alternating, merge_groups
+from tdm_lightning.mergers.pairing import HalvingMerger, grouped
+from tdm_lightning.ops import group_totals, match_alternating, merge_groups, share_group
 
 
 class FusingMerger(HalvingMerger):
@@ -34,10 +33,10 @@ class FusingMerger(HalvingMerger):
         """See :meth:`Merger.__call__`."""
         assert seen.keys is not None
         n = seen.x.shape[1]
-        group, shared = match_alternating(seen.keys, n - keep, seen.prefix)
+        group = match_alternating(seen.keys, n - keep, seen.prefix)
         # Even positions of the sequence go into odd ones.
         even = (torch.arange(n, device=group.device) + seen.prefix) % 2 == 0
-        taken = shared & even
+        taken = share_group(group) & even
         if self.drop:
             kept = merge_groups(seen.x, group, (~taken).to(seen.x.dtype), keep)
             role = torch.where(taken, int(Role.DROPPED), int(Role.KEPT))
@@ -45,12 +44,7 @@ class FusingMerger(HalvingMerger):
         count = torch.zeros_like(group[:, :keep]).scatter_add(1, group, torch.ones_like(group))
         mean = merge_groups(seen.x, group, 1.0 / count.gather(1, group), keep)
         norm = seen.x.float().norm(dim=-1)
-        own = _totals(norm.masked_fill(taken, 0), group, keep)
+        own = group_totals(norm.masked_fill(taken, 0), group, keep)
         largest = torch.zeros_like(own).scatter_reduce(1, group, norm, "amax")
         scale = torch.where(count > 1, largest / own, torch.ones_like(own))
-        role = torch.where(shared, int(Role.MATCHED), int(Role.KEPT))
-        return Reduction(mean * scale.to(mean.dtype).unsqueeze(-1), group, role)
-
-
-def _totals(values: Tensor, group: Tensor, groups: int) -> Tensor:
-    return values.new_zeros(values.shape[0], groups).scatter_add(1, group, values)
+        return grouped(mean * scale.to(mean.dtype).unsqueeze(-1), group)

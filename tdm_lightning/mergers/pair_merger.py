@@ -45,5 +45,5 @@ class PairMerger(HalvingMerger):
         compared = seen.keys if self.features == "keys" else seen.x
         assert compared is not None
         # The set that a patch is in follows from its position in the sequence, prefix included.
-        group, shared = match_alternating(compared, seen.x.shape[1] - keep, seen.prefix)
-        return means_of_patches(seen, group, shared, keep)
+        group = match_alternating(compared, seen.x.shape[1] - keep, seen.prefix)
+        return means_of_patches(seen, group, keep)

@@ -8,7 +8,7 @@ from torch import Tensor
 from tdm_lightning.core.reduction import Reduction, Role, Seen
 from tdm_lightning.errors import SettingError
 from tdm_lightning.mergers.base import Merger
-from tdm_lightning.ops import merge_groups
+from tdm_lightning.ops import group_totals, merge_groups, share_group
 
 
 class HalvingMerger(Merger):
@@ -28,17 +28,26 @@ class HalvingMerger(Merger):
             )
 
 
-def means_of_patches(seen: Seen, group: Tensor, shared: Tensor, groups: int) -> Reduction:
+def means_of_patches(seen: Seen, group: Tensor, groups: int) -> Reduction:
     """Every group becomes the mean of the patches that its tokens stand for.
 
     Args:
         seen: the N tokens.
         group: the group of each in ``0…groups-1``, B×N, int64.
-        shared: which of them share their group, B×N, bool.
         groups: number of groups.
     """
     assert seen.size is not None
-    total = seen.size.new_zeros(seen.size.shape[0], groups).scatter_add(1, group, seen.size)
+    total = group_totals(seen.size, group, groups)
     merged = merge_groups(seen.x, group, seen.size / total.gather(1, group), groups)
-    role = torch.where(shared, int(Role.MATCHED), int(Role.KEPT))
-    return Reduction(merged, group, role, total)
+    return grouped(merged, group, total)
+
+
+def grouped(x: Tensor, group: Tensor, size: Tensor | None = None) -> Reduction:
+    """The reduction to groups ``x``, B×M×C, in which nothing is dropped; the tokens that share
+    theirs are matched.
+    """
+
+    def fate() -> tuple[Tensor, Tensor]:
+        return group, torch.where(share_group(group), int(Role.MATCHED), int(Role.KEPT))
+
+    return Reduction.lazily(x, fate, size)

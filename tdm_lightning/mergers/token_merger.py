@@ -16,11 +16,13 @@ from tdm_lightning.mergers.base import Merger
 from tdm_lightning.ops import (
     cluster_density_peaks,
     gather_tokens,
+    group_totals,
     group_weights,
     inverse_order,
     match_pairs,
     merge_groups,
     rank_order,
+    share_group,
 )
 
 _WEIGHTS = ("attention", "size", "mean")
@@ -178,23 +180,26 @@ class TokenMerger(Merger):
         features = self._features(seen)
         compared = (x if features is None else gather_tokens(features, order)).detach()
 
-        group, weight, role = [], [], []
+        parts = []
         if split.attentive:
-            pair, shared = match_pairs(compared[:, :attentive], split.pairs, self.matching)
-            group.append(pair)
-            raw = _raw(self.match_weights, importance, size)
-            weight.append(group_weights(raw[:, :attentive], pair, singles))
-            role.append(torch.where(shared, int(Role.MATCHED), int(Role.KEPT)))
+            parts.append(match_pairs(compared[:, :attentive], split.pairs, self.matching))
         if split.clusters:
-            raw = _raw(self.cluster_weights, importance, size)[:, attentive:]
-            label, share = self._cluster(compared[:, attentive:], raw, split.clusters)
-            group.append(label + singles)
-            weight.append(share)
-            role.append(torch.full_like(label, int(Role.CLUSTERED)))
-        groups = torch.cat(group, dim=1)
-        merged = merge_groups(x, groups, torch.cat(weight, dim=1), keep)
-        back = inverse_order(order)
-        return Reduction(merged, groups.gather(1, back), torch.cat(role, dim=1).gather(1, back))
+            parts.append(self._cluster(compared[:, attentive:], split.clusters) + singles)
+        groups = torch.cat(parts, dim=1)
+        first, second = (
+            _raw(rule, importance, size) for rule in (self.match_weights, self.cluster_weights)
+        )
+        if first is not second:
+            first = torch.cat((first[:, :attentive], second[:, attentive:]), dim=1)
+        merged = merge_groups(x, groups, group_weights(first, groups, keep), keep)
+
+        def fate() -> tuple[Tensor, Tensor]:
+            back = inverse_order(order)
+            role = torch.where(share_group(groups), int(Role.MATCHED), int(Role.KEPT))
+            role[:, attentive:] = int(Role.CLUSTERED)
+            return groups.gather(1, back), role.gather(1, back)
+
+        return Reduction.lazily(merged, fate, group_totals(size, groups, keep))
 
     def represent(self, seen: Seen) -> Reduction:
         """Only the clustering: ``ceil(cluster_fraction·N)`` tokens that stand for all N.
@@ -205,7 +210,8 @@ class TokenMerger(Merger):
         assert seen.importance is not None
         clusters = math.ceil(self.cluster_fraction * seen.x.shape[1])
         raw = _raw(self.cluster_weights, seen.importance, _sizes(seen))
-        label, weight = self._cluster(seen.x.detach(), raw, clusters)
+        label = self._cluster(seen.x.detach(), clusters)
+        weight = group_weights(raw, label, clusters)
         role = torch.full_like(label, int(Role.CLUSTERED))
         return Reduction(merge_groups(seen.x, label, weight, clusters), label, role)
 
@@ -213,10 +219,9 @@ class TokenMerger(Merger):
         """What to compare in place of the tokens, B×N×D."""
         return {"tokens": None, "keys": seen.keys, "normed": seen.normed}[self.features]
 
-    def _cluster(self, compared: Tensor, raw: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-        """The cluster of each token and its weight in it, B×N; ``raw`` is not normalised."""
-        label, _ = cluster_density_peaks(compared, clusters, self.density, self.neighbours)
-        return label, group_weights(raw, label, clusters)
+    def _cluster(self, compared: Tensor, clusters: int) -> Tensor:
+        """The cluster of each token, B×N."""
+        return cluster_density_peaks(compared, clusters, self.density, self.neighbours)[0]
 
 
 def _sizes(seen: Seen) -> Tensor:
@@ -227,5 +232,6 @@ def _sizes(seen: Seen) -> Tensor:
 
 def _raw(rule: str, importance: Tensor, size: Tensor) -> Tensor:
     """What tokens weigh in their groups, B×N, not normalised."""
-    known = {"attention": importance, "size": size, "mean": torch.ones_like(size)}
-    return known[rule]
+    if rule == "mean":
+        return torch.ones_like(size)
+    return importance if rule == "attention" else size

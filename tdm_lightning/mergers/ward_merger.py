@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,7 +13,8 @@ from tdm_lightning.core.reduction import Reduction, Seen
 from tdm_lightning.errors import ReductionError, SettingError
 from tdm_lightning.mergers.base import Merger
 from tdm_lightning.mergers.pairing import means_of_patches
-from tdm_lightning.ops import fewest_after, gather_tokens, joined, rank_order, ward_groups
+from tdm_lightning.ops import fewest_after, gather_tokens, joined, rank_order, ward_leaders
+from tdm_lightning.ops.constants import places
 
 
 class WardMerger(Merger):
@@ -19,7 +22,7 @@ class WardMerger(Merger):
 
     What is compared are the tokens and, between attention and MLP, their head-averaged keys, each
     of unit length and side by side; sizes are the weights (Ward's linkage, see
-    :func:`~tdm_lightning.ops.ward_groups`). Every group becomes the mean of its patches. The most
+    :func:`~tdm_lightning.ops.ward_leaders`). Every group becomes the mean of its patches. The most
     important tokens may be protected: they take no part. Ours, not of a paper.
 
     The rounds pair by places, so this merger does not commute with a permutation of the patches.
@@ -94,30 +97,25 @@ class WardMerger(Merger):
             assert seen.importance is not None
             rest = rank_order(seen.importance)[:, protected:]
             order = rest.topk(n - protected, dim=1, largest=False, sorted=True).values
-            part, lead = ward_groups(
-                gather_tokens(features, order),
-                seen.size.gather(1, order),
-                keep - protected,
-                self.rounds,
-            )
+            part = gather_tokens(features, order), seen.size.gather(1, order)
+            lead = ward_leaders(*part, keep - protected, self.rounds)
             # the place of the token that each one joins; a protected one joins none
-            here = torch.arange(n, device=order.device).expand(batch, n)
-            joins = here.scatter(1, order, order.gather(1, lead.gather(1, part)))
-            group, shared = joined(joins)
+            here = places(n, order).expand(batch, n)
+            leader = here.scatter(1, order, order.gather(1, lead))
         else:
-            group, lead = ward_groups(features, seen.size, keep, self.rounds)
-            group, shared = joined(lead.gather(1, group))
-        return means_of_patches(seen, group, shared, keep)
+            leader = ward_leaders(features, seen.size, keep, self.rounds)
+        group = joined(leader)
+        return means_of_patches(seen, group, keep)
 
     def _features(self, seen: Seen) -> Tensor:
         """What is compared, B×N×D, float32."""
         parts = [seen.x] if seen.keys is None else [seen.x, seen.keys]
         found = torch.cat([F.normalize(part.detach().float(), dim=-1) for part in parts], dim=-1)
-        if found.device.type == "cpu" and not torch.compiler.is_compiling():
-            finite = found.sum(dim=-1).isfinite()  # of unit vectors, so it cannot overflow
-            if not bool(finite.all()):
-                raise ReductionError(
-                    f"the features of {int((~finite).sum())} of {finite.numel()} tokens are not"
-                    " finite; look for the block or the image that they come from"
-                )
+        on_cpu = found.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and not math.isfinite(float(found.sum())):  # of unit vectors: cannot overflow
+            finite = found.sum(dim=-1).isfinite()
+            raise ReductionError(
+                f"the features of {int((~finite).sum())} of {finite.numel()} tokens are not"
+                " finite; look for the block or the image that they come from"
+            )
         return found

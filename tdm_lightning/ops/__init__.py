@@ -9,12 +9,14 @@ from tdm_lightning.ops.linear import linear_bias, linear_weight
 from tdm_lightning.ops.merge import (
     first_members,
     gather_tokens,
+    group_totals,
     group_weights,
     inverse_order,
     joined,
     mean_positions,
     merge_groups,
     rank_order,
+    share_group,
     unmerge,
 )
 from tdm_lightning.ops.mutual import mutual_neighbours
@@ -22,7 +24,7 @@ from tdm_lightning.ops.pairs import match_pairs
 from tdm_lightning.ops.policy import policy_softmax
 from tdm_lightning.ops.ragged import pack
 from tdm_lightning.ops.spread import spread_weights
-from tdm_lightning.ops.ward import fewest_after, ward_groups
+from tdm_lightning.ops.ward import fewest_after, ward_leaders
 
 __all__ = [
     "class_attention",
@@ -30,6 +32,7 @@ __all__ = [
     "fewest_after",
     "first_members",
     "gather_tokens",
+    "group_totals",
     "group_weights",
     "inverse_order",
     "joined",
@@ -47,8 +50,9 @@ __all__ = [
     "policy_softmax",
     "rank_order",
     "received_attention",
+    "share_group",
     "spread_weights",
     "token_energy",
     "unmerge",
-    "ward_groups",
+    "ward_leaders",
 ]

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdm_lightning.ops.constants import constant, places
 from tdm_lightning.ops.precision import full_precision
 
 
 @torch.no_grad()
-def match_alternating(features: Tensor, pairs: int, prefix: int = 1) -> tuple[Tensor, Tensor]:
+def match_alternating(features: Tensor, pairs: int, prefix: int = 1) -> Tensor:
     """Send the tokens that have the most similar partner into it (Bolya et al., "Token Merging",
     ICLR 2023).
 
@@ -25,24 +26,25 @@ def match_alternating(features: Tensor, pairs: int, prefix: int = 1) -> tuple[Te
 
     Returns:
         The group of every patch in ``0…N-pairs-1``, B×N, int64: even patches that stay, in their
-        order, then the odd ones in theirs; and a mask of the patches that share their group, B×N,
-        bool.
+        order, then the odd ones in theirs.
 
     >>> keys = torch.tensor([[[1.0, 0.0], [2.0, 0.1], [0.0, 3.0]]])
-    >>> match_alternating(keys, pairs=1)[0]
+    >>> match_alternating(keys, pairs=1)
     tensor([[0, 0, 1]])
     """
+    batch, n, _ = features.shape
+    first = prefix % 2  # of the even ones
     with full_precision(features.device):
         unit = F.normalize(features.float(), dim=-1)
-        even, odd = unit[:, prefix % 2 :: 2], unit[:, (prefix + 1) % 2 :: 2]
-        best, partner = (even @ odd.transpose(1, 2)).max(dim=-1)
-    chosen = best.topk(pairs, dim=1).indices
-    goes = torch.zeros_like(best, dtype=torch.bool).scatter(1, chosen, True)
-    staying = even.shape[1] - pairs
-    group = partner.new_empty(unit.shape[:2])
-    group[:, prefix % 2 :: 2] = torch.where(goes, partner + staying, (~goes).cumsum(1) - 1)
-    group[:, (prefix + 1) % 2 :: 2] = torch.arange(
-        staying, staying + odd.shape[1], device=group.device
-    )
-    members = torch.zeros_like(group).scatter_add(1, group, torch.ones_like(group))
-    return group, members.gather(1, group) > 1
+        best, partner = (unit[:, first::2] @ unit[:, 1 - first :: 2].transpose(1, 2)).max(dim=-1)
+    order = best.topk(best.shape[1], dim=1).indices
+    chosen = order[:, :pairs]
+    stays = order[:, pairs:].sort(dim=1).values
+    staying = stays.shape[1]
+    # The slots of the odd ones follow those of the even ones that stay.
+    slots = constant(lambda: places(n, features) // 2 + staying, features, "slots", n, staying)
+    group = slots.repeat(batch, 1)
+    even = group[:, first::2]
+    even.scatter_(1, stays, places(staying, features).expand(batch, -1))
+    even.scatter_(1, chosen, partner.gather(1, chosen) + staying)
+    return group

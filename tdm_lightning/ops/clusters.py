@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tdm_lightning.ops.constants import constant, places
 from tdm_lightning.ops.precision import full_precision
 
 Density = Literal["gaussian", "knn"]
@@ -28,11 +29,10 @@ def pairwise_distances(x: Tensor) -> Tensor:
     with full_precision(x.device):
         x = x.float()
         x = x - x.mean(dim=1, keepdim=True)
-        norm = x.square().sum(-1)
-        squared = norm.unsqueeze(2) + norm.unsqueeze(1) - 2 * (x @ x.transpose(1, 2))
-    n = x.shape[1]
-    itself = torch.eye(n, dtype=torch.bool, device=x.device)
-    return squared.clamp(min=0).masked_fill(itself, 0).sqrt() / math.sqrt(x.shape[-1])
+        gram = x @ x.transpose(1, 2)
+        norm = gram.diagonal(dim1=1, dim2=2)
+        squared = torch.sub(norm.unsqueeze(2) + norm.unsqueeze(1), gram, alpha=2)
+    return squared.clamp(min=0).sqrt() / math.sqrt(x.shape[-1])
 
 
 def _log_density(distance: Tensor, kernel: Density, neighbours: int) -> Tensor:
@@ -45,7 +45,9 @@ def _log_density(distance: Tensor, kernel: Density, neighbours: int) -> Tensor:
     if kernel == "knn":
         nearest = distance.topk(min(neighbours, n), dim=-1, largest=False).values
         return nearest.square().mean(-1).neg()
-    itself = torch.eye(n, dtype=torch.bool, device=distance.device)
+    itself = constant(
+        lambda: torch.eye(n, dtype=torch.bool, device=distance.device), distance, "itself", n
+    )
     exponent = distance.square().neg().masked_fill(itself, -torch.inf)
     # A token alone has no neighbour.
     largest = exponent.amax(-1, keepdim=True).clamp(min=torch.finfo(exponent.dtype).min)
@@ -87,16 +89,20 @@ def peaks_from_distances(
     """:func:`cluster_density_peaks` for given distances, B×N×N."""
     batch, n, _ = distance.shape
     log_rho = _log_density(distance, density, neighbours)
-    position = torch.arange(n, device=distance.device)
-    earlier = position.unsqueeze(0) < position.unsqueeze(1)  # [i, j]: j stands before i
+    not_earlier = constant(  # [i, j]: j does not stand before i
+        lambda: torch.ones(n, n, dtype=torch.bool, device=distance.device).triu(),
+        distance,
+        "not earlier",
+        n,
+    )
     mine, other = log_rho.unsqueeze(2), log_rho.unsqueeze(1)
-    denser = (other > mine) | ((other == mine) & earlier)
-    delta = distance.masked_fill(~denser, torch.inf).amin(dim=-1)
+    sparser = (other < mine) | ((other == mine) & not_earlier)
     # Only the densest token has no denser one. It takes its largest distance for delta, so its
     # score is the highest there is; infinity says so even where all tokens are equal.
-    score = (log_rho + delta.log()).masked_fill(delta.isinf(), torch.inf)
+    delta = distance.masked_fill(sparser, torch.inf).amin(dim=-1)
+    score = log_rho + delta.log()
     centers = score.topk(clusters, dim=1).indices
     index = centers.unsqueeze(1).expand(-1, n, -1)
     label = distance.gather(2, index).argmin(dim=-1)
-    own = torch.arange(clusters, device=distance.device).expand(batch, -1)
+    own = places(clusters, distance).expand(batch, -1)
     return label.scatter(1, centers, own), centers

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdm_lightning.ops.constants import places
 from tdm_lightning.ops.precision import full_precision
 
 
@@ -17,7 +18,7 @@ def match_both_ways(
     pairs: int,
     prefix: int = 1,
     temperatures: tuple[float, float, float] = (1.0, 20.0, 40.0),
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Send tokens into ones that are alike, little attended and small (MCTF, Lee et al., CVPR 2024,
     eq. 3 to 6; ``mlvlab/MCTF``).
 
@@ -37,11 +38,11 @@ def match_both_ways(
 
     Returns:
         The group of every token in ``0…N-pairs-1``, B×N, int64: even ones in their order, then odd
-        ones, those that attract most first; and a mask of the tokens that share theirs, B×N, bool.
+        ones, those that attract most first.
     """
     batch, n, _ = x.shape
     first = (pairs // 2, pairs - pairs // 2)
-    place = torch.arange(n, device=x.device)
+    place = places(n, x)
     even, odd = place[prefix % 2 :: 2], place[(prefix + 1) % 2 :: 2]
     with full_precision(x.device):
         unit = F.normalize(x.float(), dim=-1)
@@ -63,11 +64,9 @@ def match_both_ways(
     # Slots: even tokens that stay in their order, then odd ones by rank.
     slot = torch.zeros_like(into)
     slot[:, even] = (~gone).cumsum(dim=1) - 1
-    behind = torch.arange(stays.shape[1], device=x.device) + len(even) - first[0]
+    behind = places(stays.shape[1], x) + (len(even) - first[0])
     slot = slot.scatter(1, stays, behind.expand_as(stays))
-    group = slot.gather(1, into)
-    members = torch.zeros_like(group).scatter_add(1, group, torch.ones_like(group))
-    return group, members.gather(1, group) > 1
+    return slot.gather(1, into)
 
 
 def _weak(values: Tensor, even: Tensor, odd: Tensor, power: float) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdm_lightning.ops.constants import places
 from tdm_lightning.ops.merge import inverse_order, joined, rank_order
 from tdm_lightning.ops.precision import full_precision
 
@@ -28,9 +29,7 @@ def token_energy(similarity: Tensor, margin: float) -> Tensor:
 
 
 @torch.no_grad()
-def match_by_energy(
-    features: Tensor, pairs: int, margin: float, among: int
-) -> tuple[Tensor, Tensor]:
+def match_by_energy(features: Tensor, pairs: int, margin: float, among: int) -> Tensor:
     """Match tokens of high energy (PiToMe; ``hchautran/PiToMe``).
 
     Of the ``among`` tokens of highest energy those of the ranks 0, 2, … propose, each to its most
@@ -43,8 +42,7 @@ def match_by_energy(
         among: tokens that take part, at most N; the others are protected.
 
     Returns:
-        The group of every token in ``0…N-pairs-1``, B×N, int64, those of high energy first; and a
-        mask of the tokens that share theirs, B×N, bool.
+        The group of every token in ``0…N-pairs-1``, B×N, int64, those of high energy first.
     """
     batch, n, _ = features.shape
     with full_precision(features.device):
@@ -57,7 +55,6 @@ def match_by_energy(
             dim=2
         )
     chosen = best.topk(pairs, dim=1).indices
-    here = torch.arange(n, device=features.device).expand(batch, n)
-    group, shared = joined(here.scatter(1, 2 * chosen, 2 * partner.gather(1, chosen) + 1))
-    rank = inverse_order(order)
-    return group.gather(1, rank), shared.gather(1, rank)
+    here = places(n, features).expand(batch, n)
+    group = joined(here.scatter(1, 2 * chosen, 2 * partner.gather(1, chosen) + 1))
+    return group.gather(1, inverse_order(order))

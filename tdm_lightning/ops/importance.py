@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from tdm_lightning.ops.constants import constant
 from tdm_lightning.ops.precision import full_precision
 
 
@@ -24,7 +26,18 @@ def class_attention(
     """
     if bias is not None and bias.shape[-2] > 1:
         bias = bias[:, :, :rows]
-    return _weights(q[:, :, :rows], k, scale, bias)
+    if rows > 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _weights(q[:, :, :rows], k, scale, bias)
+    # One row: products token by token read the keys as they lie, where a matrix product would
+    # first bring each head's together.
+    width = k.shape[-1]
+    with full_precision(q.device):
+        ask = q[:, :, :1].transpose(1, 2).float()
+        factor = constant(lambda: torch.full((width, 1), scale, device=q.device), q, width, scale)
+        logits = ((k.transpose(1, 2) * ask) @ factor).permute(0, 2, 3, 1)  # B×T×H×1 → B×H×1×T
+    if bias is not None:
+        logits = logits + bias
+    return logits.softmax(dim=-1)
 
 
 def received_attention(

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tdm_lightning.ops.constants import places, rows
+
 #: Added to every weight before it is normalised: a group whose attention underflows to zero becomes
 #: a plain mean.
 _TINY = 1e-12
@@ -26,18 +28,33 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     >>> gather_tokens(x, torch.tensor([[2, 0]])).flatten().tolist()
     [3.0, 1.0]
     """
-    batch, n, width = x.shape
+    batch, _, width = x.shape
     # Whole rows of a flat table: on a CPU some 50 times faster than `gather` with an index expanded
     # to C.
-    return x.reshape(-1, width).index_select(0, _flat(index, n)).view(batch, index.shape[1], width)
+    table, step = _table(x)
+    return table.index_select(0, _flat(index, step)).view(batch, index.shape[1], width)
+
+
+def _table(x: Tensor) -> tuple[Tensor, int]:
+    """Tokens of all images one below the other, R×C, and how many rows lie between two images.
+
+    Patches behind prefix tokens are a slice, whose rows a copy would have to bring together; where
+    no gradient is wanted their places are looked up in what they were sliced from.
+    """
+    batch, n, width = x.shape
+    step, gap = divmod(x.stride(0), width) if width else (n, 0)
+    plain = type(x) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    sliced = x.stride()[1:] == (width, 1) and not gap and step > n
+    if batch > 1 and sliced and plain and not (x.requires_grad and torch.is_grad_enabled()):
+        return x.as_strided(((batch - 1) * step + n, width), (width, 1)), step
+    return x.reshape(-1, width), n
 
 
 def _flat(index: Tensor, n: int) -> Tensor:
     """Positions in a batch of sequences, B×M, as positions in their concatenation, B·M."""
     if index.shape[0] == 1:
         return index.flatten()
-    offset = torch.arange(index.shape[0], device=index.device).unsqueeze(1) * n
-    return (index + offset).flatten()
+    return (index + rows(index.shape[0], n, index)).flatten()
 
 
 def rank_order(importance: Tensor) -> Tensor:
@@ -48,8 +65,8 @@ def rank_order(importance: Tensor) -> Tensor:
 
 def inverse_order(order: Tensor) -> Tensor:
     """The permutation that undoes ``order``, B×N int64: the rank of every position."""
-    rank = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.zeros_like(order).scatter(1, order, rank)
+    rank = places(order.shape[1], order).expand_as(order)
+    return torch.zeros_like(order).scatter_(1, order, rank)
 
 
 def first_members(group: Tensor, groups: int, order: Tensor | None = None) -> Tensor:
@@ -67,7 +84,7 @@ def first_members(group: Tensor, groups: int, order: Tensor | None = None) -> Te
     [[0, 2]]
     """
     n = group.shape[1]
-    here = torch.arange(n, device=group.device).expand_as(group)
+    here = places(n, group).expand_as(group)
     rank = here if order is None else inverse_order(order)
     slot = torch.where(group < 0, groups, group)
     first = (
@@ -78,23 +95,33 @@ def first_members(group: Tensor, groups: int, order: Tensor | None = None) -> Te
     return first if order is None else order.gather(1, first)
 
 
-def joined(into: Tensor) -> tuple[Tensor, Tensor]:
+def joined(into: Tensor) -> Tensor:
     """Groups, from the token that each one joins.
 
     Args:
         into: position of the token that takes each one in, B×N, int64; its own for one that stays.
 
     Returns:
-        The group of every token, B×N, int64, in the order of those that stay; and a mask of the
-        tokens that share their group, B×N, bool.
+        The group of every token, B×N, int64, in the order of those that stay.
 
     >>> joined(torch.tensor([[2, 1, 2, 3]]))
-    (tensor([[1, 0, 1, 2]]), tensor([[ True, False,  True, False]]))
+    tensor([[1, 0, 1, 2]])
     """
-    stays = into == torch.arange(into.shape[1], device=into.device)
-    group = (stays.cumsum(dim=1) - 1).gather(1, into)
-    received = torch.zeros_like(into).scatter_add(1, into, (~stays).to(into.dtype))
-    return group, ~stays | (received > 0)
+    stays = into == places(into.shape[1], into)
+    return (stays.cumsum(dim=1) - 1).gather(1, into)
+
+
+def share_group(group: Tensor) -> Tensor:
+    """Which tokens are not alone in their group, B×N, bool.
+
+    Args:
+        group: the group of each of N tokens in ``0…N-1``, B×N, int64.
+
+    >>> share_group(torch.tensor([[1, 0, 1, 2]]))
+    tensor([[ True, False,  True, False]])
+    """
+    members = torch.zeros_like(group).scatter_add_(1, group, torch.ones_like(group))
+    return members.gather(1, group) > 1
 
 
 def mean_positions(
@@ -147,8 +174,21 @@ def group_weights(
     """
     raw = torch.ones_like(importance) if rule == "mean" else importance
     raw = raw.float() + _TINY
-    total = raw.new_zeros(raw.shape[0], groups).scatter_add(1, group, raw)
-    return raw / total.gather(1, group)
+    return raw / group_totals(raw, group, groups).gather(1, group)
+
+
+def group_totals(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Sums over the members of each group, B×G.
+
+    Args:
+        values: of each token, B×N.
+        group: the group of each token in ``0…groups-1``, B×N, int64.
+        groups: number of groups G.
+
+    >>> group_totals(torch.ones(1, 3), torch.tensor([[1, 0, 1]]), groups=2)
+    tensor([[1., 2.]])
+    """
+    return values.new_zeros(values.shape[0], groups).scatter_add_(1, group, values)
 
 
 def merge_groups(x: Tensor, group: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -165,7 +205,7 @@ def merge_groups(x: Tensor, group: Tensor, weight: Tensor, groups: int) -> Tenso
     """
     batch, _, width = x.shape
     weighted = x * weight.to(x.dtype).unsqueeze(-1)
-    out = x.new_zeros(batch * groups, width).index_add(
+    out = x.new_zeros(batch * groups, width).index_add_(
         0, _flat(group, groups), weighted.reshape(-1, width)
     )
     return out.view(batch, groups, width)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tdm_lightning.ops.constants import places
 from tdm_lightning.ops.merge import joined
 from tdm_lightning.ops.precision import full_precision
 
@@ -15,7 +16,7 @@ Matching = Literal["bipartite", "greedy"]
 
 
 @torch.no_grad()
-def match_pairs(x: Tensor, pairs: int, rule: Matching = "bipartite") -> tuple[Tensor, Tensor]:
+def match_pairs(x: Tensor, pairs: int, rule: Matching = "bipartite") -> Tensor:
     """Fuse the most similar tokens, one fusion per pair, by cosine similarity.
 
     Args:
@@ -28,12 +29,11 @@ def match_pairs(x: Tensor, pairs: int, rule: Matching = "bipartite") -> tuple[Te
 
     Returns:
         The group of every token in ``0…N-P-1``, B×N, int64, groups in the order of their most
-        important member that was not fused into another; and a mask of the tokens that share their
-        group, B×N, bool.
+        important member that was not fused into another.
     """
     batch, n, _ = x.shape
     # The token that each token is fused into: itself at first.
-    into = torch.arange(n, device=x.device).expand(batch, -1)
+    into = places(n, x).expand(batch, -1)
     if pairs:
         with full_precision(x.device):
             unit = F.normalize(x.float(), dim=-1)
@@ -52,7 +52,7 @@ def _bipartite(unit: Tensor, pairs: int, into: Tensor) -> Tensor:
 def _one_to_one(unit: Tensor, pairs: int, into: Tensor) -> Tensor:
     n = unit.shape[1]
     similarity = unit @ unit.transpose(1, 2)
-    position = torch.arange(n, device=unit.device)
+    position = places(n, unit)
     itself = position.unsqueeze(0) == position.unsqueeze(1)
     similarity = similarity.masked_fill(itself, -torch.inf)
     for _ in range(pairs):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from tdm_lightning.errors import SettingError
-from tdm_lightning.ops.merge import gather_tokens, joined
+from tdm_lightning.ops.constants import places
+from tdm_lightning.ops.merge import gather_tokens
 from tdm_lightning.ops.precision import full_precision
 
 
@@ -46,9 +47,7 @@ def fewest_after(n: int, rounds: int) -> int:
 
 
 @torch.no_grad()
-def ward_groups(
-    features: Tensor, weight: Tensor, keep: int, rounds: int | None = 4
-) -> tuple[Tensor, Tensor]:
+def ward_leaders(features: Tensor, weight: Tensor, keep: int, rounds: int | None = 4) -> Tensor:
     """Group tokens by Ward's linkage, the costs followed on the Gram matrix of their sums.
 
     A merge of groups i and j costs ``w_i·w_j / (w_i + w_j) · ‖f_i − f_j‖²``: what it adds to the
@@ -64,25 +63,22 @@ def ward_groups(
             studies: it takes N − ``keep`` steps.
 
     Returns:
-        The group of every token in ``0…keep-1``, B×N, int64, in the order of the places of the
-        tokens that took the others in; and these places, B×``keep``.
+        The place of the token that leads each one's group, its own where it took others in or is
+        alone, B×N, int64; groups of them: :func:`~tdm_lightning.ops.joined`.
 
     Raises:
         ValueError: if the rounds cannot leave so few.
 
     >>> points = torch.tensor([[[0.0], [0.1], [5.0], [5.2]]])
-    >>> ward_groups(points, torch.ones(1, 4), keep=2, rounds=1)[0].tolist()
-    [[0, 0, 1, 1]]
+    >>> ward_leaders(points, torch.ones(1, 4), keep=2, rounds=1).tolist()
+    [[0, 0, 2, 2]]
     """
     with full_precision(features.device):
         features, weight = features.float(), weight.float()
         if rounds is None:
-            leader = _agglomerate(features, weight, keep)
-        else:
-            pairs = pairs_per_round(weight.shape[1], keep, rounds)
-            leader = _in_rounds(features, weight, pairs)
-    stays = leader == torch.arange(leader.shape[1], device=leader.device)
-    return joined(leader)[0], _true_places(stays, keep)
+            return _agglomerate(features, weight, keep)
+        pairs = pairs_per_round(weight.shape[1], keep, rounds)
+        return _in_rounds(features, weight, pairs)
 
 
 def _in_rounds(features: Tensor, weight: Tensor, pairs: list[int]) -> Tensor:
@@ -92,8 +88,7 @@ def _in_rounds(features: Tensor, weight: Tensor, pairs: list[int]) -> Tensor:
     columns of the Gram matrix, and nothing else changes.
     """
     gram = _gram_of_sums(features, weight)
-    batch, n = weight.shape
-    here = torch.arange(n, device=weight.device).expand(batch, n)
+    here = places(weight.shape[1], weight).expand_as(weight)
     leader = present = here
     for number, count in enumerate(pairs):
         if not count:
@@ -102,22 +97,35 @@ def _in_rounds(features: Tensor, weight: Tensor, pairs: list[int]) -> Tensor:
         sources, targets = present[:, int(odd) :: 2], present[:, int(not odd) :: 2]
         cost = _costs(gram, weight, sources, targets)
         best, partner = cost.min(dim=2)  # the first of equals
-        chosen = _lowest(best.clamp(min=0), count)
+        order = _cheapest_first(best.clamp(min=0))
+        chosen = order[:, :count]
         source = sources.gather(1, chosen)
         target = targets.gather(1, partner.gather(1, chosen))
+        leader = here.scatter(1, source, target).gather(1, leader)
+        if number == len(pairs) - 1:
+            break
         _join_(gram, source, target)
         weight = weight.scatter_add(1, target, weight.gather(1, source))
-        leader = here.scatter(1, source, target).gather(1, leader)
-        alive = torch.ones_like(present, dtype=torch.bool)
-        alive[:, int(odd) :: 2] = alive[:, int(odd) :: 2].scatter(1, chosen, False)
-        present = present.gather(1, _true_places(alive, present.shape[1] - count))
+        left = torch.cat((targets, sources.gather(1, order[:, count:])), dim=1)
+        present = left.sort(dim=1).values
     return leader
+
+
+def _cheapest_first(values: Tensor) -> Tensor:
+    """The places of non-negative values in ascending order, equal ones by place, B×N."""
+    if not torch.compiler.is_exporting():
+        return values.sort(dim=1, stable=True).indices
+    # ONNX has no stable sort; in double precision there is room below a float's last bit to tell
+    # equal values apart.
+    n = values.shape[1]
+    shift = 1 + torch.arange(n, device=values.device, dtype=torch.float64) * 2.0**-40
+    return ((values.double() + 1e-60) * shift).topk(n, dim=1, largest=False).indices
 
 
 def _gram_of_sums(features: Tensor, weight: Tensor) -> Tensor:
     """Inner products of the weighted features, B×N×N."""
-    gram = features @ features.transpose(1, 2)
-    return gram.mul_(weight.unsqueeze(1)).mul_(weight.unsqueeze(2))
+    sums = features * weight.unsqueeze(2)
+    return sums @ sums.transpose(1, 2)
 
 
 def _costs(gram: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -129,12 +137,12 @@ def _costs(gram: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> Tenso
         first: places, B×P.
         second: places, B×Q.
     """
-    at = (first * weight.shape[1]).unsqueeze(2) + second.unsqueeze(1)
+    at = torch.add(second.unsqueeze(1), first.unsqueeze(2), alpha=weight.shape[1])
     inner = gram.flatten(1).gather(1, at.flatten(1)).view_as(at)
-    norm = gram.diagonal(dim1=1, dim2=2)
-    w, v = weight.gather(1, first).unsqueeze(2), weight.gather(1, second).unsqueeze(1)
     # w·v / (w + v) · ‖S/w − T/v‖² of sums S and T
-    own, other = norm.gather(1, first).unsqueeze(2) / w, norm.gather(1, second).unsqueeze(1) / v
+    norm = gram.diagonal(dim1=1, dim2=2) / weight
+    own, other = norm.gather(1, first).unsqueeze(2), norm.gather(1, second).unsqueeze(1)
+    w, v = weight.gather(1, first).unsqueeze(2), weight.gather(1, second).unsqueeze(1)
     return inner.mul_(-2).addcmul_(own, v).addcmul_(other, w).div_(w + v)
 
 
@@ -146,22 +154,6 @@ def _join_(gram: Tensor, source: Tensor, target: Tensor) -> None:
     gram.scatter_add_(1, target.unsqueeze(2).expand_as(rows), gram.gather(1, rows))
     columns = source.unsqueeze(1).expand(-1, gram.shape[1], -1)
     gram.scatter_add_(2, target.unsqueeze(1).expand_as(columns), gram.gather(2, columns))
-
-
-def _lowest(values: Tensor, count: int) -> Tensor:
-    """Where the ``count`` lowest of each row of non-negative values stand, ties by place."""
-    n = values.shape[1]
-    # In double precision there is room below a float's last bit to tell equal ones apart.
-    shift = 1 + torch.arange(n, device=values.device, dtype=torch.float64) * 2.0**-40
-    return ((values.double() + 1e-60) * shift).topk(count, dim=1, largest=False).indices
-
-
-def _true_places(mask: Tensor, count: int) -> Tensor:
-    """The places of the ``count`` true values of each row, in their order, B×``count``."""
-    batch, n = mask.shape
-    slot = torch.where(mask, mask.cumsum(dim=1) - 1, count)
-    here = torch.arange(n, device=mask.device).expand(batch, n)
-    return torch.zeros_like(slot[:, : count + 1]).scatter(1, slot, here)[:, :count]
 
 
 def _agglomerate(features: Tensor, weight: Tensor, keep: int) -> Tensor:

@@ -133,7 +133,7 @@ def test_parts_are_the_functions_applied_to_the_two_kinds():
     for image in range(2):
         ranked = sorted(range(40), key=lambda j: -importance[image, j].item())
         attentive, inattentive = ranked[:28], ranked[28:]
-        pair, _ = match_pairs(x[image, attentive][None], split.pairs)
+        pair = match_pairs(x[image, attentive][None], split.pairs)
         label, _ = cluster_density_peaks(x[image, inattentive][None], split.clusters)
         assert reduction.assignment[image, attentive].tolist() == pair[0].tolist()
         assert (
@@ -219,7 +219,7 @@ def test_on_a_photograph_clusters_are_tighter_than_random_ones_of_the_same_sizes
 @pytest.mark.parametrize("matching", ["bipartite", "greedy"])
 def test_on_a_photograph_fused_tokens_are_closer_than_random_ones(matching):
     x = photograph()[:, torch.randperm(196)[:138]]
-    group, _ = match_pairs(x, 15, matching)
+    group = match_pairs(x, 15, matching)
     unit = torch.nn.functional.normalize(x, dim=-1)
     random = [spread(unit, group[:, torch.randperm(138)]) for _ in range(100)]
     assert spread(unit, group) < 0.5 * min(random)

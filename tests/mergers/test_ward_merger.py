@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 import tdm_lightning as tdm
 from tdm_lightning.core import Role, Seen
 from tdm_lightning.errors import ReductionError, SettingError
-from tdm_lightning.ops import ward_groups
+from tdm_lightning.ops import joined, ward_leaders
 from tests.helpers.vits import lively
 
 
@@ -33,7 +33,7 @@ def test_groups_become_the_means_of_their_patches():
     given = seen()
     found = tdm.WardMerger(protect=0)(given, 9)
     unit = [part / part.norm(dim=-1, keepdim=True) for part in (given.x, given.keys)]
-    group, _ = ward_groups(torch.cat(unit, dim=-1), given.size, 9)
+    group = joined(ward_leaders(torch.cat(unit, dim=-1), given.size, 9))
     assert torch.equal(found.assignment, group)
     for image in range(2):
         for token in range(9):
@@ -59,7 +59,7 @@ def test_protected_tokens_take_no_part_and_keep_their_order():
         order = best.sort().values
         assert (found.assignment[image, order].diff() > 0).all()
         rest = [place for place in range(20) if place not in best]
-        group, _ = ward_groups(
+        group = ward_leaders(
             torch.cat(
                 [
                     torch.nn.functional.normalize(part[image : image + 1, rest], dim=-1)

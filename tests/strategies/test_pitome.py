@@ -51,11 +51,10 @@ def plain_groups(features, pairs, margin, among):
 @pytest.mark.parametrize("margin", [0.75, 0.0])
 def test_matching_against_plain_loops(n, pairs, among, margin):
     features = torch.randn(3, n, 6)
-    group, shared = match_by_energy(features, pairs, margin, among)
+    group = match_by_energy(features, pairs, margin, among)
     expected = torch.tensor([plain_groups(image, pairs, margin, among) for image in features])
     assert same_groups(group, expected)
     assert group.max() == n - pairs - 1
-    assert shared.sum(1).ge(2).all()
 
 
 def test_meets_a_budget():
