@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.study.plan import METHODS, Method
-from tdm_lightning.core.reduction import Reduction, Role, Seen
+from tdm_lightning.core.reduction import Reduction, Seen
 from tdm_lightning.flops import macs_with
 from tdm_lightning.importance import ClassAttention
 from tdm_lightning.mergers import WardMerger
@@ -51,7 +51,7 @@ class NoSizes(WardMerger):
         """See :meth:`WardMerger.__call__`."""
         assert seen.size is not None
         found = super().__call__(replace(seen, size=torch.ones_like(seen.size)), keep)
-        return means_of_patches(seen, found.assignment, found.role == Role.MATCHED, keep)
+        return means_of_patches(seen, found.assignment, keep)
 
 
 class Attentive(WardMerger):
