@@ -122,7 +122,12 @@ def ablation_table(results: Sequence[Result], default: str) -> str:
     fine-tuning.
     """
     rates = rates_of(results)
-    columns = [(rate, when) for when in WHEN for rate in rates]
+    columns = [
+        (rate, when)
+        for when in WHEN
+        for rate in rates
+        if any(runs(results, method, rate, when) for method in methods_of(results))
+    ]
     header = ["change", *(f"{rate:g}, {TITLES[when]}" for rate, when in columns)]
     rows = []
     for method in methods_of(results):
