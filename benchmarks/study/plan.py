@@ -137,6 +137,11 @@ METHODS = (
     Method("Plain", lambda rate: Strategy(), solve=False),
     Method("TDM", TDM, solve=False),
     Method(
+        "TDM (4 blocks)",
+        lambda rate: TDM(rate, layers=(0, 3, 6, 9)),
+        note="reduces in WardTDM's blocks instead of the paper's three",
+    ),
+    Method(
         "TDM (6 blocks)",
         lambda rate: TDM(rate, layers=_EVERY_OTHER),
         note="reduces after every other block instead of three, by the same share each time",
