@@ -71,11 +71,8 @@ def difference(
 def accuracy_table(results: Sequence[Result], when: str) -> str:
     """Accuracy in percent of each method at each of TDM's budgets, seeds averaged."""
     rates = rates_of(results)
-    budgets = {
-        rate: next((r.gmacs for r in results if (r.method, r.rate) == (BUDGETS, rate)), math.nan)
-        for rate in rates
-    }
-    header = ["method", *(f"{rate:g} ({budgets[rate]:.3f} G)" for rate in rates)]
+    budgets = {r.rate: f" ({r.gmacs:.3f} G)" for r in results if r.method == BUDGETS}
+    header = ["method", *(f"{rate:g}{budgets.get(rate, '')}" for rate in rates)]
     rows = []
     for method in methods_of(results):
         found = [mean_accuracy(results, method, rate, when) for rate in rates]
