@@ -28,7 +28,9 @@ cells() {
     for worker in "${running[@]}"; do wait "$worker"; done
 }
 
-cells free --part ward --train_images 0 --eval_images 4000
+for part in ward ablation placement; do
+    cells free --part $part --train_images 0 --eval_images 3000
+done
 cells free --part grid --train_images 0
 for images in 3000 10000; do
     cells $images --part grid --train_images $images --seeds '[1,2]'

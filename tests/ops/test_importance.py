@@ -53,3 +53,16 @@ def test_large_activations_do_not_overflow_in_float16():
     assert row.isfinite().all()
     torch.testing.assert_close(row.sum(-1), torch.ones(1, HEADS, 1))
     assert received_attention(q, k, SCALE).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("strided", [False, True])
+def test_one_row_without_gradients_is_the_same(dtype, strided):
+    """There the products are taken token by token."""
+    q, k = (x.to(dtype) for x in queries_and_keys())
+    if strided:  # as they lie in a projection of both
+        q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    for bias in (None, torch.randn(len(q), 1, 1, k.shape[2])):
+        wanted = class_attention(q, k, SCALE, bias=bias)
+        with torch.no_grad():
+            torch.testing.assert_close(class_attention(q, k, SCALE, bias=bias), wanted)
