@@ -27,6 +27,7 @@ from tdm_lightning.mergers import (
     TokenMerger,
     WardMerger,
 )
+from tdm_lightning.ops import kernels
 from tdm_lightning.schedules import (
     CountPerBlock,
     FewerPerBlock,
@@ -138,6 +139,7 @@ __all__ = [
     "export",
     "flops",
     "hub",
+    "kernels",
     "metrics",
     "register_adapter",
     "solve_keep_rate",
