@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import tdm_lightning as tdm
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=15)
 settings.load_profile("repeatable")
 torch.set_num_threads(1)
+os.environ["TRITON_INTERPRET"] = "1"  # kernels, where a test asks for them, run on the CPU
 
 
 def pytest_collection_finish() -> None:

@@ -23,7 +23,7 @@ _OLDEST = (8, 0)
 _chosen: Form | None = None
 
 
-class use:  # noqa: N801 - reads as the function that it mostly is
+class use:
     """Choose the form for the whole process, or, as a context manager, for a while.
 
     Args:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from functools import lru_cache, update_wrapper
 from importlib import import_module
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -49,15 +49,16 @@ class Operation(Generic[P, R]):
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
     ) -> None:
-        self.form, self.kernel, self.auto = form, kernel, auto
+        self.form: Callable[..., R] = form
+        self.kernel, self.auto = kernel, auto
         self.refuses, self.differentiable = refuses, backward is not None
         self.name = form.__name__
-        update_wrapper(self, form)
+        update_wrapper(self, cast(Any, form))
         schema = torch.library.infer_schema(form, mutates_args=())
         self.op = torch.library.custom_op(
             f"tdm_lightning::{self.name}", self._run, mutates_args=(), schema=schema
         )
-        self.op.register_fake(lambda *args: _contiguous(form(*args)))
+        self.op.register_fake(lambda *args: _contiguous(self.form(*args)))
         if backward is not None:
             self.op.register_autograd(backward, setup_context=setup_context)
 
