@@ -60,6 +60,8 @@ class MACReport:
         blocks: each block.
         learned: the strategy's own layers with parameters, such as predictors.
         plain: the same timm model without the strategy, all of its heads and units there.
+        forward: everything that ``model(images)`` does: :attr:`total`, but where the head reads
+            class tokens alone the last block computes no other row. Papers do not count so.
     """
 
     embed: float
@@ -67,6 +69,7 @@ class MACReport:
     blocks: list[BlockMACs] = field(repr=False)
     learned: float
     plain: float
+    forward: float
 
     @property
     def backbone(self) -> float:
@@ -150,7 +153,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _count(model: nn.Module, images: Tensor) -> _Counter:
+def _count(model: nn.Module, images: Tensor, logits_alone: bool = False) -> _Counter:
     # The math backend, because the counter does not see the fused CPU kernel.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         stages = _Counter(counter)
@@ -162,7 +165,7 @@ def _count(model: nn.Module, images: Tensor) -> _Counter:
                     layer.register_forward_hook(stages.leave),
                 ]
             try:
-                model.run(images, watch=stages.watch)
+                model.run(images, watch=stages.watch, logits_alone=logits_alone)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -195,7 +198,7 @@ def mac_report(
     stages = _count(counted, images)
     if not isinstance(counted, TokenReducedViT):
         total = stages.backbone / per_image
-        return MACReport(embed=total, head=0, blocks=[], learned=0, plain=total)
+        return MACReport(embed=total, head=0, blocks=[], learned=0, plain=total, forward=total)
     counts = _token_counts(counted, images)
     plain = _count(*_prepared(model.vit, input_size, given)).backbone / per_image  # type: ignore[arg-type]
 
@@ -213,9 +216,9 @@ def mac_report(
         for index, tokens in enumerate(counts)
     ]
     head = part("head", "begin", "finish", index=-1)
-    return MACReport(
-        part("embed", index=-1), head, blocks, sum(stages.learned.values()) / per_image, plain
-    )
+    learned = sum(stages.learned.values()) / per_image
+    forward = _count(counted, images, logits_alone=True).total / per_image
+    return MACReport(part("embed", index=-1), head, blocks, learned, plain, forward)
 
 
 def _prepared(

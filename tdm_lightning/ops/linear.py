@@ -31,6 +31,14 @@ def is_quantized(layer: Any) -> bool:
     return not isinstance(weight, Tensor) or type(weight).dequantize is not Tensor.dequantize
 
 
+def is_plain(layer: Any) -> bool:
+    """Whether a layer is torch's own linear one, with whole weights and nothing hooked to it, so
+    that computing with a part of its weight is as good as calling it.
+    """
+    plain = type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor)
+    return plain and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
 def linear_bias(layer: Any) -> Tensor | None:
     """The bias of a linear layer, see :func:`linear_weight`."""
     bias = layer.bias

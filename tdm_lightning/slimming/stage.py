@@ -98,8 +98,10 @@ class Stage:
         return self._rows(self.behind, x, self._alive(self.later)[rows].nonzero().flatten())
 
     def _rows(self, block: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
-        tokens = Tokens(x, self.prefix, self.info)
-        attended, _ = self.adapter.attend(block, self.index, tokens, frozenset(), rows)
+        others = torch.ones_like(x[0, :, 0], dtype=torch.bool).index_fill(0, rows, False)
+        order = torch.cat((rows, others.nonzero().flatten()))  # a block takes the first rows
+        tokens = Tokens(x.index_select(1, order), self.prefix, self.info)
+        attended, _ = self.adapter.attend(block, self.index, tokens, frozenset(), len(rows))
         return self.adapter.feed_forward(block, attended)
 
     def _attention(self, block: Any, x: Tensor) -> Tensor:

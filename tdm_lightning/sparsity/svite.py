@@ -145,6 +145,12 @@ class SViTE(Strategy, TrainingObjective):
         self._unwatch()
         return tokens
 
+    def spares_class_tokens(self) -> bool:
+        """See :class:`~tdm_lightning.Strategy`: it acts on weights alone. What an exchange goes by
+        is summed over all tokens.
+        """
+        return not (self._exchanging and self.training) and self.keeps_hooks_of(SViTE)
+
     def correct(self, index: int, tokens: Tokens, seen: Seen) -> Seen:
         """What stacked methods see of the attention, without its masked heads."""
         return self.masks.correct(index, self._vit[0], tokens, seen)

@@ -26,7 +26,7 @@ class Requirements:
             ``"token"``; ``None``: either.
         absolute_positions: tokens without a position on the grid run through the blocks, which RoPE
             and relative position biases rule out.
-        rows: blocks compute chosen rows only, so the model's blocks must be able to.
+        rows: blocks compute some rows only, so the model's blocks must be able to.
         ahead: tokens are merged by a block's attention before its values are read, so the model's
             blocks must be able to.
         sizes: the number of patches that each token stands for is followed.
@@ -125,9 +125,9 @@ class Strategy(nn.Module, Configurable):
         """Before block ``index``."""
         return tokens
 
-    def rows(self, index: int, tokens: Tokens) -> Tensor | None:
-        """The rows of ``tokens.x``, prefix included, that block ``index`` computes, int64; its
-        attention still looks at all of them, and only these leave it. ``None``: all.
+    def rows(self, index: int, tokens: Tokens) -> int | None:
+        """How many rows of ``tokens.x`` block ``index`` computes, the first ones, prefix included;
+        its attention still looks at all of them, and only these leave it. ``None``: all.
 
         Asked after :meth:`before_block`, of strategies whose requirements say ``rows``.
         """
@@ -165,6 +165,21 @@ class Strategy(nn.Module, Configurable):
     def finish(self, tokens: Tokens) -> Tokens:
         """After the last block, before the final norm."""
         return tokens
+
+    def spares_class_tokens(self) -> bool:
+        """Whether ``after_attention``, ``after_block`` and ``finish`` change patch tokens alone.
+
+        Then, behind the last block's attention, class tokens know nothing of them any more, and
+        where a head reads only those, the three are left out and no other row is computed. By
+        default: whether they are overridden. A class that overrides one of them without touching
+        class tokens says so by ``return self.keeps_hooks_of(ThatClass)``.
+        """
+        return self.keeps_hooks_of(Strategy)
+
+    def keeps_hooks_of(self, cls: type[Strategy]) -> bool:
+        """Whether these three hooks are those of ``cls``, and no subclass has others."""
+        names = ("after_attention", "after_block", "finish")
+        return all(getattr(type(self), name) is getattr(cls, name) for name in names)
 
     def all_patches(self, tokens: Tokens) -> Tensor:
         """The patch tokens there are, B×(N+P)×C: those in the blocks, then P that wait outside."""

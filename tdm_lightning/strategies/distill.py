@@ -40,6 +40,10 @@ class Distillation(Strategy, TrainingObjective):
         """A teacher."""
         return Requirements(teacher=True)
 
+    def reads_logits_alone(self) -> bool:
+        """It does."""
+        return True
+
     def loss(
         self, output: Output, target: Tensor, criterion: Criterion, teacher: Output | None = None
     ) -> dict[str, Tensor]:

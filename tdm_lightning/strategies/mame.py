@@ -57,6 +57,10 @@ class MaMe(Strategy):
         """
         check_layers_exist(self.layers, info.depth)
 
+    def spares_class_tokens(self) -> bool:
+        """See :class:`Strategy`: only patches are merged."""
+        return self.keeps_hooks_of(MaMe)
+
     def after_attention(self, index: int, tokens: Tokens, seen: Seen) -> Tokens:
         """Spread the sources that are like a target."""
         if index not in self.layers or tokens.count < 2:

@@ -95,6 +95,10 @@ class MCTF(TokenReduction):
         keep = self.keep_count(index, tokens.count, tokens.info)
         return partial(self._merged, index, tokens, keep) if keep < tokens.count else None
 
+    def spares_class_tokens(self) -> bool:
+        """See :class:`Strategy`: only patches are merged."""
+        return self.keeps_hooks_of(MCTF)
+
     def after_attention(self, index: int, tokens: Tokens, seen: Seen) -> Tokens:
         """Nothing is left to do."""
         return tokens

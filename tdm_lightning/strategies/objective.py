@@ -33,6 +33,13 @@ class TrainingObjective:
         """
         return {"task": criterion(output.logits, target)}
 
+    def reads_logits_alone(self) -> bool:
+        """Whether :meth:`loss` and :meth:`report` read nothing of a pass but its logits; then the
+        last block computes class tokens only. By default: whether neither is overridden.
+        """
+        names, cls = ("loss", "report"), type(self)
+        return all(getattr(cls, name) is getattr(TrainingObjective, name) for name in names)
+
     def second_pass(self, model: Any, images: Tensor) -> Output | None:
         """A pass that :meth:`loss` compares the training pass with, without gradient; ``None`` (the
         default): none.

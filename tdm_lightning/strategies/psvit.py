@@ -181,11 +181,14 @@ class PSViT(Strategy):
         source = inverse_order(order[None]).expand_as(history.source)
         return tokens.replace(history=History(source, history.layers))
 
-    def rows(self, index: int, tokens: Tokens) -> Tensor | None:
-        """Those of the prefix and of the patches that the block keeps, the first ones."""
-        if self.token_counts[index] == tokens.count:
-            return None
-        return torch.arange(tokens.prefix + self.token_counts[index], device=tokens.x.device)
+    def rows(self, index: int, tokens: Tokens) -> int | None:
+        """Those of the prefix and of the patches that the block keeps."""
+        kept = self.token_counts[index]
+        return None if kept == tokens.count else tokens.prefix + kept
+
+    def spares_class_tokens(self) -> bool:
+        """See :class:`Strategy`: only what is gone is noted."""
+        return self.keeps_hooks_of(PSViT)
 
     def after_attention(self, index: int, tokens: Tokens, seen: Seen) -> Tokens:
         """Note which patches are gone."""

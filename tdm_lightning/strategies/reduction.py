@@ -130,6 +130,10 @@ class TokenReduction(Strategy):
         """Reduce, where that comes inside the block."""
         return tokens if self.before else self._reduced(index, tokens, seen)
 
+    def spares_class_tokens(self) -> bool:
+        """See :class:`Strategy`: only patches are merged."""
+        return self.keeps_hooks_of(TokenReduction)
+
     def score_tokens(self, index: int, seen: Seen) -> Tensor | None:
         """How much each token matters, B×N; ``None``: nothing is known of that."""
         if self.importance is None:

@@ -129,7 +129,7 @@ class Stack(Strategy):
         """All members in order."""
         return self._in_turn(tokens, lambda member, now: member.before_block(index, now))
 
-    def rows(self, index: int, tokens: Tokens) -> Tensor | None:
+    def rows(self, index: int, tokens: Tokens) -> int | None:
         """Those of the member that chooses some."""
         rows = (member.rows(index, tokens) for member in self.members)
         return next((found for found in rows if found is not None), None)
@@ -144,6 +144,11 @@ class Stack(Strategy):
         for member in self.members:
             seen = member.correct(index, tokens, seen)
         return self._in_turn(tokens, lambda member, now: member.after_attention(index, now, seen))
+
+    def spares_class_tokens(self) -> bool:
+        """Whether all members do."""
+        spared = all(member.spares_class_tokens() for member in self.members)
+        return spared and self.keeps_hooks_of(Stack)
 
     def after_block(self, index: int, tokens: Tokens) -> Tokens:
         """All members in order."""
@@ -201,6 +206,10 @@ class JointObjective(TrainingObjective):
                 own, compared = _of_member(output, index), teacher and _of_member(teacher, index)
                 terms |= objective.loss(own, target, criterion, compared)
         return terms or super().loss(output, target, criterion, teacher)
+
+    def reads_logits_alone(self) -> bool:
+        """Whether all members do."""
+        return all(objective.reads_logits_alone() for _, objective in self._objectives)
 
     def second_pass(self, model: Any, images: Tensor) -> Output | None:
         """That of the member that makes one."""

@@ -281,10 +281,9 @@ class TokenReductionClassifier(LightningModule):
         elif self.mixing is not None:
             target = F.one_hot(target, self.classes).float()
         self._input_shape = tuple(images.shape)
-        output = self.model.run(images)
-        terms = self.model.objective.loss(
-            output, target, self.criterion, self._teacher_output(images)
-        )
+        objective = self.model.objective
+        output = self.model.run(images, logits_alone=objective.reads_logits_alone())
+        terms = objective.loss(output, target, self.criterion, self._teacher_output(images))
         loss = torch.stack(list(terms.values())).sum()
         self.log("train/loss", loss, prog_bar=True)
         if len(terms) > 1:
@@ -303,7 +302,9 @@ class TokenReductionClassifier(LightningModule):
         if not self._teacher:
             return self.model.objective.second_pass(self.model, images)
         with torch.no_grad():
-            return self._teacher[0].to(images.device).run(images)  # type: ignore[operator]
+            teacher: Any = self._teacher[0].to(images.device)
+            alone = self.model.objective.reads_logits_alone()
+            return teacher.run(images, logits_alone=alone)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         """Timm's schedulers count updates themselves; others (a learning rate finder's) are

@@ -67,6 +67,7 @@ class TokenReducedViT(TimmTools, nn.Module):
         requirements = strategy.requires()
         self._follows_sizes, self._chooses_rows = requirements.sizes, requirements.rows
         self._merges_ahead = requirements.ahead
+        self._spares_last = self._adapter.takes_rows and self._info.readout is not None
         # A model that is ready for inference stays so, though the strategy is new; parts of it that
         # were frozen stay frozen.
         self.training = vit.training
@@ -78,7 +79,13 @@ class TokenReducedViT(TimmTools, nn.Module):
         """What the strategy does to training; by default the task loss alone."""
         return self.strategy.objective or TrainingObjective()
 
-    def run(self, images: Tensor, trace: bool = False, watch: Watch | None = None) -> Output:
+    def run(
+        self,
+        images: Tensor,
+        trace: bool = False,
+        watch: Watch | None = None,
+        logits_alone: bool = False,
+    ) -> Output:
         """One forward pass with everything it knows.
 
         Args:
@@ -87,6 +94,8 @@ class TokenReducedViT(TimmTools, nn.Module):
             watch: called after each stage with its name (``embed``, ``begin``, ``before_block``,
                 ``attention``, ``after_attention``, ``mlp``, ``after_block``, ``finish``, ``head``)
                 and the block's index (-1 outside blocks).
+            logits_alone: nothing else is wanted: then features and sizes may be left out for tokens
+                that the head does not read, see :meth:`forward`.
 
         Returns:
             Logits, features, sizes, the strategy's own tensors, and the trace if asked for.
@@ -94,7 +103,8 @@ class TokenReducedViT(TimmTools, nn.Module):
         Raises:
             ValueError: if the images have the wrong shape.
         """
-        tokens, counts, _ = self._encode(images, trace, watch)
+        alone = logits_alone and not trace and self.reads_class_tokens
+        tokens, counts, _ = self._encode(images, trace, watch, logits_alone=alone)
         features = self._adapter.norm(self.vit, tokens.x)
         logits = self.forward_head(features, tokens.size)
         if watch is not None:
@@ -104,8 +114,25 @@ class TokenReducedViT(TimmTools, nn.Module):
         return Output(logits, features, tokens.size, tokens.state, found)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, B×classes, of images, B×3×H×W."""
-        return self.run(images).logits
+        """Logits, B×classes, of images, B×3×H×W.
+
+        Where the head reads class tokens alone, the last block computes no other row. That changes
+        nothing but the time, and is left out where somebody listens: a hook at the last of
+        :attr:`hook_points`, in the last block or at the final norm.
+        """
+        return self.run(images, logits_alone=True).logits
+
+    @property
+    def reads_class_tokens(self) -> bool:
+        """Whether :meth:`forward` computes the last block for the class tokens alone."""
+        last = self._info.depth - 1
+        return (
+            self._spares_last
+            and self.strategy.spares_class_tokens()
+            and not _listened(self.hook_points[last])
+            and not _listened(self._adapter.blocks(self.vit)[last])
+            and not _listened(getattr(self.vit, "norm", None))
+        )
 
     def trace(self, images: Tensor) -> tuple[Tensor, Trace]:
         """Logits, and what became of every patch."""
@@ -219,9 +246,10 @@ class TokenReducedViT(TimmTools, nn.Module):
         watch: Watch | None = None,
         keep: frozenset[int] = frozenset(),
         last: int | None = None,
+        logits_alone: bool = False,
     ) -> tuple[Tokens, list[Any], list[Tokens]]:
         """Blocks, all or up to ``last``: the final tokens, the token counts after each block, the
-        tokens after ``keep``.
+        tokens after ``keep``. With ``logits_alone`` the final tokens may be the class tokens only.
         """
         watch = watch or _unwatched
         tokens = self._embed(images, trace)
@@ -232,10 +260,13 @@ class TokenReducedViT(TimmTools, nn.Module):
         kept: list[Tokens] = []
         remat = getattr(self.vit, "grad_checkpointing", False) and torch.is_grad_enabled()
         for index in range(self._info.depth if last is None else last + 1):
+            spare = logits_alone and index == self._info.depth - 1
             if remat:
-                tokens = checkpoint(self._block, index, tokens, watch, use_reentrant=False)
+                tokens = checkpoint(self._block, index, tokens, watch, spare, use_reentrant=False)
             else:
-                tokens = self._block(index, tokens, watch)
+                tokens = self._block(index, tokens, watch, spare)
+            if spare and not tokens.count:
+                return tokens, counts, kept
             x = self.hook_points[index](tokens.x, tokens.valid)
             if x is not tokens.x:  # a hook gave another
                 tokens = tokens.replace(x=x)
@@ -249,7 +280,8 @@ class TokenReducedViT(TimmTools, nn.Module):
         watch("finish", -1)
         return tokens, counts, kept
 
-    def _block(self, index: int, tokens: Tokens, watch: Watch) -> Tokens:
+    def _block(self, index: int, tokens: Tokens, watch: Watch, spare: bool = False) -> Tokens:
+        """A block; with ``spare`` its class tokens only, where that can be."""
         adapter, strategy = self._adapter, self.strategy
         block = adapter.blocks(self.vit)[index]
         tokens = strategy.before_block(index, tokens)
@@ -262,7 +294,14 @@ class TokenReducedViT(TimmTools, nn.Module):
             watch("attention", index)
             return self._fed_forward(index, block, tokens, watch)
         needs = strategy.needs(index, tokens.info)
-        rows = strategy.rows(index, tokens) if self._chooses_rows else None
+        if spare and tokens.policy is None:
+            count = tokens.info.class_tokens
+            x, _ = adapter.attend(block, index, tokens, frozenset(), count)
+            watch("attention", index)
+            x = adapter.feed_forward(block, x)
+            watch("mlp", index)
+            return tokens.replace(x=x, prefix=count, size=None)
+        rows: int | None = strategy.rows(index, tokens) if self._chooses_rows else None
         x, read = adapter.attend(block, index, tokens, needs, rows)
         watch("attention", index)
         seen = read() if needs else Seen(x[:, tokens.prefix :], prefix=tokens.prefix)
@@ -375,6 +414,12 @@ class TokenReducedViT(TimmTools, nn.Module):
             The address of the commit.
         """
         return self.sharing.push(self, repo_id, config, license, private, token, **commit)
+
+
+def _listened(module: nn.Module | None) -> bool:
+    """Whether anybody hooked a function to a module or to one inside it."""
+    inside = () if module is None else module.modules()
+    return any(one._forward_hooks or one._forward_pre_hooks for one in inside)
 
 
 def _unwatched(stage: str, index: int) -> None:

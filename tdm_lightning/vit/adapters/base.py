@@ -26,7 +26,13 @@ class Adapter(ABC):
     An adapter calls the model's own modules. It holds no state: one object serves all models of a
     class. Register it with :func:`~tdm_lightning.register_adapter`; nothing else has to be changed
     for a new class of models.
+
+    Attributes:
+        takes_rows: whether :meth:`attend` heeds ``rows``; then the last block of a pass that only
+            gives logits computes no more than the head reads.
     """
+
+    takes_rows: bool = False
 
     # The model
 
@@ -85,7 +91,7 @@ class Adapter(ABC):
         index: int,
         tokens: Tokens,
         needs: frozenset[str],
-        rows: Tensor | None = None,
+        rows: int | None = None,
     ) -> tuple[Tensor, Read]:
         """The attention half of a block. Queries, keys and values are computed once.
 
@@ -94,7 +100,8 @@ class Adapter(ABC):
             index: its number, from 0.
             tokens: those that enter.
             needs: what the strategy wants to see, see :meth:`tdm_lightning.Strategy.needs`.
-            rows: the rows of ``tokens.x`` to compute, which look at all of them; ``None``: all.
+            rows: how many rows of ``tokens.x`` to compute, the first ones, which look at all of
+                them; ``None``: all. Only where :attr:`takes_rows` says so.
 
         Returns:
             The tokens after the attention's residual, B×T×C, and a function that reads what is

@@ -15,7 +15,7 @@ from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import SettingError, UnsupportedModelError
 from tdm_lightning.strategies.base import Ahead, Requirements
 from tdm_lightning.vit.adapters.base import Adapter, Read, Size
-from tdm_lightning.vit.adapters.timm_parts import BLOCKS, check_block, check_rows, parts_of
+from tdm_lightning.vit.adapters.timm_parts import BLOCKS, check_block, check_plain, parts_of
 from tdm_lightning.vit.pooling import log_size, mean_over_patches
 
 #: How timm's heads pool: over patches, each counted as many times as it stands for …
@@ -26,6 +26,8 @@ _UNPOOLED = ""
 
 class TimmAdapter(Adapter):
     """timm's ViT classes: a list of blocks, ``patch_embed``, ``norm`` and ``forward_head``."""
+
+    takes_rows = True
 
     def embedded(self, vit: Any, images: Tensor) -> tuple[Tensor, Positions | None]:
         """Tokens B×T×C in front of the first block, and what later blocks want to know of
@@ -105,7 +107,7 @@ class TimmAdapter(Adapter):
         for block in vit.blocks:
             check_block(block)
             if requirements.rows or requirements.ahead:
-                check_rows(block)
+                check_plain(block)
 
     def needs_sizes(self, vit: Any) -> bool:
         """See :meth:`Adapter.needs_sizes`."""
@@ -159,7 +161,7 @@ class TimmAdapter(Adapter):
         index: int,
         tokens: Tokens,
         needs: frozenset[str],
-        rows: Tensor | None = None,
+        rows: int | None = None,
     ) -> tuple[Tensor, Read]:
         """See :meth:`Adapter.attend`."""
         return parts_of(block, BLOCKS).attend(block, index, tokens, needs, rows)

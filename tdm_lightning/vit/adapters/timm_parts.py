@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from tdm_lightning.vit.adapters.base import Read, nothing
 class AttentionParts(ABC):
     """One of timm's attention classes, taken apart."""
 
-    #: Whether :meth:`run` and :meth:`heads` follow a policy or chosen rows.
+    #: Whether it follows a policy, and its weights may be formed apart from its values.
     plain: bool = False
     #: Whether timm's own forward pass can be used where nothing is to be read: not where it always
     #: takes the positions of the full grid.
@@ -61,16 +62,21 @@ class AttentionParts(ABC):
         """What an attention map, B×H×T×T, makes of the values of B×T×C, projected."""
         raise UnsupportedModelError(f"{type(attn).__name__} forms no values alone")
 
-    def of_rows(self, attn: Any, h: Tensor, rows: Tensor, tokens: Tokens) -> Tensor:
-        """The attention of some rows of B×T×C, which look at all of them; B×Q×C."""
-        raise UnsupportedModelError(f"{type(attn).__name__} computes all rows or none")
+    def of_rows(self, attn: Any, h: Tensor, rows: int, tokens: Tokens, index: int) -> Tensor:
+        """The attention of the first rows of B×T×C, which look at all of them; B×rows×C."""
+        heads, bias = self.asked(attn, h, rows, tokens, index), self.bias(attn, tokens)
+        if bias is not None and bias.shape[-2] > 1:
+            bias = bias[..., :rows, :]
+        return self.output(attn, heads, h[:, :rows], bias, None)
+
+    def asked(self, attn: Any, h: Tensor, rows: int, tokens: Tokens, index: int) -> Heads:
+        """Queries of the first rows, keys and values of all."""
+        heads = self.heads(attn, h, tokens, index)
+        return replace(heads, q=heads.q[:, :, :rows])
 
 
 class BlockParts(ABC):
     """One of timm's block classes, taken apart into attention and MLP."""
-
-    #: Whether :meth:`attend` heeds ``rows``.
-    takes_rows: bool = False
 
     def attentions(self, block: Any) -> Sequence[nn.Module]:
         """The attentions of the block, side by side."""
@@ -78,7 +84,7 @@ class BlockParts(ABC):
 
     @abstractmethod
     def attend(
-        self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: Tensor | None
+        self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: int | None
     ) -> tuple[Tensor, Read]:
         """See :meth:`Adapter.attend`."""
 
@@ -112,18 +118,18 @@ def run_attention(
     tokens: Tokens,
     index: int,
     needs: frozenset[str],
-    rows: Tensor | None = None,
+    rows: int | None = None,
 ) -> tuple[Tensor, Heads | None]:
     """One attention on its input, B×T×C; and its heads, where something is to be read from them."""
     parts = parts_of(attn, ATTENTIONS)
-    if (rows is not None or tokens.policy is not None) and not parts.plain:
+    if tokens.policy is not None and not parts.plain:
         raise UnsupportedModelError(
-            "training with a policy and computing chosen rows need timm's Attention, and this model"
-            f" has {type(attn).__name__}; take a model with plain attention, or a strategy that"
-            " needs neither (EViT, TDM)"
+            "training with a policy needs timm's Attention, and this model has"
+            f" {type(attn).__name__}; take a model with plain attention, or a strategy that needs"
+            " none (EViT, TDM)"
         )
     if rows is not None:
-        return parts.of_rows(attn, h, rows, tokens), None
+        return parts.of_rows(attn, h, rows, tokens, index), None
     if parts.native and tokens.policy is None and not needs & {"importance", "received", "keys"}:
         return parts.run(attn, h, tokens, index), None
     heads = parts.heads(attn, h, tokens, index)
@@ -133,15 +139,12 @@ def run_attention(
 class PreNorm(BlockParts):
     """Norm → attention → residual, norm → MLP → residual."""
 
-    takes_rows = True
-
     def attend(
-        self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: Tensor | None
+        self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: int | None
     ) -> tuple[Tensor, Read]:
         """See :meth:`Adapter.attend`."""
         mixed, heads = run_attention(block.attn, block.norm1(tokens.x), tokens, index, needs, rows)
-        x = tokens.x if rows is None else tokens.x.index_select(1, rows)
-        x = x + self.residual(block, mixed)
+        x = tokens.x[:, :rows] + self.residual(block, mixed)
         return x, reader(block.attn, heads, tokens, x, needs, block.norm2)
 
     def attend_ahead(self, block: Any, tokens: Tokens, reduce: Callable[[Tensor], Ahead]) -> Tokens:
@@ -170,8 +173,6 @@ class PreNorm(BlockParts):
 class PreNormGamma(PreNorm):
     """As :class:`PreNorm`, with layer scales that are the block's own or missing."""
 
-    takes_rows = False
-
     def residual(self, block: Any, mixed: Tensor) -> Tensor:
         """What the attention adds."""
         return block.drop_path1(_scaled(mixed, block.gamma_1))
@@ -185,11 +186,11 @@ class ResPost(BlockParts):
     """Attention → norm → residual, MLP → norm → residual."""
 
     def attend(
-        self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: Tensor | None
+        self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: int | None
     ) -> tuple[Tensor, Read]:
         """See :meth:`Adapter.attend`."""
-        mixed, heads = run_attention(block.attn, tokens.x, tokens, index, needs)
-        x = tokens.x + block.drop_path1(block.norm1(mixed))
+        mixed, heads = run_attention(block.attn, tokens.x, tokens, index, needs, rows)
+        x = tokens.x[:, :rows] + block.drop_path1(block.norm1(mixed))
         return x, reader(block.attn, heads, tokens, x, needs, nn.Identity())  # no norm is before
 
     def feed_forward(self, block: Any, x: Tensor) -> Tensor:
@@ -247,11 +248,14 @@ def check_block(block: nn.Module) -> None:
             )
 
 
-def check_rows(block: nn.Module) -> None:
-    """Raise ``TypeError`` for a block that cannot compute some of its rows alone."""
+def check_plain(block: nn.Module) -> None:
+    """Raise ``TypeError`` for a block that is more than attention and MLP, one after the other, or
+    whose attention is not plain.
+    """
     parts = BLOCKS[type(block)]
     attentions = parts.attentions(block)
-    if parts.takes_rows and all(ATTENTIONS[type(attention)].plain for attention in attentions):
+    plain = all(ATTENTIONS[type(attention)].plain for attention in attentions)
+    if plain and type(parts) is PreNorm:
         return
     inner = "".join(f" with {type(attention).__name__}" for attention in attentions[:1])
     raise UnsupportedModelError(

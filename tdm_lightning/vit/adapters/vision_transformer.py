@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import UnsupportedModelError
 from tdm_lightning.ops import linear_bias, linear_weight
+from tdm_lightning.ops.linear import is_plain
 from tdm_lightning.vit.adapters.attention import Heads, attended, seen_by
 from tdm_lightning.vit.adapters.base import Read, nothing
 from tdm_lightning.vit.adapters.registry import register_adapter
@@ -48,14 +49,14 @@ class PlainAttention(AttentionParts):
         k = attn.k_norm(k)
         return Heads(attn.q_norm(q), k, v, attn.scale, k)
 
-    def of_rows(self, attn: Any, h: Tensor, rows: Tensor, tokens: Tokens) -> Tensor:
-        """See :class:`AttentionParts`: queries are formed for these rows alone."""
-        asking = h.index_select(1, rows)
-        (q,) = _projected(attn, asking, 0, 1)
+    def asked(self, attn: Any, h: Tensor, rows: int, tokens: Tokens, index: int) -> Heads:
+        """See :class:`AttentionParts`: no other queries are formed."""
+        if not is_plain(attn.qkv):
+            return super().asked(attn, h, rows, tokens, index)
+        (q,) = _projected(attn, h[:, :rows], 0, 1)
         k, v = _projected(attn, h, 1, 3)
         k = attn.k_norm(k)
-        heads = Heads(attn.q_norm(q), k, v, attn.scale, k)
-        return self.output(attn, heads, asking, tokens.key_bias, None)
+        return Heads(attn.q_norm(q), k, v, attn.scale, k)
 
     def queries_and_keys(self, attn: Any, h: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`AttentionParts`."""
@@ -123,7 +124,7 @@ class ParallelScaling(BlockParts):
         return []
 
     def attend(
-        self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: Tensor | None
+        self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: int | None
     ) -> tuple[Tensor, Read]:
         """Run the full block."""
         if tokens.policy is not None:
@@ -131,23 +132,37 @@ class ParallelScaling(BlockParts):
                 f"training with a policy needs timm's Attention; {type(block).__name__} has its own"
             )
         bias = tokens.key_bias
+        if rows is not None:
+            return self.first_rows(block, tokens, rows), nothing
         if not needs:
             return block(tokens.x, **({} if bias is None else {"attn_mask": bias})), nothing
-        hidden, q, k, v = torch.split(
-            block.in_proj(block.in_norm(tokens.x)), block.in_split, dim=-1
-        )
-        if block.mlp_bias is not None:
-            hidden = hidden + block.mlp_bias
+        hidden, q, k, v = self.projections(block, tokens.x)
         heads = self.heads(block, q, k, v)
         mixed = self.mixed(block, heads, bias)
-        hidden = block.mlp_drop(block.mlp_act(hidden))
-        x = tokens.x + block.drop_path(block.ls(self.projected(block, mixed, hidden)))
+        x = tokens.x + self.residual(block, mixed, hidden)
 
         def read() -> Any:
             normed = block.in_norm(x) if "normed" in needs else None
             return seen_by([heads], tokens, x, needs, bias, normed)
 
         return x, read
+
+    def first_rows(self, block: Any, tokens: Tokens, rows: int) -> Tensor:
+        """The first rows of the tokens after the block, B×rows×C."""
+        hidden, q, k, v = self.projections(block, tokens.x)
+        heads = self.heads(block, q[:, :rows], k, v)
+        mixed = self.mixed(block, heads, tokens.key_bias)
+        return tokens.x[:, :rows] + self.residual(block, mixed, hidden[:, :rows])
+
+    def projections(self, block: Any, x: Tensor) -> tuple[Tensor, ...]:
+        """The MLP's hidden units, queries, keys and values of B×T×C."""
+        hidden, q, k, v = torch.split(block.in_proj(block.in_norm(x)), block.in_split, dim=-1)
+        return (hidden if block.mlp_bias is None else hidden + block.mlp_bias), q, k, v
+
+    def residual(self, block: Any, mixed: Tensor, hidden: Tensor) -> Tensor:
+        """What attention and MLP add, B×T×C."""
+        hidden = block.mlp_drop(block.mlp_act(hidden))
+        return block.drop_path(block.ls(self.projected(block, mixed, hidden)))
 
     def heads(self, block: Any, q: Tensor, k: Tensor, v: Tensor) -> Heads:
         """Queries, keys and values, of B×T×C each."""
@@ -194,15 +209,16 @@ class ParallelThings(BlockParts):
         return [branch.attn for branch in block.attns]
 
     def attend(
-        self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: Tensor | None
+        self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: int | None
     ) -> tuple[Tensor, Read]:
         """See :class:`BlockParts`."""
         outputs, found = [], []
         for branch in block.attns:
-            mixed, heads = run_attention(branch.attn, branch.norm(tokens.x), tokens, index, needs)
+            h = branch.norm(tokens.x)
+            mixed, heads = run_attention(branch.attn, h, tokens, index, needs, rows)
             outputs.append(branch.drop_path(branch.ls(mixed)))
             found += [] if heads is None else [heads]
-        x = tokens.x + torch.stack(outputs).sum(dim=0)
+        x = tokens.x[:, :rows] + torch.stack(outputs).sum(dim=0)
         if not needs:
             return x, nothing
 
