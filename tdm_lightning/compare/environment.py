@@ -14,7 +14,15 @@ from tdm_lightning.core.checks import check_choice
 from tdm_lightning.errors import SettingError
 from tdm_lightning.version import __version__
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Floating-point types by name, and by short name.
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def choose_device(name: str) -> torch.device:
@@ -47,12 +55,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str) -> torch.dtype:
-    """The floating-point type of a name.
+    """The floating-point type of a name, long or short.
 
     Raises:
         ValueError: if it is none to compare in.
     """
-    return DTYPES[check_choice(name, list(DTYPES), "dtype")]
+    return DTYPES[check_choice(name, list(DTYPES), "precision")]
 
 
 def device_name(device: torch.device) -> str:

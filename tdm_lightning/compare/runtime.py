@@ -1,4 +1,4 @@
-"""What runs a model's forward pass: PyTorch as it is, compiled, or ONNX Runtime."""
+"""What runs a model's forward pass: PyTorch as it is, compiled, CUDA graphs, or ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tdm_lightning.core.checks import check_choice
 from tdm_lightning.errors import SettingError
 from tdm_lightning.export import check_static, write_onnx
+from tdm_lightning.vit import accelerate
 
-RUNTIMES = ("eager", "compile", "onnx")
+RUNTIMES = ("eager", "compile", "graph", "onnx")
 
 #: A forward pass: images, B×C×H×W, to logits.
 Run = Callable[[Tensor], Any]
@@ -26,12 +27,16 @@ def check_runtime(runtime: str, device: torch.device, dtype: torch.dtype) -> str
     Raises:
         ValueError: if there is none of that name, or it cannot.
     """
-    if check_choice(runtime, RUNTIMES, "runtime") == "onnx" and (
-        device.type != "cpu" or dtype != torch.float32
-    ):
+    check_choice(runtime, RUNTIMES, "runtime")
+    if runtime == "graph" and device.type != "cuda":
+        raise SettingError(
+            f"runtime=graph captures CUDA graphs, and the device is {device}; use device=cuda, or"
+            " runtime=eager or compile"
+        )
+    if runtime == "onnx" and (device.type != "cpu" or dtype != torch.float32):
         raise SettingError(
             f"runtime=onnx runs on the CPU in float32, not on {device} in {dtype}; use device=cpu"
-            " and dtype=float32"
+            " and precision=float32"
         )
     return runtime
 
@@ -58,6 +63,8 @@ def runner(model: nn.Module, runtime: str) -> Run:
     """
     if runtime == "compile":
         return _compiled(model)
+    if runtime == "graph":
+        return _captured(model)
     return _session(model) if runtime == "onnx" else model
 
 
@@ -67,7 +74,11 @@ def runtime_name(runtime: str) -> str:
         import onnxruntime
 
         return f"ONNX Runtime {onnxruntime.__version__}"
-    return "torch.compile, one graph for each batch size" if runtime == "compile" else "eager"
+    names = {
+        "compile": "torch.compile, one graph for each batch size",
+        "graph": "a CUDA graph of the eager pass for each batch size, copies in and out included",
+    }
+    return names.get(runtime, runtime)
 
 
 def _compiled(model: nn.Module) -> Run:
@@ -78,6 +89,17 @@ def _compiled(model: nn.Module) -> Run:
     # another's, or searches them.
     run.__code__ = run.__code__.replace()
     return torch.compile(run, fullgraph=True, dynamic=False)
+
+
+def _captured(model: nn.Module) -> Run:
+    graphs: dict[torch.Size, nn.Module] = {}
+
+    def run(images: Tensor) -> Tensor:
+        if images.shape not in graphs:
+            graphs[images.shape] = accelerate(model, images)
+        return graphs[images.shape](images)
+
+    return run
 
 
 def _session(model: nn.Module) -> Run:

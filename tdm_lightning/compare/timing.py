@@ -6,8 +6,10 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +27,13 @@ class Sample:
     """One method in one round.
 
     Attributes:
-        batch: seconds for a pass of the whole batch.
-        single: seconds for a pass of its first image alone.
-        step: seconds for a forward and backward pass of the batch in training mode; NaN where that
-            is not asked for.
+        passes: seconds for a forward pass of each batch.
+        steps: seconds for a forward and backward pass of each batch in training mode; empty where
+            that is not asked for.
     """
 
-    batch: float
-    single: float
-    step: float = math.nan
+    passes: tuple[float, ...]
+    steps: tuple[float, ...] = ()
 
 
 #: One sample of each method, in the methods' order.
@@ -46,15 +46,34 @@ def wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def elapsed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds from the first to the last thing that the device does for some work: by its own
+    events on CUDA, elsewhere by the clock.
+    """
+    wait_for(device)
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(stream)
+        work()
+        end.record(stream)
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begun = perf_counter()
+    work()
+    wait_for(device)
+    return perf_counter() - begun
+
+
 @torch.inference_mode()
 def seconds(model: Run, images: Tensor, passes: int = 1) -> float:
     """Mean time of a forward pass, the device's work included."""
-    wait_for(images.device)
-    start = perf_counter()
-    for _ in range(passes):
-        model(images)
-    wait_for(images.device)
-    return (perf_counter() - start) / passes
+
+    def work() -> None:
+        for _ in range(passes):
+            model(images)
+
+    return elapsed(work, images.device) / passes
 
 
 def step_seconds(model: nn.Module, images: Tensor) -> float:
@@ -62,14 +81,10 @@ def step_seconds(model: nn.Module, images: Tensor) -> float:
     strategy's own losses.
     """
     model.train()
-    wait_for(images.device)
-    start = perf_counter()
-    model(images).square().mean().backward()
-    wait_for(images.device)
-    elapsed = perf_counter() - start
+    time = elapsed(lambda: model(images).square().mean().backward(), images.device)
     model.zero_grad(set_to_none=True)
     model.eval()
-    return elapsed
+    return time
 
 
 #: Stages of a pass in which the strategy works and the timm model does not.
@@ -103,7 +118,7 @@ def own_share(model: nn.Module, images: Tensor, passes: int) -> float:
 
 def interleaved_rounds(
     models: Sequence[Run],
-    images: Tensor,
+    batches: Sequence[Tensor],
     rounds: int,
     warmup: int,
     advance: Callable[[], None] = lambda: None,
@@ -117,33 +132,29 @@ def interleaved_rounds(
     Args:
         models: forward passes, of models ready for evaluation on the images' device; with
             ``training`` the models themselves.
-        images: the batch, B×C×H×W.
+        batches: images, each B×C×H×W, of all sizes to time.
         rounds: how many to time.
         warmup: rounds before them, which are not counted but tell how often short passes must be
             repeated.
         advance: called after each model.
-        training: time a training step too, whose gradients are thrown away.
+        training: time training steps too, whose gradients are thrown away.
 
     Yields:
         One complete round at a time.
     """
-    inputs = (images, images[:1])
-    passes = [[1, 1] for _ in models]
+    repeats = [[1] * len(batches) for _ in models]
     for number in range(warmup + rounds):
         order = range(len(models)) if number % 2 == 0 else range(len(models) - 1, -1, -1)
         found: dict[int, Sample] = {}
         for index in order:
-            batch, single = (
-                seconds(models[index], x, n) for x, n in zip(inputs, passes[index], strict=True)
-            )
-            step = step_seconds(models[index], images) if training else math.nan  # type: ignore[arg-type]
-            found[index] = Sample(batch, single, step)
+            model: Any = models[index]
+            passes = tuple(map(partial(seconds, model), batches, repeats[index]))
+            steps = tuple(step_seconds(model, images) for images in batches if training)
+            found[index] = Sample(passes, steps)
             if (
                 number < warmup
             ):  # the last warm-up round decides: the first one also loads and tunes kernels
-                passes[index] = [
-                    max(1, math.ceil(LEAST_SECONDS / time)) for time in (batch, single)
-                ]
+                repeats[index] = [max(1, math.ceil(LEAST_SECONDS / time)) for time in passes]
             advance()
         if number >= warmup:
             yield [found[index] for index in range(len(models))]

@@ -84,7 +84,7 @@ def arguments(strategy):
 @torch.no_grad()
 def test_keep_rate_1_is_the_plain_model(vit, images, strategy):
     model = tdm.attach(vit, strategy(1.0))
-    assert torch.equal(model(images), vit(images))
+    torch.testing.assert_close(model(images), vit(images))
     logits, trace = model.trace(images)
     assert torch.equal(logits, vit(images))
     assert trace.token_counts == [64] * 12
@@ -198,8 +198,8 @@ def test_a_pass_leaves_no_state_behind(vit, strategy):
     one = model(first), model(second), model.trace(first)[0]
     other = model.trace(second)[0], model(first), model(first)
     assert torch.equal(one[0], other[1])
-    assert torch.equal(one[1], other[0])
-    assert torch.equal(one[2], other[2])
+    torch.testing.assert_close(one[1], other[0])
+    torch.testing.assert_close(one[2], other[2])  # with and without the last block's patches
     after = everything_kept(model)
     assert merger == vars(model.strategy.reducer)
     assert kept.keys() == after.keys()
