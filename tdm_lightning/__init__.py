@@ -64,7 +64,16 @@ from tdm_lightning.strategies import (
     WardTDM,
 )
 from tdm_lightning.version import __version__
-from tdm_lightning.vit import Adapter, TokenReducedViT, attach, detach, register_adapter
+from tdm_lightning.vit import (
+    Accelerated,
+    Adapter,
+    TokenReducedViT,
+    accelerate,
+    attach,
+    detach,
+    linear_patches,
+    register_adapter,
+)
 
 if TYPE_CHECKING:
     from tdm_lightning.data import ImageNetDataModule
@@ -78,6 +87,7 @@ __all__ = [
     "MPM",
     "TDM",
     "AViT",
+    "Accelerated",
     "Adapter",
     "Chance",
     "ClassAttention",
@@ -132,6 +142,7 @@ __all__ = [
     "WardMerger",
     "WardTDM",
     "__version__",
+    "accelerate",
     "attach",
     "checkpoints",
     "detach",
@@ -140,6 +151,7 @@ __all__ = [
     "flops",
     "hub",
     "kernels",
+    "linear_patches",
     "metrics",
     "register_adapter",
     "solve_keep_rate",

@@ -1,7 +1,18 @@
 """Vision Transformers, reduced."""
 
+from tdm_lightning.vit.accelerate import Accelerated, accelerate
 from tdm_lightning.vit.adapters import Adapter, register_adapter
 from tdm_lightning.vit.attach import attach, detach
+from tdm_lightning.vit.patches import linear_patches
 from tdm_lightning.vit.wrapper import TokenReducedViT
 
-__all__ = ["Adapter", "TokenReducedViT", "attach", "detach", "register_adapter"]
+__all__ = [
+    "Accelerated",
+    "Adapter",
+    "TokenReducedViT",
+    "accelerate",
+    "attach",
+    "detach",
+    "linear_patches",
+    "register_adapter",
+]
