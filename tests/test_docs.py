@@ -32,6 +32,7 @@ KEYS = (
     "DiversityRecorder(model)",
     "save_pretrained",
     "tdm.TokenReduction(",
+    "tdm.accelerate(",
 )
 
 
@@ -157,6 +158,15 @@ def test_sharing(tmp_path, monkeypatch):
     images = torch.randn(1, 3, 160, 160)
     with torch.no_grad():
         assert torch.equal(names["same"].eval()(images), model(images))
+
+
+def test_a_fast_pass(reduced):
+    reduced.eval()
+    images = torch.randn(2, 3, 96, 96)
+    expected = reduced(images)
+    names = {"tdm": tdm, "torch": torch, "model": reduced, "images": images}
+    exec(block("tdm.accelerate("), names)
+    torch.testing.assert_close(names["logits"], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_triple_in_python_and_yaml(tmp_path, capsys):

@@ -5,7 +5,7 @@ import timm
 import torch
 
 import tdm_lightning as tdm
-from tests.helpers.operations import operations
+from tdm_lightning.compare.launches import operations
 
 #: Operations that a reducing layer may add to a block, views left out; the fractions are of what
 #: a pass does once.

@@ -84,13 +84,14 @@ def releases(
     if old is None:
         raise SettingError("give --old FOLDER, a checkout of the release to compare with")
     remotes = [Remote(path, model, name) for name in METHODS for path in (Path(old), Path(new))]
-    samples = list(interleaved_rounds(remotes, torch.empty(batch_size), rounds, warmup=2))
+    batches = torch.empty(batch_size), torch.empty(1)
+    samples = list(interleaved_rounds(remotes, batches, rounds, warmup=2))
     table = []
     for index, name in enumerate(METHODS):
         row: dict[str, Any] = {"method": name}
-        for what in ("batch", "single"):
+        for place, what in enumerate(("batch", "single")):
             ratios = [
-                getattr(found[2 * index], what) / getattr(found[2 * index + 1], what)
+                found[2 * index].passes[place] / found[2 * index + 1].passes[place]
                 for found in samples
             ]
             row[what] = [round(value, 3) for value in quantiles(ratios, method="inclusive")]

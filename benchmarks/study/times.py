@@ -57,10 +57,10 @@ def measure_times(
         unreduced = plain.under(Strategy()).model.eval().to(device)
         size = unreduced.vit.patch_embed.img_size  # type: ignore[union-attr]
         images = torch.randn(BATCH, plain.model_kwargs.get("in_chans", 3), *size, device=device)  # type: ignore[misc]
-        found = list(interleaved_rounds([unreduced, *models.values()], images, ROUNDS, WARMUP))
+        found = list(interleaved_rounds([unreduced, *models.values()], [images], ROUNDS, WARMUP))
         for place, name in enumerate(models, start=1):
-            ratio = Quartiles.of([one[0].batch / one[place].batch for one in found])
-            rate_of = Quartiles.of([BATCH / one[place].batch for one in found])
+            ratio = Quartiles.of([one[0].passes[0] / one[place].passes[0] for one in found])
+            rate_of = Quartiles.of([BATCH / one[place].passes[0] for one in found])
             speed = {"speedup": ratio.median, "low": ratio.q1, "high": ratio.q3}
             shown = {key: f"{value:.4f}" for key, value in speed.items()}
             shown["images_per_second"] = f"{rate_of.median:.1f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from inspect import Parameter, signature
@@ -12,6 +13,9 @@ from jsonargparse import ArgumentParser, Namespace
 from tdm_lightning.cli.configs import with_named_configs
 from tdm_lightning.cli.mistakes import unwrapped
 from tdm_lightning.cli.stored import differences, fill_in, option_value
+
+#: A whole number, or a list of them.
+_NUMBERS = r"\d+|\[\d+(,\d+)*\]"
 
 
 def run_function(
@@ -36,7 +40,7 @@ def run_function(
     for key in files:
         parser.add_argument(key, nargs="+", help="one or more files")
     parser.add_function_arguments(function, skip=set(files), as_group=False)
-    arguments = with_named_configs([_underscored(argument) for argument in arguments])
+    arguments = with_named_configs(_listed([_underscored(argument) for argument in arguments]))
     parsed = _with_stored(title, parser, list(parameters), arguments)
     with unwrapped():
         settings = parser.instantiate_classes(parsed).as_dict()
@@ -68,6 +72,20 @@ def _with_stored(
         text = "; ".join(differing).replace("in the file", f"in {weights}")
         print(f"{title}: {text}", file=sys.stderr)
     return settings
+
+
+def _listed(arguments: list[str]) -> list[str]:
+    """Whole numbers that follow an option as one list: ``--sizes 1 32`` is ``--sizes=[1,32]``."""
+    found: list[str] = []
+    for argument in arguments:
+        name, equals, value = found[-1].partition("=") if found else ("", "", "")
+        if argument.isdecimal() and name.startswith("--") and not equals:
+            found[-1] = f"{name}={argument}"
+        elif argument.isdecimal() and name.startswith("--") and re.fullmatch(_NUMBERS, value):
+            found[-1] = f"{name}=[{value.strip('[]')},{argument}]"
+        else:
+            found.append(argument)
+    return found
 
 
 def _underscored(argument: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from tdm_lightning.compare.accuracy import top1
 from tdm_lightning.compare.environment import choose_device, choose_dtype, environment_facts
+from tdm_lightning.compare.launches import counted, launches
+from tdm_lightning.compare.limit import FreeSlicing, model_method, token_counts
 from tdm_lightning.compare.memory import peak_bytes, saved_bytes
 from tdm_lightning.compare.methods import Method, make_method, make_plain
 from tdm_lightning.compare.runtime import Run, check_runs, check_runtime, runner, runtime_name
@@ -20,8 +23,9 @@ from tdm_lightning.compare.timing import Round, interleaved_rounds, own_share, s
 from tdm_lightning.core.checks import check_count
 from tdm_lightning.errors import SettingError
 from tdm_lightning.flops import ImageCosts, count_macs, default_input_size, image_costs
+from tdm_lightning.ops import kernels
 from tdm_lightning.strategies import Strategy
-from tdm_lightning.vit import TokenReducedViT
+from tdm_lightning.vit import TokenReducedViT, linear_patches
 
 if TYPE_CHECKING:
     from tdm_lightning.data import ImageNetDataModule
@@ -32,41 +36,69 @@ class Plan:
     """How to measure.
 
     Attributes:
-        batch_size: images in a batch.
+        batch_sizes: images in a batch, one number or several; everything is measured at each.
         rounds: rounds to time.
         warmup: rounds before them that are not counted.
         device: ``"auto"`` or torch's name of a device.
-        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, of weights and images.
+        precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``, or short ``"fp32"``, ``"bf16"``,
+            ``"fp16"``, of weights and images.
         seed: of random weights and images.
         training: time training steps too.
-        runtime: ``"eager"``, ``"compile"`` or ``"onnx"``; only the first tells memory, own time and
-            training steps.
+        runtime: ``"eager"``, ``"compile"``, ``"graph"`` or ``"onnx"``; only the first tells memory,
+            own time and training steps.
+        limit: a row for free slicing: what the first method's token counts cost without it.
+        linear_embedding: the patch embedding as reshape and linear, in all models.
 
     Raises:
-        TypeError, ValueError: if a number is none or too small, device, dtype or runtime do not
+        TypeError, ValueError: if a number is none or too small, device, precision or runtime do not
             exist, or do not go together.
     """
 
-    batch_size: int = 16
+    batch_sizes: int | Sequence[int] = (1, 16)
     rounds: int = 9
     warmup: int = 2
     device: str = "auto"
-    dtype: str = "float32"
+    precision: str = "float32"
     seed: int = 0
     training: bool = False
     runtime: str = "eager"
+    limit: bool = False
+    linear_embedding: bool = False
 
     def __post_init__(self) -> None:
-        check_count(self.batch_size, "batch_size")
+        check_batch_sizes(self.batch_sizes)
         check_count(self.rounds, "rounds")
         check_count(self.warmup, "warmup", least=0)
         check_count(self.seed, "seed", least=0)
-        check_runtime(self.runtime, choose_device(self.device), choose_dtype(self.dtype))
+        check_runtime(self.runtime, choose_device(self.device), choose_dtype(self.precision))
         if self.training and self.runtime != "eager":
             raise SettingError(
                 f"training steps are timed with runtime=eager, not {self.runtime}; leave one of the"
                 " two out"
             )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The batch sizes."""
+        return check_batch_sizes(self.batch_sizes)
+
+
+def check_batch_sizes(sizes: Any) -> tuple[int, ...]:
+    """One batch size or several, each once.
+
+    Raises:
+        TypeError: if they are no integers.
+        ValueError: if one is below 1, two are equal, or there is none.
+    """
+    listed = isinstance(sizes, Sequence) and not isinstance(sizes, str)
+    found = tuple(check_count(size, "batch_sizes") for size in (sizes if listed else [sizes]))
+    if not found or len(set(found)) < len(found):
+        raise SettingError(f"batch_sizes must be different numbers, at least one, got {sizes!r}")
+    return found
+
+
+#: A method's index and a batch size.
+Cell = tuple[int, int]
 
 
 @dataclass
@@ -75,18 +107,18 @@ class Comparison:
 
     Attributes:
         plan: how they are measured.
-        methods: the plain model first.
-        images: the batch that they are timed on, B×C×H×W: random numbers, or real images where
-            there are data.
-        macs: multiply-accumulates per image, one for each method; of an adaptive one in this batch,
-            padding included.
+        methods: the plain model first, then free slicing where that is asked for.
+        images: the largest batch that they are timed on, B×C×H×W; smaller ones are its first
+            images: random numbers, or real images where there are data.
+        macs: multiply-accumulates per image, by method and batch size; of an adaptive one in that
+            batch, padding included.
         image_costs: what each image of the batch costs by itself, by the index of each adaptive
             method.
         facts: what the numbers depend on, by name.
-        memory: peak bytes, one for each method that got its turn.
+        launches: by method and batch size, as far as they got their turn.
+        memory: peak bytes, likewise.
         saved: bytes saved for a backward pass, likewise.
-        own: share of a pass spent in the strategy's hooks, likewise; of the batch's, and of the
-            first image's alone.
+        own: share of a pass spent in the strategy's hooks, likewise.
         rounds: complete rounds.
         accuracy: top-1 in [0, 1] by the method's index.
         interrupted: whether the user broke it off.
@@ -95,19 +127,31 @@ class Comparison:
     plan: Plan
     methods: list[Method]
     images: Tensor
-    macs: list[int]
+    macs: dict[Cell, int]
     facts: dict[str, str]
     image_costs: dict[int, ImageCosts] = field(default_factory=dict)
-    memory: list[int] = field(default_factory=list)
-    saved: list[int] = field(default_factory=list)
-    own: list[tuple[float, float]] = field(default_factory=list)
+    launches: dict[Cell, int] = field(default_factory=dict)
+    memory: dict[Cell, int] = field(default_factory=dict)
+    saved: dict[Cell, int] = field(default_factory=dict)
+    own: dict[Cell, float] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
     accuracy: dict[int, float] = field(default_factory=dict)
     interrupted: bool = False
 
+    @property
+    def batches(self) -> list[Tensor]:
+        """The images of each batch size."""
+        return [self.images[:size] for size in self.plan.sizes]
+
     def rows(self) -> list[Row]:
-        """The table's rows, medians over the rounds; ratios are taken within each round first."""
-        return [self._row(index) for index in range(len(self.methods))]
+        """The table's rows, all methods at one batch size and then at the next: medians over the
+        rounds; ratios are taken within each round first.
+        """
+        return [
+            self._row(index, place)
+            for place in range(len(self.plan.sizes))
+            for index in range(len(self.methods))
+        ]
 
     def remarks(self) -> list[str]:
         """What a reader of the table should know."""
@@ -132,51 +176,47 @@ class Comparison:
             remarks.append(
                 f"{method.name}, image by image: {gmacs.mean():.3f} ± {gmacs.std(correction=0):.3f}"
                 f" GMACs (standard deviation) and {tokens.mean():.1f} ±"
-                f" {tokens.std(correction=0):.1f} tokens, the mean over the blocks; the first image"
-                f" alone {gmacs[0]:.3f} GMACs{untrained}"
+                f" {tokens.std(correction=0):.1f} tokens, the mean over the blocks{untrained}"
             )
         if self.interrupted:
             remarks.append(f"interrupted after {len(self.rounds)} of {self.plan.rounds} rounds")
         return remarks
 
-    def _row(self, index: int) -> Row:
-        method, size = self.methods[index], self.plan.batch_size
-        samples = [(samples[index], samples[0]) for samples in self.rounds]
-        extra: dict[str, Any] = {}
-        if self.plan.training:
-            extra["step"] = Quartiles.of([1e3 * mine.step for mine, _ in samples])
-            extra["step_speedup"] = Quartiles.of(
-                [plain.step / mine.step for mine, plain in samples]
-            )
-        if index < len(self.memory):
-            extra["memory"] = self.memory[index]
-        if index < len(self.saved):
-            extra |= {"saved": self.saved[index], "plain_saved": self.saved[0]}
-        if index < len(self.own):
-            extra["own_time"], extra["latency_own_time"] = self.own[index]
+    def _row(self, index: int, place: int) -> Row:
+        method, size = self.methods[index], self.plan.sizes[place]
+        cell = index, size
+        times = [[sample.passes[place] for sample in samples] for samples in self.rounds]
+        steps = [
+            [sample.steps[place] for sample in samples]
+            for samples in self.rounds
+            if self.plan.training
+        ]
+        extra: dict[str, Any] = {"launches": self.launches.get(cell, math.nan)}
+        if self.plan.limit:
+            extra["limit_speedup"] = Quartiles.of([each[1] / each[index] for each in times])
+        if cell in self.saved:
+            extra |= {"saved": self.saved[cell], "plain_saved": self.saved[0, size]}
         if index in self.image_costs:
             macs = self.image_costs[index].macs
             extra |= {
                 "macs_alone": macs.mean().item(),
                 "macs_alone_std": macs.std(correction=0).item(),
             }
-        if index in self.accuracy:
-            extra["top1"] = self.accuracy[index]
         return Row(
             method.name,
             method.settings,
+            batch=size,
             parameters=sum(parameter.numel() for parameter in method.model.parameters()),
-            macs=self.macs[index],
-            plain_macs=self.macs[0],
-            single_macs=(
-                round(self.image_costs[index].macs[0].item())
-                if index in self.image_costs
-                else self.macs[index]
-            ),
-            throughput=Quartiles.of([size / mine.batch for mine, _ in samples]),
-            speedup=Quartiles.of([plain.batch / mine.batch for mine, plain in samples]),
-            latency=Quartiles.of([1e3 * mine.single for mine, _ in samples]),
-            latency_speedup=Quartiles.of([plain.single / mine.single for mine, plain in samples]),
+            macs=self.macs[cell],
+            plain_macs=self.macs[0, size],
+            throughput=Quartiles.of([size / each[index] for each in times]),
+            speedup=Quartiles.of([each[0] / each[index] for each in times]),
+            time=Quartiles.of([1e3 * each[index] for each in times]),
+            step=Quartiles.of([1e3 * each[index] for each in steps]),
+            step_speedup=Quartiles.of([each[0] / each[index] for each in steps]),
+            memory=self.memory.get(cell, math.nan),
+            own_time=self.own.get(cell, math.nan),
+            top1=self.accuracy.get(index, math.nan),
             **extra,
         )
 
@@ -209,13 +249,11 @@ def prepare(
         TypeError, ValueError: if the model cannot be reduced or a strategy does not fit it, see
             :func:`make_method`.
     """
-    device, dtype = choose_device(plan.device), choose_dtype(plan.dtype)
+    device, dtype = choose_device(plan.device), choose_dtype(plan.precision)
     torch.manual_seed(plan.seed)
     methods = [make_plain(model, model_kwargs or {}, weights)]
-    size = default_input_size(methods[0].model)
-    images = (
-        torch.randn(plan.batch_size, *size) if data is None else _batch(data, plan.batch_size)
-    ).to(device, dtype)
+    size, most = default_input_size(methods[0].model), max(plan.sizes)
+    images = (torch.randn(most, *size) if data is None else _batch(data, most)).to(device, dtype)
     progress = progress or Progress(disable=True)
     chosen = progress.track(strategies, description="models")
     for strategy in chosen:
@@ -223,17 +261,35 @@ def prepare(
         methods.append(make_method(strategy, model, model_kwargs or {}, weights, match_gmacs))
     for method in methods:
         check_runs(method.model.to(device, dtype), plan.runtime)
+    if plan.limit:
+        like = model_method(methods)
+        torch.manual_seed(plan.seed)
+        slicing = FreeSlicing(token_counts(cast(TokenReducedViT, like.model), images))
+        sliced = make_method(slicing, model, model_kwargs or {})
+        sliced.model.to(device, dtype)
+        settings = f"as many tokens as {like.name}({like.settings})"
+        methods.insert(1, replace(sliced, name="free slicing", settings=settings))
+    for method in methods:
+        if plan.linear_embedding:
+            linear_patches(method.model)
     facts = {
         "model": (
             f"{model}, {'×'.join(map(str, size))},"
             f" {f'weights of {weights}' if weights else 'random weights'}"
         ),
         "measured": (
-            f"batch {plan.batch_size}, {plan.dtype}, {plan.rounds} interleaved rounds after"
-            f" {plan.warmup} to warm up, medians and quartiles; peak memory of a pass with its"
-            " weights"
+            f"batches of {', '.join(map(str, plan.sizes))}, {str(dtype).removeprefix('torch.')},"
+            f" {plan.rounds} interleaved rounds after {plan.warmup} to warm up, medians and"
+            " quartiles; peak memory of a pass with its weights"
         ),
+        "counted as launches": counted(device),
         "runtime": runtime_name(plan.runtime),
+        "kernels": kernels.current(),
+        "patch embedding": (
+            "as reshape and linear, in all models, the plain one too"
+            if plan.linear_embedding
+            else "as the model has it"
+        ),
         **(
             {"budget": f"settings solved for {match_gmacs} GMACs"}
             if match_gmacs is not None
@@ -246,9 +302,7 @@ def prepare(
         for index, method in enumerate(methods)
         if _adaptive(method)
     }
-    return Comparison(
-        plan, methods, images, [_macs(method, images) for method in methods], facts, per_image
-    )
+    return Comparison(plan, methods, images, _all_macs(methods, images, plan), facts, per_image)
 
 
 def measure(
@@ -270,38 +324,39 @@ def measure(
 
 
 def _measure(comparison: Comparison, data: ImageNetDataModule | None, progress: Progress) -> None:
-    plan, images, models = (
-        comparison.plan,
-        comparison.images,
-        [method.model for method in comparison.methods],
-    )
+    plan, batches = comparison.plan, comparison.batches
+    models = [method.model for method in comparison.methods]
     eager = plan.runtime == "eager"
-    for model in progress.track(models if eager else (), description="memory"):
-        comparison.memory.append(peak_bytes(model, images))
-        comparison.saved.append(saved_bytes(model, images))
+    cells = [
+        (index, images) for images in batches for index in range(len(models))
+    ]  # as the rows stand
+    for index, images in progress.track(cells if eager else (), description="memory"):
+        comparison.memory[index, len(images)] = peak_bytes(models[index], images)
+        comparison.saved[index, len(images)] = saved_bytes(models[index], images)
     runs = []
     for method in progress.track(comparison.methods, description=plan.runtime):
         runs.append(_runner(method, plan.runtime))
-        if not eager:  # compiled at the first pass, for each batch size
-            seconds(runs[-1], images)
-            seconds(runs[-1], images[:1])
+        if not eager:  # compiled or captured at the first pass, for each batch size
+            for images in batches:
+                seconds(runs[-1], images)
+    count = eager or comparison.images.is_cuda  # operations cannot be seen inside what is compiled
+    for index, images in progress.track(cells if count else (), description="launches"):
+        comparison.launches[index, len(images)] = launches(runs[index], images)
     task = progress.add_task("timing", total=len(models) * (plan.warmup + plan.rounds))
     timed = interleaved_rounds(
-        runs, images, plan.rounds, plan.warmup, lambda: progress.advance(task), plan.training
+        runs, batches, plan.rounds, plan.warmup, lambda: progress.advance(task), plan.training
     )
     for samples in timed:
         comparison.rounds.append(samples)
-    for model in progress.track(models if eager else (), description="own time"):
-        comparison.own.append(
-            (own_share(model, images, plan.rounds), own_share(model, images[:1], plan.rounds))
-        )
+    for index, images in progress.track(cells if eager else (), description="own time"):
+        comparison.own[index, len(images)] = own_share(models[index], images, plan.rounds)
     if data is None:
         return
     data.setup("test")
     for index, method in enumerate(comparison.methods):
         if method.trained:
-            batches = progress.track(data.test_dataloader(), description=f"top-1 {method.name}")
-            comparison.accuracy[index] = top1(method.model, batches, data.num_classes)
+            labelled = progress.track(data.test_dataloader(), description=f"top-1 {method.name}")
+            comparison.accuracy[index] = top1(method.model, labelled, data.num_classes)
 
 
 def _runner(method: Method, runtime: str) -> Run:
@@ -313,8 +368,15 @@ def _runner(method: Method, runtime: str) -> Run:
         ) from error
 
 
-def _macs(method: Method, images: Tensor) -> int:
-    return count_macs(method.model, images=images if _adaptive(method) else None)
+def _all_macs(methods: Sequence[Method], images: Tensor, plan: Plan) -> dict[Cell, int]:
+    found = {}
+    for index, method in enumerate(methods):
+        fixed = None if _adaptive(method) else count_macs(method.model)
+        for size in plan.sizes:
+            found[index, size] = (
+                count_macs(method.model, images=images[:size]) if fixed is None else fixed
+            )
+    return found
 
 
 def _adaptive(method: Method) -> bool:

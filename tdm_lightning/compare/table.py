@@ -40,49 +40,49 @@ _UNKNOWN = Quartiles()
 
 @dataclass(frozen=True)
 class Row:
-    """One method's line; NaN where something was not measured.
+    """One method at one batch size; NaN where something was not measured.
 
     Attributes:
         method: its name.
         settings: its arguments.
+        batch: images in a pass.
         parameters: number of them, the strategy's own included.
         macs: multiply-accumulates per image.
         plain_macs: those of the plain model.
-        single_macs: those of the one image whose latency is timed.
         macs_alone: mean over images of what each costs by itself, for adaptive methods.
         macs_alone_std: their standard deviation.
         throughput: images per second.
         speedup: throughput as a multiple of the plain model's in the same round.
-        latency: milliseconds for one image.
-        latency_speedup: how many times faster than the plain model with one image, in the same
-            round.
-        step: milliseconds for a forward and backward pass of the batch in training mode.
+        limit_speedup: the same as a multiple of free slicing's.
+        time: milliseconds for a pass.
+        step: milliseconds for a forward and backward pass in training mode.
         step_speedup: how many times faster than the plain model's, in the same round.
-        memory: peak bytes of a pass of the batch, weights included.
-        saved: bytes that a pass of the batch saves for its backward pass.
+        launches: what a pass gives the device to do, see
+            :func:`~tdm_lightning.compare.launches.counted`.
+        memory: peak bytes of a pass, weights included.
+        saved: bytes that a pass saves for its backward pass.
         plain_saved: those of the plain model.
-        own_time: share of a pass of the batch that is spent in the strategy's hooks.
-        latency_own_time: the same for one image alone.
+        own_time: share of a pass that is spent in the strategy's hooks.
         top1: accuracy in [0, 1].
     """
 
     method: str
     settings: str
+    batch: int
     parameters: int
     macs: int
     plain_macs: int
-    single_macs: int
     throughput: Quartiles = _UNKNOWN
     speedup: Quartiles = _UNKNOWN
-    latency: Quartiles = _UNKNOWN
-    latency_speedup: Quartiles = _UNKNOWN
+    limit_speedup: Quartiles = _UNKNOWN
+    time: Quartiles = _UNKNOWN
     step: Quartiles = _UNKNOWN
     step_speedup: Quartiles = _UNKNOWN
+    launches: float = math.nan
     memory: float = math.nan
     saved: float = math.nan
     plain_saved: float = math.nan
     own_time: float = math.nan
-    latency_own_time: float = math.nan
     macs_alone: float = math.nan
     macs_alone_std: float = math.nan
     top1: float = math.nan
@@ -102,32 +102,8 @@ class Row:
         """How much of that the measured speed-up reaches."""
         return self.speedup.median / self.mac_ratio
 
-    @property
-    def latency_efficiency(self) -> float:
-        """The same for one image, by its own multiply-accumulates."""
-        return self.latency_speedup.median * self.single_macs / self.plain_macs
 
-
-#: Titles of the printed columns.
-_HEADER = (
-    "method",
-    "settings",
-    "params (M)",
-    "GMACs",
-    "reduction",
-    "images/s (quartiles)",
-    "× plain (quartiles)",
-    "÷ MAC ratio",
-    "batch-1 ms (× plain)",
-    "batch-1 ÷ MAC ratio",
-    "own time (batch 1)",
-    "peak MiB",
-    "saved for backward MiB (× plain)",
-)
 _LEFT = 2  # columns of text
-_STEP = _HEADER.index(
-    "own time (batch 1)"
-)  # before this one stands the training step, where it was timed
 
 
 def markdown(rows: Sequence[Row], facts: Mapping[str, str], remarks: Sequence[str] = ()) -> str:
@@ -154,6 +130,7 @@ def _numbers(row: Row) -> dict[str, str | float]:
     numbers: dict[str, str | float] = {
         "method": row.method,
         "settings": row.settings,
+        "batch_size": row.batch,
         "parameters": row.parameters,
         "macs": row.macs,
         "reduction": row.reduction,
@@ -162,8 +139,8 @@ def _numbers(row: Row) -> dict[str, str | float]:
     timed = {
         "images_per_second": row.throughput,
         "ratio_to_plain": row.speedup,
-        "batch1_ms": row.latency,
-        "batch1_ratio_to_plain": row.latency_speedup,
+        "ratio_to_free_slicing": row.limit_speedup,
+        "batch_ms": row.time,
         "training_step_ms": row.step,
         "training_step_ratio_to_plain": row.step_speedup,
     }
@@ -172,10 +149,8 @@ def _numbers(row: Row) -> dict[str, str | float]:
     return {
         **numbers,
         "ratio_over_mac_ratio": row.efficiency,
-        "batch1_macs": row.single_macs,
-        "batch1_ratio_over_mac_ratio": row.latency_efficiency,
         "own_time": row.own_time,
-        "batch1_own_time": row.latency_own_time,
+        "launches": row.launches,
         "peak_bytes": row.memory,
         "saved_bytes": row.saved,
         "macs_alone": row.macs_alone,
@@ -185,31 +160,54 @@ def _numbers(row: Row) -> dict[str, str | float]:
 
 
 def _cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Titles, and every row's cells; training steps and accuracy only where some method has one."""
-    rated = any(not math.isnan(row.top1) for row in rows)
+    """Titles, and every row's cells; the limit, training steps and accuracy only where some row has
+    one.
+    """
+    limited = any(not math.isnan(row.limit_speedup.median) for row in rows)
     trained = any(not math.isnan(row.step.median) for row in rows)
+    rated = any(not math.isnan(row.top1) for row in rows)
+    header = (
+        "method",
+        "settings",
+        "batch",
+        "params (M)",
+        "GMACs",
+        "reduction",
+        "images/s (quartiles)",
+        "ms",
+        "× plain (quartiles)",
+        "÷ MAC ratio",
+        *(["× free slicing"] if limited else []),
+        *(["training step ms (× plain)"] if trained else []),
+        "own time",
+        "launches",
+        "peak MiB",
+        "saved for backward MiB (× plain)",
+        *(["top-1 (%)"] if rated else []),
+    )
     cells = [
         [
             row.method,
             row.settings,
+            str(row.batch),
             f"{row.parameters / 1e6:.2f}",
             _gmacs(row.macs),
             f"{row.reduction:.1%}",
             _quartiles(row.throughput, 1),
+            _number(row.time.median, 2),
             _quartiles(row.speedup, 2),
             _number(row.efficiency, 2),
-            _latency(row.latency, row.latency_speedup, 2),
-            _number(row.latency_efficiency, 2),
-            *([_latency(row.step, row.step_speedup, 0)] if trained else []),
-            "–" if math.isnan(row.own_time) else f"{row.own_time:.1%} ({row.latency_own_time:.1%})",
+            *([_number(row.limit_speedup.median, 2)] if limited else []),
+            *([_step(row)] if trained else []),
+            "–" if math.isnan(row.own_time) else f"{row.own_time:.1%}",
+            _number(row.launches, 0),
             _number(row.memory / 2**20, 1),
             _saved(row),
             *([_number(100 * row.top1, 2)] if rated else []),
         ]
         for row in rows
     ]
-    step = ("training step ms (× plain)",) if trained else ()
-    return (*_HEADER[:_STEP], *step, *_HEADER[_STEP:], *(["top-1 (%)"] if rated else [])), cells
+    return header, cells
 
 
 def _number(value: float, digits: int) -> str:
@@ -234,7 +232,7 @@ def _saved(row: Row) -> str:
     )
 
 
-def _latency(time: Quartiles, speedup: Quartiles, digits: int) -> str:
-    if math.isnan(time.median):
+def _step(row: Row) -> str:
+    if math.isnan(row.step.median):
         return "–"
-    return f"{time.median:.{digits}f} ({speedup.median:.2f})"
+    return f"{row.step.median:.0f} ({row.step_speedup.median:.2f})"

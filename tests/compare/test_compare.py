@@ -7,7 +7,7 @@ from PIL import Image
 
 import tdm_lightning as tdm
 from tdm_lightning.compare import methods, run, timing
-from tests.helpers.compares import NAME, SHAPE, reduced, table
+from tests.helpers.compares import NAME, SHAPE, STRATEGIES, lines, reduced, table
 from tests.helpers.compares import compare as compare  # a fixture
 
 # The command
@@ -33,15 +33,16 @@ def test_table_in_three_forms(compare, tmp_path, capsys):
             <= float(row["images_per_second"])
             <= float(row["images_per_second_q3"])
         )
-        assert float(row["batch1_ms"]) > 0
+        assert float(row["batch_ms"]) > 0
+        assert int(row["batch_size"]) == 2
+        assert int(row["launches"]) > 0
         assert int(row["peak_bytes"]) > 4 * int(row["parameters"])
         assert row["top1"] == ""
         for version in (torch.__version__, timm.__version__, tdm.__version__):
             assert version in row["versions"]
         assert row["device"].startswith("cpu: ")
         assert row["CPU threads"] == "1"
-        for share in ("own_time", "batch1_own_time"):
-            assert row[share] == "" if name == "plain" else 0 < float(row[share]) < 1
+        assert row["own_time"] == "" if name == "plain" else 0 < float(row["own_time"]) < 1
     assert float(rows["plain"]["ratio_to_plain"]) == 1
 
     text, printed = (
@@ -55,6 +56,8 @@ def test_table_in_three_forms(compare, tmp_path, capsys):
         "random weights",
         "float32",
         "2 interleaved rounds",
+        "dispatched aten operations",
+        "patch embedding: as the model has it",
         "EvoViT",
         "keep_rate=0.5, layers=[1]",
     ):
@@ -87,7 +90,7 @@ def test_every_setting_is_solved_to_the_budget(compare, tmp_path):
     ("rounds", "calls"), [(2, 3 * 8), (0, 9), (0, 3)], ids=["later", "first", "warm-up"]
 )
 def test_an_interrupt_keeps_complete_rounds(compare, tmp_path, monkeypatch, rounds, calls):
-    """Four methods take eight timings a round."""
+    """Four methods at two batch sizes take eight timings a round."""
     left = iter(range(calls))
 
     def seconds(model, images, passes=1):
@@ -97,7 +100,7 @@ def test_an_interrupt_keeps_complete_rounds(compare, tmp_path, monkeypatch, roun
 
     monkeypatch.setattr(timing, "seconds", seconds)
     with pytest.raises(SystemExit) as stop:
-        compare(rounds=5)
+        compare("--batch_sizes=[2,1]", rounds=5)
     assert stop.value.code == 130
     assert f"interrupted after {rounds} of 5 rounds" in (tmp_path / "out/compare.md").read_text(
         encoding="utf-8"
@@ -128,8 +131,9 @@ def test_an_interrupt_of_the_memory_measurement(compare, tmp_path, monkeypatch):
         ("--model=test_resnet", "cannot reduce"),
         ("--rounds=0", "rounds must be at least 1"),
         ("--warmup=-1", "warmup must be at least 0"),
-        ("--batch_size=0", "batch_size must be at least 1"),
-        ("--dtype=float8", "dtype must be one of 'float32'"),
+        ("--batch_sizes=0", "batch_sizes must be at least 1"),
+        ("--batch_sizes=[2,2]", "batch_sizes must be different numbers"),
+        ("--precision=float8", "precision must be one of 'float32'"),
         ("--device=abacus", "device must be"),
         ("--device=cpu:0:1", "device must be"),
         ("--match_gmacs=0", "must be a positive number"),
@@ -140,8 +144,10 @@ def test_an_interrupt_of_the_memory_measurement(compare, tmp_path, monkeypatch):
         ),
         ('--strategies=[{"class_path":"Strategy"}]', None),
         ("--runtime=tensorrt", "runtime must be one of 'eager'"),
-        (["--runtime=onnx", "--dtype=bfloat16"], "runtime=onnx runs on the CPU in float32"),
+        (["--runtime=onnx", "--precision=bfloat16"], "runtime=onnx runs on the CPU in float32"),
         (["--runtime=compile", "--training=true"], "training steps are timed with runtime=eager"),
+        ("--runtime=graph", "runtime=graph captures CUDA graphs, and the device is cpu"),
+        (["--limit=true", '--strategies=[{"class_path":"AViT"}]'], "there is none; add one"),
         ("--weights=missing.pth", "missing.pth"),
         ("--data.dataset=digits", "give --weights"),
     ],
@@ -202,12 +208,60 @@ def test_top1_of_the_methods_whose_weights_are_all_there(compare, tmp_path):
     assert "no top-1 of DyViT" in text
     assert "no weights for strategy.score_predictor" in text
     assert "no top-1 of EvoViT" in text
+    with Image.open(tmp_path / "out/accuracy.png") as picture:
+        assert picture.width > picture.height
 
 
-def test_lower_precision(compare, tmp_path):
-    compare("--dtype=bfloat16", rounds=1)
+@pytest.mark.parametrize("name", ["bfloat16", "bf16"])
+def test_lower_precision(compare, tmp_path, name):
+    compare(f"--precision={name}", rounds=1, strategies=STRATEGIES[:1])
+    assert ", bfloat16, " in table(tmp_path)["plain"]["measured"]
     full = int(table(tmp_path)["plain"]["parameters"]) * 4
     assert int(table(tmp_path)["plain"]["peak_bytes"]) < full
+
+
+def test_a_row_for_each_method_and_batch_size(compare, tmp_path):
+    compare("--batch_sizes", "3", "1", strategies=STRATEGIES[:1], rounds=1)
+    rows = lines(tmp_path)
+    assert [(row["method"], row["batch_size"]) for row in rows] == [
+        ("plain", "3"),
+        ("TDM", "3"),
+        ("plain", "1"),
+        ("TDM", "1"),
+    ]
+    assert int(rows[0]["peak_bytes"]) > int(rows[2]["peak_bytes"])
+    assert int(rows[1]["saved_bytes"]) > 2 * int(rows[3]["saved_bytes"])
+    for row in rows:
+        speed = float(row["images_per_second"]) * float(row["batch_ms"]) / 1e3
+        assert speed == pytest.approx(int(row["batch_size"]))
+
+
+def test_free_slicing_is_the_limit(compare, tmp_path):
+    strategies = [{"class_path": "EvoViT", "init_args": {"layers": [2]}}, STRATEGIES[0]]
+    compare("--limit=true", strategies=strategies, rounds=1)
+    rows = table(tmp_path)
+    assert list(rows) == ["plain", "free slicing", "EvoViT", "TDM"]
+    assert rows["free slicing"]["settings"] == "as many tokens as TDM(keep_rate=0.5, layers=[1])"
+    assert rows["free slicing"]["macs"] == rows["TDM"]["macs"]
+    # A slice is a view, so nothing is dispatched that the plain model does not.
+    assert rows["free slicing"]["launches"] == rows["plain"]["launches"]
+    assert int(rows["TDM"]["launches"]) > int(rows["plain"]["launches"])
+    assert float(rows["free slicing"]["ratio_to_free_slicing"]) == 1
+    text = (tmp_path / "out/compare.md").read_text(encoding="utf-8")
+    assert "× free slicing" in text
+
+
+def test_linear_embedding_is_in_all_models_and_named(compare, tmp_path):
+    compare("--linear_embedding=true", "--limit=true", strategies=STRATEGIES[:1], rounds=1)
+    row = table(tmp_path)["plain"]
+    assert row["patch embedding"] == "as reshape and linear, in all models, the plain one too"
+    plan = run.Plan(2, device="cpu", limit=True, linear_embedding=True)
+    compared = run.prepare(NAME, [tdm.TDM(0.5, (1,)), tdm.ToMe(2)], plan, SHAPE)
+    assert len(compared.methods) == 4
+    for method in compared.methods:
+        assert not any(type(inner) is torch.nn.Conv2d for inner in method.model.modules())
+    usual = run.prepare(NAME, [tdm.TDM(0.5, (1,)), tdm.ToMe(2)], run.Plan(2, device="cpu"), SHAPE)
+    assert compared.macs[0, 2] == usual.macs[0, 2]
 
 
 # The methods
@@ -340,7 +394,7 @@ def test_the_whole_poster_is_compared_by_default():
 
 
 def test_random_weights_are_the_same_whatever_stands_beside_a_method():
-    plan = run.Plan(batch_size=2, device="cpu", seed=3)
+    plan = run.Plan(batch_sizes=2, device="cpu", seed=3)
     alone, beside = (
         run.prepare(NAME, [*others, tdm.DyViT(layers=(1,))], plan, SHAPE)
         for others in ([], [tdm.ToMe(2)])

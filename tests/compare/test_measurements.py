@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
+import types
 
 import pytest
 import timm
 import torch
+from timm.models.eva import Eva
 from torch import nn
 
 import tdm_lightning as tdm
-from tdm_lightning.compare import memory, methods, run, timing
+from tdm_lightning.compare import launches, limit, memory, methods, run, timing
 from tdm_lightning.compare.table import Quartiles
 from tests.helpers.compares import NAME, SHAPE, STRATEGIES, Positive, reduced, table
 from tests.helpers.compares import compare as compare  # a fixture
@@ -59,30 +61,37 @@ def test_rounds_are_interleaved_in_turning_order(monkeypatch):
     monkeypatch.setattr(timing, "LEAST_SECONDS", 0.03)
     steps = []
     rounds = list(
-        timing.interleaved_rounds([1, 2, 3], torch.zeros(8, 1), 2, 1, lambda: steps.append(None))
+        timing.interleaved_rounds(
+            [1, 2, 3], [torch.zeros(8, 1), torch.zeros(1, 1)], 2, 1, lambda: steps.append(None)
+        )
     )
     assert [model for model, images, _ in seen if images == 8] == [1, 2, 3, 3, 2, 1, 1, 2, 3]
     assert {images for _, images, _ in seen} == {8, 1}
     assert {(model, passes) for model, _, passes in seen[:6]} == {(1, 1), (2, 1), (3, 1)}
     assert {(model, passes) for model, _, passes in seen[6:]} == {(1, 3), (2, 2), (3, 1)}
     assert len(steps) == 9
-    assert [[sample.batch for sample in samples] for samples in rounds] == 2 * [[0.01, 0.02, 0.03]]
+    assert [[sample.passes for sample in samples] for samples in rounds] == 2 * [
+        [(0.01, 0.01), (0.02, 0.02), (0.03, 0.03)]
+    ]
+    assert rounds[0][0].steps == ()
 
 
 def test_ratios_are_taken_within_each_round():
     plain, other = (methods.Method(name, "", nn.Linear(2, 2)) for name in ("plain", "other"))
-    found = run.Comparison(
-        run.Plan(batch_size=8, device="cpu"), [plain, other], torch.zeros(8, 2), [100, 50], {}
-    )
+    macs = {(0, 8): 100, (1, 8): 50, (0, 1): 100, (1, 1): 50}
+    plan = run.Plan(batch_sizes=(8, 1), device="cpu")
+    found = run.Comparison(plan, [plain, other], torch.zeros(8, 2), macs, {})
     for base, ratio in ((1.0, 2.0), (10.0, 3.0), (4.0, 1.0)):
-        found.rounds.append([timing.Sample(base, base / 4), timing.Sample(base / ratio, base / 8)])
-    row = found.rows()[1]
+        found.rounds.append(
+            [timing.Sample((base, base / 4)), timing.Sample((base / ratio, base / 8))]
+        )
+    _, row, _, single = found.rows()
     assert row.speedup == Quartiles(1.5, 2.0, 2.5)
     assert row.throughput.median == pytest.approx(8 / (10 / 3))  # of 16, 2.4 and 2
-    assert row.latency_speedup == Quartiles(2.0, 2.0, 2.0)
-    assert row.latency.median == pytest.approx(1e3 * 4 / 8)
+    assert single.speedup == Quartiles(2.0, 2.0, 2.0)
+    assert single.time.median == pytest.approx(1e3 * 4 / 8)
     assert row.mac_ratio == 2
-    assert row.efficiency == row.latency_efficiency == 1
+    assert row.efficiency == single.efficiency == 1
     assert row.reduction == 0.5
 
 
@@ -152,16 +161,98 @@ def test_a_timed_training_step_leaves_the_model_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_launches_are_counted_once_all_is_made():
+    calls = []
+
+    def run_model(images):
+        calls.append(len(images))
+        x = images + 1 if len(calls) == 1 else images
+        return (x.view(-1) * 2).relu()
+
+    images = torch.zeros(2, 3)
+    assert launches.launches(run_model, images) == 2
+    assert calls == [2, 2]
+    assert launches.operations(lambda: images.t().mul(2).add_(1)) == ["mul", "add_"]
+    assert "aten" in launches.counted(images.device)
+
+
+def test_kernels_of_a_pass_are_those_of_the_device(monkeypatch):
+    class Profile:
+        def __init__(self, activities):
+            self.found = []
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def events(self):
+            on, off = launches.DeviceType.CUDA, launches.DeviceType.CPU
+            kinds = [(on, "gemm"), (off, "cudaLaunchKernel"), (on, "Memcpy DtoD")]
+            return [types.SimpleNamespace(device_type=kind, name=name) for kind, name in kinds]
+
+    monkeypatch.setattr(launches, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    called = []
+    assert launches.kernels(lambda: called.append(1)) == ["gemm", "Memcpy DtoD"]
+    assert called == [1]
+
+
+def test_times_on_cuda_are_of_its_events(monkeypatch):
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            order.append("record")
+
+        def synchronize(self):
+            order.append("wait")
+
+        def elapsed_time(self, other):
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(timing, "wait_for", lambda device: order.append("idle"))
+    assert timing.elapsed(lambda: order.append("work"), torch.device("cuda")) == 0.25
+    assert order == ["idle", "record", "work", "record", "wait"]
+
+
+@pytest.mark.parametrize("pooling", ["token", "avg"])
+def test_free_slicing_counts_and_fates(pooling):
+    vit = timm.create_model(NAME, **SHAPE, global_pool=pooling).eval()
+    images = torch.randn(2, 3, 32, 32)
+    model = tdm.attach(vit, limit.FreeSlicing([16, 9, 9, 4]))
+    with torch.no_grad():
+        logits, trace = model.trace(images)
+        torch.testing.assert_close(model(images), logits)
+    assert trace.token_counts == [16, 9, 9, 4]
+    assert trace.layers[-1].assignment.tolist() == 2 * [[*range(4), *[-1] * 12]]
+    with pytest.raises(ValueError, match="counts must hold one number per block, 4 here, got 2"):
+        tdm.attach(vit, limit.FreeSlicing([16, 9]))
+
+
+def test_free_slicing_of_rotary_positions():
+    vit = Eva(**SHAPE, use_rot_pos_emb=True, use_abs_pos_emb=False).eval()
+    model = tdm.attach(vit, limit.FreeSlicing([16, 8, 8, 8]))
+    assert limit.token_counts(model, torch.randn(1, 3, 32, 32)) == [16, 8, 8, 8]
+    assert model(torch.randn(2, 3, 32, 32)).isfinite().all()
+
+
 def test_adaptive_methods_tell_their_spread(tmp_path):
-    plan = run.Plan(batch_size=3, rounds=1, warmup=0)
+    plan = run.Plan(batch_sizes=(3, 1), rounds=1, warmup=0, device="cpu")
     comparison = run.prepare(NAME, [Positive()], plan, SHAPE)
     assert "without trained weights" in comparison.remarks()[0]
     comparison.methods[1] = dataclasses.replace(comparison.methods[1], trained=True)
     costs = comparison.image_costs[1]
     assert comparison.rows()[1].macs_alone == pytest.approx(costs.macs.mean().item())
     assert comparison.rows()[1].macs_alone_std > 0
-    assert comparison.macs[1] > costs.macs.mean()  # padding
-    assert comparison.rows()[1].single_macs == round(costs.macs[0].item())
+    assert comparison.macs[1, 3] > costs.macs.mean()  # padding
+    assert comparison.macs[1, 1] == round(costs.macs[0].item())
     assert "without trained weights" not in comparison.remarks()[0]
     assert "Positive, image by image:" in comparison.remarks()[0]
 

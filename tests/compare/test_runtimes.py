@@ -48,7 +48,8 @@ def test_other_runtimes_are_timed_only(compare, tmp_path, monkeypatch, capsys):
     compare("--runtime=compile")
     rows = table(tmp_path)
     assert rows["TDM"]["runtime"].startswith("torch.compile")
-    assert float(rows["TDM"]["batch1_ms"]) > 0
+    assert float(rows["TDM"]["batch_ms"]) > 0
+    assert rows["TDM"]["launches"] == ""
     assert rows["TDM"]["peak_bytes"] == rows["TDM"]["saved_bytes"] == rows["TDM"]["own_time"] == ""
     assert "torch.compile" in capsys.readouterr().out
 
@@ -57,11 +58,23 @@ def test_the_defaults_of_other_runtimes_keep_to_fixed_budgets():
     assert not any(strategy.adaptive for strategy in methods.posters_strategies(static=True))
 
 
+def test_graphs_are_captured_once_for_each_batch_size(monkeypatch):
+    captured = []
+    monkeypatch.setattr(
+        runtimes, "accelerate", lambda model, images: captured.append(len(images)) or model
+    )
+    run_model = runtimes.runner(nn.Linear(3, 2), "graph")
+    for batch in (2, 1, 2, 1):
+        assert run_model(torch.zeros(batch, 3)).shape == (batch, 2)
+    assert captured == [2, 1]
+    assert runtimes.runtime_name("graph").startswith("a CUDA graph")
+
+
 @pytest.mark.parametrize("runtime", ["compile", "onnx"])
 def test_other_runtimes_refuse_adaptive_methods(runtime):
     with pytest.raises(ValueError, match="Positive keeps another number of tokens for each image"):
         run.prepare(
-            NAME, [Positive()], run.Plan(batch_size=2, runtime=runtime, device="cpu"), SHAPE
+            NAME, [Positive()], run.Plan(batch_sizes=2, runtime=runtime, device="cpu"), SHAPE
         )
 
 
@@ -74,7 +87,7 @@ def test_a_method_that_a_runtime_cannot_run_is_named(monkeypatch):
     compared = run.prepare(
         NAME,
         [tdm.EViT(0.5, layers=(1,))],
-        run.Plan(batch_size=2, runtime="compile", device="cpu"),
+        run.Plan(batch_sizes=2, runtime="compile", device="cpu"),
         SHAPE,
     )
     monkeypatch.setattr(run, "runner", runner)

@@ -41,7 +41,7 @@ def compare(tmp_path, monkeypatch):
         arguments += [
             f"--rounds={rounds}",
             "--warmup=1",
-            "--batch_size=2",
+            "--batch_sizes=2",
             "--device=cpu",
             f"--out={out}",
         ]
@@ -50,9 +50,14 @@ def compare(tmp_path, monkeypatch):
     return call
 
 
-def table(tmp_path):
+def lines(tmp_path):
     with (tmp_path / "out/compare.csv").open(encoding="utf-8") as file:
-        return {row["method"]: row for row in csv.DictReader(file)}
+        return list(csv.DictReader(file))
+
+
+def table(tmp_path):
+    """By method, where there is one batch size."""
+    return {row["method"]: row for row in lines(tmp_path)}
 
 
 def reduced(strategy, shape=SHAPE):
