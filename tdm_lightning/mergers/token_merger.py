@@ -15,13 +15,11 @@ from tdm_lightning.errors import SettingError
 from tdm_lightning.mergers.base import Merger
 from tdm_lightning.ops import (
     cluster_density_peaks,
-    gather_tokens,
+    decouple,
+    decoupled,
     group_totals,
     group_weights,
-    inverse_order,
-    match_pairs,
     merge_groups,
-    rank_order,
     share_group,
 )
 
@@ -172,34 +170,29 @@ class TokenMerger(Merger):
         """
         assert seen.importance is not None
         split = self.split(seen.x.shape[1], keep)
-        attentive, singles = split.attentive, split.attentive - split.pairs
-        size = _sizes(seen)
-        order = rank_order(seen.importance / size if self.per_patch else seen.importance)
-        x, importance = gather_tokens(seen.x, order), seen.importance.gather(1, order)
-        size = size.gather(1, order)
-        features = self._features(seen)
-        compared = (x if features is None else gather_tokens(features, order)).detach()
-
-        parts = []
-        if split.attentive:
-            parts.append(match_pairs(compared[:, :attentive], split.pairs, self.matching))
-        if split.clusters:
-            parts.append(self._cluster(compared[:, attentive:], split.clusters) + singles)
-        groups = torch.cat(parts, dim=1)
-        first, second = (
-            _raw(rule, importance, size) for rule in (self.match_weights, self.cluster_weights)
-        )
-        if first is not second:
-            first = torch.cat((first[:, :attentive], second[:, attentive:]), dim=1)
-        merged = merge_groups(x, groups, group_weights(first, groups, keep), keep)
+        singles = split.attentive - split.pairs  # their groups come first, then the clusters
+        importance, size = seen.importance, _sizes(seen)
+        group = self._groups(seen, importance / size if self.per_patch else importance, split)
+        raw = _raw(self.match_weights, importance, size)
+        if self.cluster_weights != self.match_weights:
+            others = _raw(self.cluster_weights, importance, size)
+            raw = torch.where(group < singles, raw, others)
+        merged = merge_groups(seen.x, group, group_weights(raw, group, keep), keep)
 
         def fate() -> tuple[Tensor, Tensor]:
-            back = inverse_order(order)
-            role = torch.where(share_group(groups), int(Role.MATCHED), int(Role.KEPT))
-            role[:, attentive:] = int(Role.CLUSTERED)
-            return groups.gather(1, back), role.gather(1, back)
+            role = torch.where(share_group(group), int(Role.MATCHED), int(Role.KEPT))
+            return group, role.masked_fill(group >= singles, int(Role.CLUSTERED))
 
-        return Reduction.lazily(merged, fate, group_totals(size, groups, keep))
+        return Reduction.lazily(merged, fate, group_totals(size, group, keep))
+
+    def _groups(self, seen: Seen, score: Tensor, split: Split) -> Tensor:
+        """The group of each token, B×N."""
+        compared = {"tokens": seen.x, "keys": seen.keys, "normed": seen.normed}[self.features]
+        assert compared is not None
+        plan = (compared.detach(), score.detach(), split.attentive, split.pairs, split.clusters)
+        if (self.matching, self.density) == ("bipartite", "gaussian"):
+            return decouple(*plan)
+        return decoupled(*plan, self.matching, self.density, self.neighbours)
 
     def represent(self, seen: Seen) -> Reduction:
         """Only the clustering: ``ceil(cluster_fraction·N)`` tokens that stand for all N.
@@ -210,18 +203,11 @@ class TokenMerger(Merger):
         assert seen.importance is not None
         clusters = math.ceil(self.cluster_fraction * seen.x.shape[1])
         raw = _raw(self.cluster_weights, seen.importance, _sizes(seen))
-        label = self._cluster(seen.x.detach(), clusters)
+        compared = seen.x.detach()
+        label, _ = cluster_density_peaks(compared, clusters, self.density, self.neighbours)
         weight = group_weights(raw, label, clusters)
         role = torch.full_like(label, int(Role.CLUSTERED))
         return Reduction(merge_groups(seen.x, label, weight, clusters), label, role)
-
-    def _features(self, seen: Seen) -> Tensor | None:
-        """What to compare in place of the tokens, B×N×D."""
-        return {"tokens": None, "keys": seen.keys, "normed": seen.normed}[self.features]
-
-    def _cluster(self, compared: Tensor, clusters: int) -> Tensor:
-        """The cluster of each token, B×N."""
-        return cluster_density_peaks(compared, clusters, self.density, self.neighbours)[0]
 
 
 def _sizes(seen: Seen) -> Tensor:

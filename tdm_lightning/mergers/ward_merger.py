@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from tdm_lightning.core.checks import check_count, check_number
 from tdm_lightning.core.reduction import Reduction, Seen
-from tdm_lightning.errors import ReductionError, SettingError
+from tdm_lightning.errors import SettingError
 from tdm_lightning.mergers.base import Merger
 from tdm_lightning.mergers.pairing import means_of_patches
-from tdm_lightning.ops import fewest_after, gather_tokens, joined, rank_order, ward_leaders
+from tdm_lightning.ops import fewest_after, gather_tokens, joined, rank_order, ward_joins
 from tdm_lightning.ops.constants import places
 
 
@@ -92,30 +86,19 @@ class WardMerger(Merger):
         """
         assert seen.size is not None
         batch, n = seen.size.shape
-        features, protected = self._features(seen), self.protected(n)
+        x, keys, protected = seen.x.detach(), seen.keys, self.protected(n)
+        keys = None if keys is None else keys.detach()
         if protected:
             assert seen.importance is not None
             rest = rank_order(seen.importance)[:, protected:]
             order = rest.topk(n - protected, dim=1, largest=False, sorted=True).values
-            part = gather_tokens(features, order), seen.size.gather(1, order)
-            lead = ward_leaders(*part, keep - protected, self.rounds)
+            keys = None if keys is None else gather_tokens(keys, order)
+            part = gather_tokens(x, order), keys, seen.size.gather(1, order)
+            lead = ward_joins(*part, keep - protected, self.rounds)
             # the place of the token that each one joins; a protected one joins none
             here = places(n, order).expand(batch, n)
             leader = here.scatter(1, order, order.gather(1, lead))
         else:
-            leader = ward_leaders(features, seen.size, keep, self.rounds)
+            leader = ward_joins(x, keys, seen.size, keep, self.rounds)
         group = joined(leader)
         return means_of_patches(seen, group, keep)
-
-    def _features(self, seen: Seen) -> Tensor:
-        """What is compared, B×N×D, float32."""
-        parts = [seen.x] if seen.keys is None else [seen.x, seen.keys]
-        found = torch.cat([F.normalize(part.detach().float(), dim=-1) for part in parts], dim=-1)
-        on_cpu = found.device.type == "cpu" and not torch.compiler.is_compiling()
-        if on_cpu and not math.isfinite(float(found.sum())):  # of unit vectors: cannot overflow
-            finite = found.sum(dim=-1).isfinite()
-            raise ReductionError(
-                f"the features of {int((~finite).sum())} of {finite.numel()} tokens are not"
-                " finite; look for the block or the image that they come from"
-            )
-        return found

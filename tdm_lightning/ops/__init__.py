@@ -3,6 +3,7 @@
 from tdm_lightning.ops.alternating import match_alternating
 from tdm_lightning.ops.clusters import cluster_density_peaks, pairwise_distances
 from tdm_lightning.ops.criteria import match_both_ways
+from tdm_lightning.ops.decouple import decouple, decoupled
 from tdm_lightning.ops.energy import match_by_energy, token_energy
 from tdm_lightning.ops.importance import class_attention, received_attention
 from tdm_lightning.ops.linear import linear_bias, linear_weight
@@ -24,11 +25,13 @@ from tdm_lightning.ops.pairs import match_pairs
 from tdm_lightning.ops.policy import policy_softmax
 from tdm_lightning.ops.ragged import pack
 from tdm_lightning.ops.spread import spread_weights
-from tdm_lightning.ops.ward import fewest_after, ward_leaders
+from tdm_lightning.ops.ward import fewest_after, ward_joins, ward_leaders
 
 __all__ = [
     "class_attention",
     "cluster_density_peaks",
+    "decouple",
+    "decoupled",
     "fewest_after",
     "first_members",
     "gather_tokens",
@@ -54,5 +57,6 @@ __all__ = [
     "spread_weights",
     "token_energy",
     "unmerge",
+    "ward_joins",
     "ward_leaders",
 ]

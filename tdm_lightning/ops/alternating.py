@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tdm_lightning.ops.constants import constant, places
+from tdm_lightning.ops.kernels.dispatch import in_two_forms
+from tdm_lightning.ops.kernels.limits import too_many
 from tdm_lightning.ops.precision import full_precision
 
 
@@ -32,6 +34,15 @@ def match_alternating(features: Tensor, pairs: int, prefix: int = 1) -> Tensor:
     >>> match_alternating(keys, pairs=1)
     tensor([[0, 0, 1]])
     """
+    return alternating_groups(features, pairs, prefix)
+
+
+@in_two_forms(
+    "tdm_lightning.ops.kernels.alternating:match_alternating",
+    lambda features, pairs, prefix: too_many(features.shape[1]),
+)
+def alternating_groups(features: Tensor, pairs: int, prefix: int) -> Tensor:
+    """:func:`match_alternating` in two forms."""
     batch, n, _ = features.shape
     first = prefix % 2  # of the even ones
     with full_precision(features.device):

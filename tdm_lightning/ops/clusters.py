@@ -26,29 +26,34 @@ def pairwise_distances(x: Tensor) -> Tensor:
     Returns:
         Distances, B×N×N, float32, with an exactly zero diagonal.
     """
+    return _squared_distances(x).sqrt() / math.sqrt(x.shape[-1])
+
+
+def _squared_distances(x: Tensor) -> Tensor:
+    """Those of :func:`pairwise_distances`, squared and not scaled."""
     with full_precision(x.device):
         x = x.float()
         x = x - x.mean(dim=1, keepdim=True)
         gram = x @ x.transpose(1, 2)
         norm = gram.diagonal(dim1=1, dim2=2)
         squared = torch.sub(norm.unsqueeze(2) + norm.unsqueeze(1), gram, alpha=2)
-    return squared.clamp(min=0).sqrt() / math.sqrt(x.shape[-1])
+    return squared.clamp(min=0)
 
 
-def _log_density(distance: Tensor, kernel: Density, neighbours: int) -> Tensor:
+def _log_density(squared: Tensor, width: int, kernel: Density, neighbours: int) -> Tensor:
     """Logarithm of every token's local density, B×N, up to a constant; the kernels of
-    :func:`cluster_density_peaks`.
+    :func:`cluster_density_peaks`, of squared distances between tokens of so many channels.
 
     A logarithm, because densities of tokens that lie far apart would all underflow to zero.
     """
-    n = distance.shape[1]
+    n = squared.shape[1]
     if kernel == "knn":
-        nearest = distance.topk(min(neighbours, n), dim=-1, largest=False).values
-        return nearest.square().mean(-1).neg()
+        nearest = squared.topk(min(neighbours, n), dim=-1, largest=False).values
+        return nearest.mean(-1) / -width
     itself = constant(
-        lambda: torch.eye(n, dtype=torch.bool, device=distance.device), distance, "itself", n
+        lambda: torch.eye(n, dtype=torch.bool, device=squared.device), squared, "itself", n
     )
-    exponent = distance.square().neg().masked_fill(itself, -torch.inf)
+    exponent = (squared / -width).masked_fill(itself, -torch.inf)
     # A token alone has no neighbour.
     largest = exponent.amax(-1, keepdim=True).clamp(min=torch.finfo(exponent.dtype).min)
     # The mean and not the sum: near tokens have means close to 1, where the logarithm is most
@@ -79,19 +84,12 @@ def cluster_density_peaks(
         The label of every token in ``0…K-1``, B×N, and the centers' positions, B×K, best score
         first; both int64.
     """
-    return peaks_from_distances(pairwise_distances(x), clusters, density, neighbours)
-
-
-@torch.no_grad()
-def peaks_from_distances(
-    distance: Tensor, clusters: int, density: Density = "gaussian", neighbours: int = 5
-) -> tuple[Tensor, Tensor]:
-    """:func:`cluster_density_peaks` for given distances, B×N×N."""
-    batch, n, _ = distance.shape
-    log_rho = _log_density(distance, density, neighbours)
+    batch, n, width = x.shape
+    squared = _squared_distances(x)  # all that follows goes by their order or their logarithm
+    log_rho = _log_density(squared, width, density, neighbours)
     not_earlier = constant(  # [i, j]: j does not stand before i
-        lambda: torch.ones(n, n, dtype=torch.bool, device=distance.device).triu(),
-        distance,
+        lambda: torch.ones(n, n, dtype=torch.bool, device=x.device).triu(),
+        squared,
         "not earlier",
         n,
     )
@@ -99,10 +97,10 @@ def peaks_from_distances(
     sparser = (other < mine) | ((other == mine) & not_earlier)
     # Only the densest token has no denser one. It takes its largest distance for delta, so its
     # score is the highest there is; infinity says so even where all tokens are equal.
-    delta = distance.masked_fill(sparser, torch.inf).amin(dim=-1)
-    score = log_rho + delta.log()
+    delta = squared.masked_fill(sparser, torch.inf).amin(dim=-1)
+    score = torch.add(log_rho, delta.log(), alpha=0.5)
     centers = score.topk(clusters, dim=1).indices
     index = centers.unsqueeze(1).expand(-1, n, -1)
-    label = distance.gather(2, index).argmin(dim=-1)
-    own = places(clusters, distance).expand(batch, -1)
+    label = squared.gather(2, index).argmin(dim=-1)
+    own = places(clusters, squared).expand(batch, -1)
     return label.scatter(1, centers, own), centers

@@ -46,7 +46,9 @@ def _bipartite(unit: Tensor, pairs: int, into: Tensor) -> Tensor:
     even, odd = unit[:, ::2], unit[:, 1::2]
     best, partner = (even @ odd.transpose(1, 2)).max(dim=-1)
     chosen = best.topk(pairs, dim=1).indices
-    return into.scatter(1, 2 * chosen, 2 * partner.gather(1, chosen) + 1)
+    evens, odds = into[:, ::2], into[:, 1::2]  # their places, before any is fused
+    target = odds.gather(1, partner.gather(1, chosen))
+    return into.scatter(1, evens.gather(1, chosen), target)
 
 
 def _one_to_one(unit: Tensor, pairs: int, into: Tensor) -> Tensor:

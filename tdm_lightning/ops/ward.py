@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from tdm_lightning.errors import SettingError
+from tdm_lightning.errors import ReductionError, SettingError
 from tdm_lightning.ops.constants import places
+from tdm_lightning.ops.kernels.dispatch import in_two_forms
+from tdm_lightning.ops.kernels.limits import too_many
 from tdm_lightning.ops.merge import gather_tokens
 from tdm_lightning.ops.precision import full_precision
 
@@ -79,6 +84,42 @@ def ward_leaders(features: Tensor, weight: Tensor, keep: int, rounds: int | None
             return _agglomerate(features, weight, keep)
         pairs = pairs_per_round(weight.shape[1], keep, rounds)
         return _in_rounds(features, weight, pairs)
+
+
+@in_two_forms(
+    "tdm_lightning.ops.kernels.ward:ward_leaders",
+    lambda tokens, keys, weight, keep, rounds: too_many(tokens.shape[1]),
+)
+def ward_joins(
+    tokens: Tensor, keys: Tensor | None, weight: Tensor, keep: int, rounds: int | None
+) -> Tensor:
+    """:func:`ward_leaders` of tokens and keys, each of unit length and side by side, in two forms.
+
+    Args:
+        tokens: B×N×C.
+        keys: B×N×d; ``None``: the tokens alone are compared.
+        weight: of each token, B×N, positive.
+        keep: groups that are left.
+        rounds: how many; ``None``: the exact agglomeration.
+
+    Returns:
+        As :func:`ward_leaders`.
+
+    Raises:
+        ValueError: if the rounds cannot leave so few, or features are not finite; that is looked
+            for on a CPU, outside of graphs.
+    """
+    parts = [tokens] if keys is None else [tokens, keys]
+    unit = torch.cat([F.normalize(part.float(), dim=-1) for part in parts], dim=-1)
+    on_cpu = type(unit) is Tensor and unit.device.type == "cpu"
+    looked_at = on_cpu and not torch.compiler.is_compiling()
+    if looked_at and not math.isfinite(float(unit.sum())):  # of unit vectors: cannot overflow
+        finite = unit.sum(dim=-1).isfinite()
+        raise ReductionError(
+            f"the features of {int((~finite).sum())} of {finite.numel()} tokens are not finite;"
+            " look for the block or the image that they come from"
+        )
+    return ward_leaders(unit, weight, keep, rounds)
 
 
 def _in_rounds(features: Tensor, weight: Tensor, pairs: list[int]) -> Tensor:

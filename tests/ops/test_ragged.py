@@ -24,13 +24,13 @@ class Bright(Strategy):
 
 
 class Rows(Strategy):
-    """Computes every other patch in one block, and those only from then on."""
+    """Computes the first half of the patches in one block, and those only from then on."""
 
     def requires(self):
         return tdm.Requirements(rows=True)
 
     def rows(self, index, tokens):
-        return torch.arange(0, tokens.x.shape[1], 2) if index == 1 else None
+        return 1 + tokens.count // 2 if index == 1 else None
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_chosen_rows_leave_as_they_would_among_all(images):
     plain.hook_points[1].register_forward_hook(lambda point, inputs, x: full.append(x))
     chosen.hook_points[1].register_forward_hook(lambda point, inputs, x: few.append(x))
     plain(images), chosen(images)
-    torch.testing.assert_close(few[0], full[0][:, ::2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(few[0], full[0][:, :9], atol=1e-5, rtol=1e-5)
     assert tdm.flops.count_macs(chosen) < tdm.flops.count_macs(plain)
 
 

@@ -18,8 +18,8 @@ from timm.models.vision_transformer import (
 from torch import nn
 
 import tdm_lightning as tdm
+from tdm_lightning.compare.launches import operations
 from tdm_lightning.flops import mac_report
-from tests.helpers.operations import operations
 from tests.vit.test_dense import STRATEGIES, wide
 from tests.vit.test_families import MODELS, SMALL, made
 

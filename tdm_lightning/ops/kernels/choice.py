@@ -61,12 +61,7 @@ def current() -> Form:
     """
     if _chosen is not None:
         return _chosen
-    return _from_environment(os.environ.get(VARIABLE, "auto"))
-
-
-@lru_cache
-def _from_environment(word: str) -> Form:
-    return _checked(word, VARIABLE)
+    return _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
 
 
 def _checked(word: str, where: str) -> Form:
