@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on the CPU
+
 import functools
 import gc
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,6 @@ import tdm_lightning as tdm
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=15)
 settings.load_profile("repeatable")
 torch.set_num_threads(1)
-os.environ["TRITON_INTERPRET"] = "1"  # kernels, where a test asks for them, run on the CPU
 
 
 def pytest_collection_finish() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from tdm_lightning.core.reduction import Reduction, Role, Seen
 from tdm_lightning.errors import SettingError
 from tdm_lightning.mergers.base import Merger
-from tdm_lightning.ops import group_totals, merge_groups, share_group
+from tdm_lightning.ops import combine, share_group
 
 
 class HalvingMerger(Merger):
@@ -37,8 +37,7 @@ def means_of_patches(seen: Seen, group: Tensor, groups: int) -> Reduction:
         groups: number of groups.
     """
     assert seen.size is not None
-    total = group_totals(seen.size, group, groups)
-    merged = merge_groups(seen.x, group, seen.size / total.gather(1, group), groups)
+    merged, total = combine(seen.x, group, seen.size, seen.size, groups)
     return grouped(merged, group, total)
 
 

@@ -15,9 +15,9 @@ from tdm_lightning.errors import SettingError
 from tdm_lightning.mergers.base import Merger
 from tdm_lightning.ops import (
     cluster_density_peaks,
+    combine,
     decouple,
     decoupled,
-    group_totals,
     group_weights,
     merge_groups,
     share_group,
@@ -177,13 +177,13 @@ class TokenMerger(Merger):
         if self.cluster_weights != self.match_weights:
             others = _raw(self.cluster_weights, importance, size)
             raw = torch.where(group < singles, raw, others)
-        merged = merge_groups(seen.x, group, group_weights(raw, group, keep), keep)
+        merged, total = combine(seen.x, group, raw, size, keep)
 
         def fate() -> tuple[Tensor, Tensor]:
             role = torch.where(share_group(group), int(Role.MATCHED), int(Role.KEPT))
             return group, role.masked_fill(group >= singles, int(Role.CLUSTERED))
 
-        return Reduction.lazily(merged, fate, group_totals(size, group, keep))
+        return Reduction.lazily(merged, fate, total)
 
     def _groups(self, seen: Seen, score: Tensor, split: Split) -> Tensor:
         """The group of each token, B×N."""

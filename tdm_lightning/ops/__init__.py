@@ -2,6 +2,7 @@
 
 from tdm_lightning.ops.alternating import match_alternating
 from tdm_lightning.ops.clusters import cluster_density_peaks, pairwise_distances
+from tdm_lightning.ops.combine import combine
 from tdm_lightning.ops.criteria import match_both_ways
 from tdm_lightning.ops.decouple import decouple, decoupled
 from tdm_lightning.ops.energy import match_by_energy, token_energy
@@ -30,6 +31,7 @@ from tdm_lightning.ops.ward import fewest_after, ward_joins, ward_leaders
 __all__ = [
     "class_attention",
     "cluster_density_peaks",
+    "combine",
     "decouple",
     "decoupled",
     "fewest_after",

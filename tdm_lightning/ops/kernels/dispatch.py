@@ -98,6 +98,10 @@ class Operation(Generic[P, R]):
             _warn(f"{self.name} takes torch's form: {reason}")
         return reason is None
 
+    def failed(self, like: Tensor) -> bool:
+        """Whether the kernel failed before, on the kind of device of ``like``."""
+        return (self.name, like.device.type) in _failed
+
     def _run(self, *args: Any) -> Any:
         where = (self.name, args[0].device.type)
         if where not in _failed:
