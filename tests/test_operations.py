@@ -10,7 +10,7 @@ from tdm_lightning.compare.launches import operations
 #: Operations that a reducing layer may add to a block, views left out; the fractions are of what
 #: a pass does once.
 MOST = {
-    "TDM": 71,
+    "TDM": 65,
     "WardTDM": 135,
     "ToMe": 24.1,
     "EViT": 11,

@@ -14,7 +14,7 @@ scenes)
     [ -e "$out/data/test.parquet" ] ||
         python -m benchmarks.scenes --garments "$dataset" --out "$out/data"
     options+=(--plain benchmarks/scenes/plain.ckpt --data.init_args.dataset "$out/data"
-        --data.init_args.val_split validation --data.init_args.val_holdout 0.0) ;;
+        --data.init_args.val_split validation --data.init_args.val_holdout 0.0 --lr 5e-5) ;;
 *) echo "no bed $bed: garments or scenes" >&2 && exit 2 ;;
 esac
 
