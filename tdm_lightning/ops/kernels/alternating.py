@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +18,7 @@ from tdm_lightning.ops.kernels.parts import (
 )
 
 #: Rows and columns of a tile of similarities, and the part of the width in one step.
-_ROWS, _COLUMNS = 64, 128
+_ROWS, _COLUMNS = 64, 64
 
 
 def match_alternating(features: Tensor, pairs: int, prefix: int) -> Tensor:
@@ -65,17 +63,17 @@ def match_alternating(features: Tensor, pairs: int, prefix: int) -> Tensor:
 
 @triton.jit(do_not_specialize=["n", "pairs", "first"])
 def _match_alternating(
-    x: Any,
-    group: Any,
-    floats: Any,
-    ints: Any,
-    n: Any,
-    width: Any,
-    pairs: Any,
-    first: Any,
-    batch_stride: Any,
-    row_stride: Any,
-    stride: Any,
+    x: tl.tensor,
+    group: tl.tensor,
+    floats: tl.tensor,
+    ints: tl.tensor,
+    n: tl.tensor,
+    width: tl.tensor,
+    pairs: tl.tensor,
+    first: tl.tensor,
+    batch_stride: tl.tensor,
+    row_stride: tl.tensor,
+    stride: tl.tensor,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -125,14 +123,14 @@ def _match_alternating(
 
 @triton.jit
 def _cosines(
-    rows: Any,
-    row_mask: Any,
-    columns: Any,
-    column_mask: Any,
-    width: Any,
-    stride: Any,
+    rows: tl.tensor,
+    row_mask: tl.tensor,
+    columns: tl.tensor,
+    column_mask: tl.tensor,
+    width: tl.tensor,
+    stride: tl.tensor,
     CHUNK: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Cosines of tokens, R×C, given pointers to where they begin, R×1 and C×1."""
     inner = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     row_squares = tl.zeros([rows.shape[0]], tl.float32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -79,17 +77,17 @@ def decouple(x: Tensor, score: Tensor, attentive: int, pairs: int, clusters: int
 
 @triton.jit(do_not_specialize=["n", "attentive", "pairs", "clusters", "scale"])
 def _decouple(
-    gram: Any,
-    spread: Any,
-    score: Any,
-    group: Any,
-    floats: Any,
-    ints: Any,
-    n: Any,
-    attentive: Any,
-    pairs: Any,
-    clusters: Any,
-    scale: Any,
+    gram: tl.tensor,
+    spread: tl.tensor,
+    score: tl.tensor,
+    group: tl.tensor,
+    floats: tl.tensor,
+    ints: tl.tensor,
+    n: tl.tensor,
+    attentive: tl.tensor,
+    pairs: tl.tensor,
+    clusters: tl.tensor,
+    scale: tl.tensor,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     ODDS: tl.constexpr,
@@ -141,21 +139,21 @@ def _decouple(
     center, own = partner, number
     for first in range(0, rest, ROWS):
         at = first + tl.arange(0, ROWS)
-        rank = ranks(keys, rest, at, REST)
-        tl.store(own + at, rank, mask=at < rest)
-        tl.store(center + rank, at, mask=(at < rest) & (rank < clusters))
+        best = ranks(keys, rest, at, REST)
+        tl.store(own + at, best, mask=at < rest)
+        tl.store(center + best, at, mask=(at < rest) & (best < clusters))
     tl.debug_barrier()
     singles = attentive - pairs
     for first in range(0, rest, ROWS):
         at = first + tl.arange(0, ROWS)
         label = _nearest(spread, order, center, at, n, rest, clusters, scale, REST)
-        rank = tl.load(own + at, mask=at < rest, other=0)
-        label = tl.where(rank < clusters, rank, label) + singles
+        best = tl.load(own + at, mask=at < rest, other=0)
+        label = tl.where(best < clusters, best, label) + singles
         tl.store(group + tl.load(order + at, mask=at < rest, other=0), label, mask=at < rest)
 
 
 @triton.jit
-def _store_descending(keys: Any, place: Any, value: Any, mask: Any) -> None:
+def _store_descending(keys: tl.tensor, place: tl.tensor, value: tl.tensor, mask: tl.tensor) -> None:
     """Keys whose ascending order is the descending one of values; what is none (NaN) comes first,
     as in torch.
     """
@@ -164,14 +162,14 @@ def _store_descending(keys: Any, place: Any, value: Any, mask: Any) -> None:
 
 @triton.jit
 def _match(
-    gram: Any,
-    order: Any,
-    keys: Any,
-    partner: Any,
-    gone: Any,
-    n: Any,
-    attentive: Any,
-    pairs: Any,
+    gram: tl.tensor,
+    order: tl.tensor,
+    keys: tl.tensor,
+    partner: tl.tensor,
+    gone: tl.tensor,
+    n: tl.tensor,
+    attentive: tl.tensor,
+    pairs: tl.tensor,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ) -> None:
@@ -202,7 +200,9 @@ def _match(
 
 
 @triton.jit
-def _squared_distances(spread: Any, row: Any, column: Any, n: Any, scale: Any) -> Any:
+def _squared_distances(
+    spread: tl.tensor, row: tl.tensor, column: tl.tensor, n: tl.tensor, scale: tl.tensor
+) -> tl.tensor:
     """Between tokens at places R and C, R×C."""
     inner = tl.load(spread + row[:, None] * n + column[None, :])
     own = tl.load(spread + row * (n + 1))
@@ -212,12 +212,12 @@ def _squared_distances(spread: Any, row: Any, column: Any, n: Any, scale: Any) -
 
 @triton.jit
 def _density(
-    spread: Any,
-    order: Any,
-    density: Any,
-    n: Any,
-    rest: Any,
-    scale: Any,
+    spread: tl.tensor,
+    order: tl.tensor,
+    density: tl.tensor,
+    n: tl.tensor,
+    rest: tl.tensor,
+    scale: tl.tensor,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ) -> None:
@@ -242,13 +242,13 @@ def _density(
 
 @triton.jit
 def _scores(
-    spread: Any,
-    order: Any,
-    density: Any,
-    keys: Any,
-    n: Any,
-    rest: Any,
-    scale: Any,
+    spread: tl.tensor,
+    order: tl.tensor,
+    density: tl.tensor,
+    keys: tl.tensor,
+    n: tl.tensor,
+    rest: tl.tensor,
+    scale: tl.tensor,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ) -> None:
@@ -273,16 +273,16 @@ def _scores(
 
 @triton.jit
 def _nearest(
-    spread: Any,
-    order: Any,
-    center: Any,
-    at: Any,
-    n: Any,
-    rest: Any,
-    clusters: Any,
-    scale: Any,
+    spread: tl.tensor,
+    order: tl.tensor,
+    center: tl.tensor,
+    at: tl.tensor,
+    n: tl.tensor,
+    rest: tl.tensor,
+    clusters: tl.tensor,
+    scale: tl.tensor,
     COLS: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """The center that is nearest to each token."""
     row = tl.load(order + at, mask=at < rest, other=0)
     least = tl.full(at.shape, float("inf"), tl.float32)

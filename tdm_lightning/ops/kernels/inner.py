@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -41,13 +39,13 @@ def inner_products(x: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["n"])
 def _inner_products(
-    x: Any,
-    out: Any,
-    n: Any,
-    width: Any,
-    batch_stride: Any,
-    row_stride: Any,
-    stride: Any,
+    x: tl.tensor,
+    out: tl.tensor,
+    n: tl.tensor,
+    width: tl.tensor,
+    batch_stride: tl.tensor,
+    row_stride: tl.tensor,
+    stride: tl.tensor,
     SIDE: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:

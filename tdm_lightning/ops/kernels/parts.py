@@ -10,8 +10,6 @@ none (NaN) still lead to valid groups. The first of equal costs wins, everywhere
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -43,13 +41,15 @@ def scratch(like: Tensor, vectors: int, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def finite(cost: Any) -> Any:
+def finite(cost: tl.tensor) -> tl.tensor:
     """The cost, the largest number in place of one that is infinite or none."""
     return tl.where(cost < _LARGEST, cost, _LARGEST)
 
 
 @triton.jit
-def cheapest(cost: Any, first: Any, least: Any, at: Any) -> Any:
+def cheapest(
+    cost: tl.tensor, first: tl.tensor, least: tl.tensor, at: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
     """The least of each row and its column, of a tile and those before it.
 
     Args:
@@ -64,7 +64,7 @@ def cheapest(cost: Any, first: Any, least: Any, at: Any) -> Any:
 
 
 @triton.jit
-def ranks(keys: Any, count: Any, place: Any, COLS: tl.constexpr) -> Any:
+def ranks(keys: tl.tensor, count: tl.tensor, place: tl.tensor, COLS: tl.constexpr) -> tl.tensor:
     """How many of ``count`` keys come before those at ``place``: smaller ones, and equal ones at a
     lower place. No key may be none (NaN).
     """
@@ -80,7 +80,7 @@ def ranks(keys: Any, count: Any, place: Any, COLS: tl.constexpr) -> Any:
 
 
 @triton.jit
-def lengths(gram: Any, place: Any, n: Any, mask: Any) -> Any:
+def lengths(gram: tl.tensor, place: tl.tensor, n: tl.tensor, mask: tl.tensor) -> tl.tensor:
     """Lengths of tokens from the diagonal of their inner products, as ``F.normalize`` bounds
     them.
     """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -83,15 +81,15 @@ def ward_leaders(
 
 @triton.jit(do_not_specialize=["n", "keep", "rounds"])
 def _in_rounds(
-    gram: Any,
-    inner: Any,
-    weight: Any,
-    leader: Any,
-    floats: Any,
-    ints: Any,
-    n: Any,
-    keep: Any,
-    rounds: Any,
+    gram: tl.tensor,
+    inner: tl.tensor,
+    weight: tl.tensor,
+    leader: tl.tensor,
+    floats: tl.tensor,
+    ints: tl.tensor,
+    n: tl.tensor,
+    keep: tl.tensor,
+    rounds: tl.tensor,
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -168,14 +166,14 @@ def _in_rounds(
 
 @triton.jit(do_not_specialize=["n", "keep"])
 def _agglomerate(
-    gram: Any,
-    inner: Any,
-    weight: Any,
-    leader: Any,
-    floats: Any,
-    ints: Any,
-    n: Any,
-    keep: Any,
+    gram: tl.tensor,
+    inner: tl.tensor,
+    weight: tl.tensor,
+    leader: tl.tensor,
+    floats: tl.tensor,
+    ints: tl.tensor,
+    n: tl.tensor,
+    keep: tl.tensor,
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -248,11 +246,11 @@ def _agglomerate(
 
 @triton.jit
 def _measure(
-    gram: Any,
-    inner: Any,
-    weight: Any,
-    floats: Any,
-    n: Any,
+    gram: tl.tensor,
+    inner: tl.tensor,
+    weight: tl.tensor,
+    floats: tl.tensor,
+    n: tl.tensor,
     KEYS: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> None:
@@ -275,8 +273,14 @@ def _measure(
 
 @triton.jit
 def _sums(
-    gram: Any, inner: Any, floats: Any, row: Any, column: Any, n: Any, KEYS: tl.constexpr
-) -> Any:
+    gram: tl.tensor,
+    inner: tl.tensor,
+    floats: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    n: tl.tensor,
+    KEYS: tl.constexpr,
+) -> tl.tensor:
     """Inner products of the weighted features of tokens at places R and C, R×C."""
     at = row[:, None] * n + column[None, :]
     real, other = row < n, column < n
@@ -295,7 +299,9 @@ def _sums(
 
 
 @triton.jit
-def _costs(inner: Any, own: Any, other: Any, w: Any, v: Any) -> Any:
+def _costs(
+    inner: tl.tensor, own: tl.tensor, other: tl.tensor, w: tl.tensor, v: tl.tensor
+) -> tl.tensor:
     """What merging groups adds to the weighted variance, R×C.
 
     Args:
@@ -311,14 +317,14 @@ def _costs(inner: Any, own: Any, other: Any, w: Any, v: Any) -> Any:
 
 @triton.jit
 def _propose(
-    gram: Any,
-    total: Any,
-    present: Any,
-    least: Any,
-    partner: Any,
-    n: Any,
-    left: Any,
-    odd: Any,
+    gram: tl.tensor,
+    total: tl.tensor,
+    present: tl.tensor,
+    least: tl.tensor,
+    partner: tl.tensor,
+    n: tl.tensor,
+    left: tl.tensor,
+    odd: tl.tensor,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ) -> None:
@@ -348,13 +354,13 @@ def _propose(
 
 @triton.jit
 def _join(
-    gram: Any,
-    source: Any,
-    target: Any,
-    count: Any,
-    n: Any,
-    along: Any,
-    across: Any,
+    gram: tl.tensor,
+    source: tl.tensor,
+    target: tl.tensor,
+    count: tl.tensor,
+    n: tl.tensor,
+    along: tl.tensor,
+    across: tl.tensor,
     JOINED: tl.constexpr,
     COLS: tl.constexpr,
 ) -> None:
@@ -386,7 +392,12 @@ def _join(
 
 @triton.jit
 def _join_weights(
-    total: Any, source: Any, target: Any, count: Any, ROWS: tl.constexpr, COLS: tl.constexpr
+    total: tl.tensor,
+    source: tl.tensor,
+    target: tl.tensor,
+    count: tl.tensor,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ) -> None:
     """Add the sources' weights to those of their targets, as :func:`_join`."""
     for first in range(0, count, ROWS):
@@ -405,7 +416,9 @@ def _join_weights(
 
 
 @triton.jit
-def _leave(present: Any, gone: Any, left: Any, odd: Any, WHOLE: tl.constexpr) -> None:
+def _leave(
+    present: tl.tensor, gone: tl.tensor, left: tl.tensor, odd: tl.tensor, WHOLE: tl.constexpr
+) -> None:
     """Close the gaps that the chosen sources leave among those present."""
     at = tl.arange(0, WHOLE)
     is_source = (at < left) & (at % 2 == odd)
@@ -418,7 +431,13 @@ def _leave(present: Any, gone: Any, left: Any, odd: Any, WHOLE: tl.constexpr) ->
 
 @triton.jit
 def _store_costs(
-    cost: Any, inner: Any, floats: Any, row: Any, column: Any, n: Any, KEYS: tl.constexpr
+    cost: tl.tensor,
+    inner: tl.tensor,
+    floats: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    n: tl.tensor,
+    KEYS: tl.constexpr,
 ) -> None:
     """The costs of pairs in place of the inner products: read above the diagonal, written on both
     sides of it, so that they are equal to the last bit.
@@ -440,7 +459,13 @@ def _store_costs(
 
 @triton.jit
 def _least_of_rows(
-    cost: Any, row: Any, mask: Any, least: Any, partner: Any, n: Any, COLS: tl.constexpr
+    cost: tl.tensor,
+    row: tl.tensor,
+    mask: tl.tensor,
+    least: tl.tensor,
+    partner: tl.tensor,
+    n: tl.tensor,
+    COLS: tl.constexpr,
 ) -> None:
     """The cheapest partner of each row, and its cost."""
     best = tl.full(row.shape, float("inf"), tl.float32)
