@@ -123,8 +123,11 @@ class Tokens:
         2023, eq. 1).
         """
         assert self.size is not None
-        bias = pad(self.size.log(), (self.prefix, 0))
-        return self.replace(key_bias=bias[:, None, None, :].to(self.x.dtype))
+        length = self.prefix + self.size.shape[1]
+        # A GPU's fused kernels want rows of a multiple of 8.
+        more = 0 if self.x.device.type == "cpu" else -length % 8
+        bias = pad(self.size.log(), (self.prefix, more)).to(self.x.dtype)
+        return self.replace(key_bias=bias[:, None, None, :length])
 
     def reduced(self, index: int, reduction: Reduction, importance: Tensor | None = None) -> Tokens:
         """The tokens after block ``index`` replaced its patch tokens; sizes, positions and history

@@ -1,12 +1,13 @@
 """Pure tensor functions: the arithmetic of token reduction, without any model."""
 
 from tdm_lightning.ops.alternating import match_alternating
+from tdm_lightning.ops.attention import biased_attention
 from tdm_lightning.ops.clusters import cluster_density_peaks, pairwise_distances
 from tdm_lightning.ops.combine import combine
 from tdm_lightning.ops.criteria import match_both_ways
 from tdm_lightning.ops.decouple import decouple, decoupled
 from tdm_lightning.ops.energy import match_by_energy, token_energy
-from tdm_lightning.ops.importance import class_attention, received_attention
+from tdm_lightning.ops.importance import class_attention, class_importance, received_attention
 from tdm_lightning.ops.linear import linear_bias, linear_weight
 from tdm_lightning.ops.merge import (
     first_members,
@@ -29,7 +30,9 @@ from tdm_lightning.ops.spread import spread_weights
 from tdm_lightning.ops.ward import fewest_after, ward_joins, ward_leaders
 
 __all__ = [
+    "biased_attention",
     "class_attention",
+    "class_importance",
     "cluster_density_peaks",
     "combine",
     "decouple",

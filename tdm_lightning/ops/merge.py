@@ -42,10 +42,11 @@ def _table(x: Tensor) -> tuple[Tensor, int]:
     no gradient is wanted their places are looked up in what they were sliced from.
     """
     batch, n, width = x.shape
-    step, gap = divmod(x.stride(0), width) if width else (n, 0)
     plain = type(x) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-    sliced = x.stride()[1:] == (width, 1) and not gap and step > n
-    if batch > 1 and sliced and plain and not (x.requires_grad and torch.is_grad_enabled()):
+    if not plain or not width or (x.requires_grad and torch.is_grad_enabled()):
+        return x.reshape(-1, width), n
+    step, gap = divmod(x.stride(0), width)
+    if batch > 1 and x.stride()[1:] == (width, 1) and not gap and step > n:
         return x.as_strided(((batch - 1) * step + n, width), (width, 1)), step
     return x.reshape(-1, width), n
 

@@ -16,6 +16,7 @@ from tdm_lightning.ops.kernels.parts import (
     scratch,
     whole,
 )
+from tdm_lightning.ops.kernels.product import wide
 
 #: Rows and columns of a tile of similarities, and the part of the width in one step.
 _ROWS, _COLUMNS = 64, 64
@@ -33,7 +34,7 @@ def match_alternating(features: Tensor, pairs: int, prefix: int) -> Tensor:
     Returns:
         The group of every patch in ``0…N-pairs-1``, B×N, int64.
     """
-    if features.dtype == torch.float64:
+    if features.dtype == torch.float64 or wide(features.dtype):
         features = features.float()
     batch, n, width = features.shape
     group = torch.empty(batch, n, dtype=torch.int64, device=features.device)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tdm_lightning.ops.kernels.product import product, wide
+
 #: Tokens, groups and channels of a tile, at most; a matrix product takes at least 16.
 _TILE = 64
 _LEAST = 16
@@ -41,6 +43,7 @@ def combine(
             width,
             *x.stride(),
             **tile,
+            WIDE=wide(x.dtype),
             num_warps=4,
         )
     return out, total
@@ -96,6 +99,7 @@ def _combine(
     GROUPS: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> None:
     """One program: some groups and channels of an image."""
     program = tl.program_id(0)
@@ -138,7 +142,7 @@ def _combine(
             mask=real[:, None] & (channel < width)[None, :],
             other=0.0,
         )
-        sums = tl.dot(share.to(tokens.dtype), tokens, sums, input_precision="ieee")
+        sums = product(share.to(tokens.dtype), tokens, sums, WIDE)
     tl.store(
         out + (image * groups + here[:, None]) * width + channel[None, :],
         sums.to(out.dtype.element_ty),

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tdm_lightning.ops.kernels.product import wide
+
 #: Of a tile of the result.
 _SIDE = 64
 
@@ -22,7 +24,7 @@ def inner_products(x: Tensor) -> Tensor:
     Returns:
         B×N×N, float32.
     """
-    if x.dtype == torch.float64:
+    if x.dtype == torch.float64 or wide(x.dtype):
         x = x.float()
     batch, n, width = x.shape
     out = torch.empty(batch, n, n, dtype=torch.float32, device=x.device)

@@ -10,7 +10,12 @@ from torch.nn import functional as F
 
 from tdm_lightning.core.reduction import Seen
 from tdm_lightning.core.tokens import Tokens
-from tdm_lightning.ops import class_attention, policy_softmax, received_attention
+from tdm_lightning.ops import (
+    biased_attention,
+    class_importance,
+    policy_softmax,
+    received_attention,
+)
 from tdm_lightning.ops.precision import full_precision
 
 
@@ -45,7 +50,9 @@ def attended(
         policy: how far each token may be attended to, B×T; selects the explicit attention of
             :func:`~tdm_lightning.ops.policy_softmax`.
     """
-    if policy is None:
+    if policy is None and not dropout and bias is not None and bias.shape[1:3] == (1, 1):
+        x = biased_attention(heads.q, heads.k, heads.v, bias, heads.scale)
+    elif policy is None:
         x = F.scaled_dot_product_attention(
             heads.q, heads.k, heads.v, attn_mask=bias, dropout_p=dropout, scale=heads.scale
         )
@@ -108,10 +115,7 @@ def seen_by(
     importance = keys = None
     if "importance" in needs and rows:
         importance = _mean(
-            [
-                class_attention(one.q, one.k, one.scale, rows, bias).mean(dim=(1, 2))[:, prefix:]
-                for one in all_heads
-            ]
+            [class_importance(one.q, one.k, one.scale, rows, bias)[:, prefix:] for one in all_heads]
         )
     elif needs & {"importance", "received"}:
         importance = _mean(

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import UnsupportedModelError
+from tdm_lightning.ops.kernels import current
 from tdm_lightning.strategies.base import Ahead
 from tdm_lightning.vit.adapters.attention import Heads, attended, attention_map, pooled_map, seen_by
 from tdm_lightning.vit.adapters.base import Read, nothing
@@ -130,7 +131,9 @@ def run_attention(
         )
     if rows is not None:
         return parts.of_rows(attn, h, rows, tokens, index), None
-    if parts.native and tokens.policy is None and not needs & {"importance", "received", "keys"}:
+    # timm's forward pass knows nothing of the kernel for a bias
+    own = tokens.policy is not None or (tokens.key_bias is not None and current() == "triton")
+    if parts.native and not own and not needs & {"importance", "received", "keys"}:
         return parts.run(attn, h, tokens, index), None
     heads = parts.heads(attn, h, tokens, index)
     return parts.output(attn, heads, h, parts.bias(attn, tokens), tokens.policy), heads
