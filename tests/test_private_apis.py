@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 
 from tdm_lightning.data.loader import trainer_position
@@ -64,6 +65,14 @@ def test_it_is_there(name: str, parameters: str, user: str) -> None:
         assert set(parameters.split()) <= set(there), f"{name} takes other arguments, see {user}"
 
 
+#: Attributes of every torch module; their names are in its state since 1.0.
+MODULES = {"_modules", "_forward_hooks", "_forward_pre_hooks"}
+
+
+def test_every_module_has_them() -> None:
+    assert vars(torch.nn.Module()).keys() >= MODULES
+
+
 def private_names(path: Path) -> set[str]:
     """Underscored names in a file that it does not define itself."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -84,7 +93,7 @@ def private_names(path: Path) -> set[str]:
 
 
 def test_no_other_private_name_is_used() -> None:
-    known = {name.split(":")[1].split(".")[-1] for name, *_ in USED} | {"_modules"}  # torch's own
+    known = {name.split(":")[1].split(".")[-1] for name, *_ in USED} | MODULES
     files = [*(ROOT / "tdm_lightning").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]
     for path in files:
         others = private_names(path) - known

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.study.plan import METHODS, Method
 from tdm_lightning.core.reduction import Reduction, Seen
@@ -39,9 +39,11 @@ class TokensAlone(WardMerger):
 class KeysAlone(WardMerger):
     """Compares the keys, not the tokens."""
 
-    def _features(self, seen: Seen) -> Tensor:
+    def __call__(self, seen: Seen, keep: int) -> Reduction:
+        """See :meth:`WardMerger.__call__`."""
         assert seen.keys is not None
-        return super()._features(replace(seen, x=seen.keys, keys=None))
+        found = super().__call__(replace(seen, x=seen.keys, keys=None), keep)
+        return means_of_patches(seen, found.assignment, keep)
 
 
 class NoSizes(WardMerger):
