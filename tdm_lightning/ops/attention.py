@@ -39,7 +39,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
     >>> biased_attention(q, k, v, torch.tensor([[[[3.0, 1.0]]]]).log(), 1.0).flatten()
     tensor([2., 2.])
     """
-    if torch.is_autocast_enabled(q.device.type):
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     return attention_by_rows(q, k, v, bias, scale).transpose(1, 2)
