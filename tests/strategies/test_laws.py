@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import tdm_lightning as tdm
 from tdm_lightning.core import History, Role, Tokens
-from tdm_lightning.ops import class_attention
+from tdm_lightning.ops import class_importance
 from tdm_lightning.vit.adapters import attention, model_info
 from tests.helpers.exporting import check_compiled, check_exported
 from tests.helpers.vits import lively
@@ -307,7 +307,7 @@ def test_every_block_attends_through_the_fused_kernel(vit, images, strategy, mod
         F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k)
     )
     monkeypatch.setattr(
-        attention, "class_attention", lambda *a, **k: rows.append(1) or class_attention(*a, **k)
+        attention, "class_importance", lambda *a, **k: rows.append(1) or class_importance(*a, **k)
     )
     model(images)
     model.eval()
