@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tdm_lightning.ops.kernels.parts import (
+    ROWS,
+    STAGES,
     WARPS,
     cheapest,
     columns,
@@ -55,9 +57,11 @@ def match_alternating(features: Tensor, pairs: int, prefix: int) -> Tensor:
             ROWS=_ROWS,
             COLS=min(_COLUMNS, columns(n // 2)),
             CHUNK=32 if single else 64,
-            WIDE=columns(n),
+            RANKED=ROWS,
+            WIDE=columns(n // 2),
             WHOLE=whole(n),
             num_warps=WARPS,
+            num_stages=STAGES,
         )
     return group
 
@@ -78,6 +82,7 @@ def _match_alternating(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     CHUNK: tl.constexpr,
+    RANKED: tl.constexpr,
     WIDE: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> None:
@@ -106,10 +111,10 @@ def _match_alternating(
         tl.store(partner + even, at, mask=even < evens)
     tl.debug_barrier()
 
-    for start in range(0, evens, ROWS):
-        even = start + tl.arange(0, ROWS)
-        accepted = ranks(keys, evens, even, WIDE) < pairs
-        tl.store(gone + even, accepted.to(tl.int32), mask=even < evens)
+    for start in range(0, evens, RANKED):
+        proposal = start + tl.arange(0, RANKED)
+        taken = ranks(keys, evens, proposal, WIDE) < pairs
+        tl.store(gone + proposal, taken.to(tl.int32), mask=proposal < evens)
     tl.debug_barrier()
 
     half = tl.arange(0, WHOLE)

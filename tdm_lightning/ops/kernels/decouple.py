@@ -10,6 +10,7 @@ from torch import Tensor
 from tdm_lightning.ops.kernels.inner import inner_products
 from tdm_lightning.ops.kernels.parts import (
     ROWS,
+    STAGES,
     WARPS,
     cheapest,
     columns,
@@ -71,6 +72,7 @@ def decouple(x: Tensor, score: Tensor, attentive: int, pairs: int, clusters: int
             REST=columns(n - attentive),
             WHOLE=whole(n),
             num_warps=WARPS,
+            num_stages=STAGES,
         )
     return group
 

@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 #: Rows of a tile, and the most columns.
-ROWS = 32
+ROWS = 16
 COLUMNS = 256
-#: Of a program.
-WARPS = 8
+#: Of a program; its loops have nothing to prefetch that pays for the registers.
+WARPS, STAGES = 8, 1
 
 _LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 

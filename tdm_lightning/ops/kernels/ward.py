@@ -11,6 +11,7 @@ from tdm_lightning.errors import SettingError
 from tdm_lightning.ops.kernels.inner import inner_products
 from tdm_lightning.ops.kernels.parts import (
     ROWS,
+    STAGES,
     WARPS,
     cheapest,
     columns,
@@ -67,6 +68,7 @@ def ward_leaders(
         "COLS": columns(n),
         "WHOLE": whole(n),
         "num_warps": WARPS,
+        "num_stages": STAGES,
     }
     with torch.cuda.device_of(tokens):
         if rounds is None:
