@@ -1,0 +1,108 @@
+"""Ward's linkage in Triton against torch's."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tdm_lightning.errors import SettingError
+from tdm_lightning.ops import joined
+from tdm_lightning.ops import ward_leaders as torch_form
+from tdm_lightning.ops.kernels.dispatch import in_two_forms
+from tdm_lightning.ops.kernels.limits import too_many
+from tests.helpers.plans import COUNTS, TYPES, check_operator, is_grouping, patches
+
+pytest.importorskip("triton")
+from tdm_lightning.ops.kernels.ward import ward_leaders
+
+
+def in_torch(tokens, keys, weight, keep, rounds):
+    parts = [tokens] if keys is None else [tokens, keys]
+    features = torch.cat([F.normalize(part.float(), dim=-1) for part in parts], dim=-1)
+    return torch_form(features, weight, keep, rounds)
+
+
+def given(batch, n, dtype=torch.float32):
+    weight = torch.randint(1, 9, (batch, n)).to(dtype)
+    return patches(batch, n, 24, dtype), patches(batch, n, 7, dtype), weight
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_rounds(dtype, rounds):
+    for n in COUNTS:
+        for batch, share in ((1, 0.8), (3, 0.0)):
+            tokens, keys, weight = given(batch, n, dtype)
+            keep = max(int(share * n), -(-n // 2**rounds))  # at most halved by each
+            for other in (keys, None):
+                found = ward_leaders(tokens, other, weight, keep, rounds)
+                assert torch.equal(found, in_torch(tokens, other, weight, keep, rounds))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_exact_agglomeration(dtype):
+    for n in COUNTS:
+        tokens, keys, weight = given(1 + 2 * (n < 100), n, dtype)
+        for keep in {max(n - 30, 1), min(n, 270)}:
+            for other in (keys, None):
+                found = ward_leaders(tokens, other, weight, keep, None)
+                assert torch.equal(found, in_torch(tokens, other, weight, keep, None))
+
+
+@pytest.mark.parametrize(("keep", "rounds"), [(958, 4), (1349, None)])
+def test_the_most_tokens(keep, rounds):
+    tokens, keys, weight = given(1, 1369)
+    found = ward_leaders(tokens, keys, weight, keep, rounds)
+    assert torch.equal(found, in_torch(tokens, keys, weight, keep, rounds))
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, None])
+def test_equal_tokens_and_ties_go_to_the_lowest_place(rounds):
+    tokens, weight = torch.ones(2, 8, 4), torch.ones(2, 8)
+    found = ward_leaders(tokens, None, weight, 5, rounds)
+    assert torch.equal(found, in_torch(tokens, None, weight, 5, rounds))
+    if rounds == 1:  # places 1, 3, 5 go into place 0
+        assert found[0].tolist() == [0, 0, 2, 0, 4, 0, 6, 7]
+
+
+@pytest.mark.parametrize("rounds", [3, None])
+def test_many_in_one_target(rounds):
+    """Two kinds of token, so that nearly all costs are ties, in more than one product's worth."""
+    kinds = torch.eye(2)[torch.randint(0, 2, (2, 90))]
+    weight = torch.randint(1, 9, (2, 90)).float()
+    group = joined(ward_leaders(kinds, None, weight, 40, rounds))
+    assert is_grouping(group, 40)
+    for image, of in zip(group, kinds, strict=True):
+        for number in range(40):
+            assert len(of[image == number].unique(dim=0)) == 1
+    assert torch.equal(group, joined(ward_leaders(kinds, None, weight, 40, rounds)))
+
+
+@pytest.mark.parametrize("rounds", [3, None])
+def test_numbers_that_are_none_still_give_groups(rounds):
+    tokens = torch.randn(2, 40, 8)
+    tokens[0, 3], tokens[0, 17, 2], tokens[1] = torch.nan, torch.inf, 0
+    assert is_grouping(joined(ward_leaders(tokens, None, torch.ones(2, 40), 20, rounds)), 20)
+
+
+def test_too_few_rounds_are_named():
+    with pytest.raises(SettingError, match="1 rounds that each at most halve make at least 4 of 8"):
+        ward_leaders(torch.randn(1, 8, 4), None, torch.ones(1, 8), 3, 1)
+
+
+@in_two_forms(
+    "tdm_lightning.ops.kernels.ward:ward_leaders",
+    lambda tokens, *others: too_many(tokens.shape[1]),
+)
+def tried_ward(
+    tokens: Tensor, keys: Tensor | None, weight: Tensor, keep: int, rounds: int | None
+) -> Tensor:
+    return in_torch(tokens, keys, weight, keep, rounds)
+
+
+@pytest.mark.parametrize("rounds", [2, None])
+def test_it_is_an_operator(rounds):
+    tokens, keys, weight = given(2, 12)
+    check_operator(tried_ward, tokens, keys, weight, 6, rounds)
+    check_operator(tried_ward, tokens, None, weight, 6, rounds)
+    assert tried_ward.refuses(torch.empty(1, 1370, 1)) == too_many(1370)
