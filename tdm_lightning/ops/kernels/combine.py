@@ -5,8 +5,6 @@ No scatter and no atomics: the result does not depend on the order in which prog
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -84,18 +82,18 @@ def _tile(count: int) -> int:
 
 @triton.jit(do_not_specialize=["n", "groups"])
 def _combine(
-    x: Any,
-    group: Any,
-    weight: Any,
-    size: Any,
-    out: Any,
-    total: Any,
-    n: Any,
-    groups: Any,
-    width: Any,
-    of_image: Any,
-    of_token: Any,
-    of_channel: Any,
+    x: tl.tensor,
+    group: tl.tensor,
+    weight: tl.tensor,
+    size: tl.tensor,
+    out: tl.tensor,
+    total: tl.tensor,
+    n: tl.tensor,
+    groups: tl.tensor,
+    width: tl.tensor,
+    of_image: tl.tensor,
+    of_token: tl.tensor,
+    of_channel: tl.tensor,
     GROUPS: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -152,19 +150,19 @@ def _combine(
 
 @triton.jit(do_not_specialize=["n", "groups"])
 def _backward(
-    x: Any,
-    group: Any,
-    weight: Any,
-    out: Any,
-    grad: Any,
-    to_x: Any,
-    to_weight: Any,
-    n: Any,
-    groups: Any,
-    width: Any,
-    of_image: Any,
-    of_token: Any,
-    of_channel: Any,
+    x: tl.tensor,
+    group: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    grad: tl.tensor,
+    to_x: tl.tensor,
+    to_weight: tl.tensor,
+    n: tl.tensor,
+    groups: tl.tensor,
+    width: tl.tensor,
+    of_image: tl.tensor,
+    of_token: tl.tensor,
+    of_channel: tl.tensor,
     TOKENS: tl.constexpr,
     OTHERS: tl.constexpr,
     CHANNELS: tl.constexpr,

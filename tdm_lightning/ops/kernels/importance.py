@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -44,24 +42,24 @@ def class_importance(q: Tensor, k: Tensor, scale: float, rows: int, bias: Tensor
 
 @triton.jit(do_not_specialize=["n", "scale"])
 def _class_importance(
-    q: Any,
-    k: Any,
-    bias: Any,
-    out: Any,
-    n: Any,
-    heads: Any,
-    width: Any,
-    scale: Any,
-    q_image: Any,
-    q_head: Any,
-    q_token: Any,
-    q_channel: Any,
-    k_image: Any,
-    k_head: Any,
-    k_token: Any,
-    k_channel: Any,
-    bias_image: Any,
-    bias_token: Any,
+    q: tl.tensor,
+    k: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    n: tl.tensor,
+    heads: tl.tensor,
+    width: tl.tensor,
+    scale: tl.tensor,
+    q_image: tl.tensor,
+    q_head: tl.tensor,
+    q_token: tl.tensor,
+    q_channel: tl.tensor,
+    k_image: tl.tensor,
+    k_head: tl.tensor,
+    k_token: tl.tensor,
+    k_channel: tl.tensor,
+    bias_image: tl.tensor,
+    bias_token: tl.tensor,
     BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -106,18 +104,18 @@ def _class_importance(
 
 @triton.jit
 def _logits(
-    ask: Any,
-    k: Any,
-    bias: Any,
-    k_at: Any,
-    real: Any,
-    first: Any,
-    n: Any,
-    k_token: Any,
-    bias_token: Any,
+    ask: tl.tensor,
+    k: tl.tensor,
+    bias: tl.tensor,
+    k_at: tl.tensor,
+    real: tl.tensor,
+    first: tl.tensor,
+    n: tl.tensor,
+    k_token: tl.tensor,
+    bias_token: tl.tensor,
     BIAS: tl.constexpr,
     KEYS: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Of some keys in every head, KEYS×HEADS; minus infinity behind the last key."""
     key = first + tl.arange(0, KEYS)
     there = key < n

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +15,7 @@ def wide(dtype: torch.dtype) -> bool:
 
 
 @triton.jit
-def product(a: Any, b: Any, sums: Any, WIDE: tl.constexpr) -> Any:
+def product(a: tl.tensor, b: tl.tensor, sums: tl.tensor, WIDE: tl.constexpr) -> tl.tensor:
     """``a·b + sums``; float32 factors are not shortened.
 
     Args:
