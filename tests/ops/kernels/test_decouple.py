@@ -18,6 +18,9 @@ from tests.helpers.plans import COUNTS, TYPES, check_operator, is_grouping, patc
 pytest.importorskip("triton")
 from tdm_lightning.ops.kernels.decouple import decouple
 
+# NumPy, in the interpreter, warns of logarithms of zero and of what is masked.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
 
 def in_torch(x, score, attentive, pairs, clusters):
     order = rank_order(score)
@@ -40,9 +43,11 @@ def splits(n):
         yield split.attentive, split.pairs, split.clusters
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_groups(dtype):
-    for n in COUNTS:
+@pytest.mark.parametrize(
+    ("dtype", "counts"), [(torch.float32, COUNTS), *((half, (7, 65, 257)) for half in TYPES[1:])]
+)
+def test_groups(dtype, counts):
+    for n in counts:
         for number, split in enumerate(splits(n)):
             batch = 1 + 2 * (number % 2)
             x, score = patches(batch, n, 24, dtype), torch.randn(batch, n)
@@ -68,9 +73,9 @@ def test_tokens_so_far_apart_that_densities_vanish():
 
 
 def test_ties_go_to_the_first():
-    # equal tokens: rank is place; ranks 0 and 2 go into 1, then 6 and 7 are centers
+    # equal tokens: rank is place; 0 and 2 go into 1, the first that stays; 6 and 7 are centers
     found = decouple(torch.ones(2, 10, 4), torch.ones(2, 10), 6, 2, 2)
-    assert found.tolist() == [[0, 0, 0, 2, 1, 3, 4, 5, 4, 4]] * 2
+    assert found.tolist() == [[0, 0, 0, 1, 2, 3, 4, 5, 4, 4]] * 2
 
 
 def test_ties_and_numbers_that_are_none_still_give_groups():

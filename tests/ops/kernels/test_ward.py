@@ -15,6 +15,9 @@ from tests.helpers.plans import COUNTS, TYPES, check_operator, is_grouping, patc
 pytest.importorskip("triton")
 from tdm_lightning.ops.kernels.ward import ward_leaders
 
+# NumPy, in the interpreter, warns of numbers that are none and of what is masked.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
 
 def in_torch(tokens, keys, weight, keep, rounds):
     parts = [tokens] if keys is None else [tokens, keys]
@@ -27,29 +30,38 @@ def given(batch, n, dtype=torch.float32):
     return patches(batch, n, 24, dtype), patches(batch, n, 7, dtype), weight
 
 
-@pytest.mark.parametrize("rounds", [1, 2, 5])
-@pytest.mark.parametrize("dtype", TYPES)
-def test_rounds(dtype, rounds):
-    for n in COUNTS:
-        for batch, share in ((1, 0.8), (3, 0.0)):
+@pytest.mark.parametrize(
+    ("dtype", "rounds", "counts"),
+    [
+        (torch.float32, 1, COUNTS),
+        (torch.float32, 2, COUNTS),
+        (torch.float32, 5, (16, 65, 300)),
+        (torch.float16, 3, (7, 65, 257)),
+        (torch.bfloat16, 3, (7, 65, 257)),
+    ],
+)
+def test_rounds(dtype, rounds, counts):
+    for n in counts:
+        for batch, share, with_keys in ((1, 0.8, True), (3, 0.8, False), (1, 0.0, True)):
             tokens, keys, weight = given(batch, n, dtype)
             keep = max(int(share * n), -(-n // 2**rounds))  # at most halved by each
-            for other in (keys, None):
-                found = ward_leaders(tokens, other, weight, keep, rounds)
-                assert torch.equal(found, in_torch(tokens, other, weight, keep, rounds))
+            other = keys if with_keys else None
+            found = ward_leaders(tokens, other, weight, keep, rounds)
+            assert torch.equal(found, in_torch(tokens, other, weight, keep, rounds)), (n, keep)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_exact_agglomeration(dtype):
-    for n in COUNTS:
+@pytest.mark.parametrize(
+    ("dtype", "counts"), [(torch.float32, COUNTS), *((half, (7, 65)) for half in TYPES[1:])]
+)
+def test_exact_agglomeration(dtype, counts):
+    for n in counts:
         tokens, keys, weight = given(1 + 2 * (n < 100), n, dtype)
-        for keep in {max(n - 30, 1), min(n, 270)}:
-            for other in (keys, None):
-                found = ward_leaders(tokens, other, weight, keep, None)
-                assert torch.equal(found, in_torch(tokens, other, weight, keep, None))
+        for keep, other in ((max(n - 30, 1), keys), (min(n, 285), None)):
+            found = ward_leaders(tokens, other, weight, keep, None)
+            assert torch.equal(found, in_torch(tokens, other, weight, keep, None)), (n, keep)
 
 
-@pytest.mark.parametrize(("keep", "rounds"), [(958, 4), (1349, None)])
+@pytest.mark.parametrize(("keep", "rounds"), [(958, 2), (1349, None)])
 def test_the_most_tokens(keep, rounds):
     tokens, keys, weight = given(1, 1369)
     found = ward_leaders(tokens, keys, weight, keep, rounds)
