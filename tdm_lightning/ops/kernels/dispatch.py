@@ -11,7 +11,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from tdm_lightning.errors import SettingError
+from tdm_lightning.errors import SettingError, TokenReductionError
 from tdm_lightning.ops.kernels.choice import current, unable
 
 P = ParamSpec("P")
@@ -108,7 +108,7 @@ class Operation(Generic[P, R]):
             module, function = self.kernel.split(":")
             try:
                 return getattr(import_module(module), function)(*args)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, TokenReductionError):  # not the kernel's fault
                 raise
             except Exception as error:  # whatever a compiler or a driver comes up with
                 _failed.add(where)

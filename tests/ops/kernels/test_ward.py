@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tdm_lightning.errors import SettingError
-from tdm_lightning.ops import joined
+from tdm_lightning.ops import joined, kernels
 from tdm_lightning.ops import ward_leaders as torch_form
 from tdm_lightning.ops.kernels.dispatch import in_two_forms
 from tdm_lightning.ops.kernels.limits import too_many
@@ -118,3 +118,11 @@ def test_it_is_an_operator(rounds):
     check_operator(tried_ward, tokens, keys, weight, 6, rounds)
     check_operator(tried_ward, tokens, None, weight, 6, rounds)
     assert tried_ward.refuses(torch.empty(1, 1370, 1)) == too_many(1370)
+
+
+def test_a_mistake_does_not_turn_the_kernel_off():
+    tokens, keys, weight = given(1, 8)
+    with kernels.use("triton"):
+        with pytest.raises(SettingError, match="at least 4 of 8"):
+            tried_ward(tokens, keys, weight, 3, 1)
+        assert not tried_ward.failed(tokens)
