@@ -43,6 +43,7 @@ USED = [
     ),
     ("datasets.packaged_modules.imagefolder.imagefolder:ImageFolder", "", "data/sources.py"),
     ("torch.utils._python_dispatch:TorchDispatchMode", "", "compare/memory.py"),
+    ("torch:ops.aten.add.Tensor._schema", "", "compare/launches.py"),
     ("torch.utils._pytree:tree_leaves", "tree", "compare/memory.py"),
     (
         "torch.nn:Module._load_from_state_dict",
