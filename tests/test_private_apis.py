@@ -45,6 +45,8 @@ USED = [
     ("torch.utils._python_dispatch:TorchDispatchMode", "", "compare/memory.py"),
     ("torch:ops.aten.add.Tensor._schema", "", "compare/launches.py"),
     ("torch.utils._pytree:tree_leaves", "tree", "compare/memory.py"),
+    ("torch.utils._pytree:tree_map_only", "func tree", "vit/accelerate.py"),
+    ("torch.nn:Module._apply", "fn recurse", "vit/accelerate.py"),
     (
         "torch.nn:Module._load_from_state_dict",
         "state_dict prefix error_msgs",
