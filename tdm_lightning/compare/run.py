@@ -22,7 +22,7 @@ from tdm_lightning.compare.table import Quartiles, Row
 from tdm_lightning.compare.timing import Round, interleaved_rounds, own_share, seconds
 from tdm_lightning.core.checks import check_count
 from tdm_lightning.errors import SettingError
-from tdm_lightning.flops import ImageCosts, count_macs, default_input_size, image_costs
+from tdm_lightning.flops import ImageCosts, default_input_size, image_costs, mac_report
 from tdm_lightning.ops import kernels
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.vit import TokenReducedViT, linear_patches
@@ -112,6 +112,7 @@ class Comparison:
             images: random numbers, or real images where there are data.
         macs: multiply-accumulates per image, by method and batch size; of an adaptive one in that
             batch, padding included.
+        run_macs: all that a pass does, likewise.
         image_costs: what each image of the batch costs by itself, by the index of each adaptive
             method.
         facts: what the numbers depend on, by name.
@@ -130,6 +131,7 @@ class Comparison:
     macs: dict[Cell, int]
     facts: dict[str, str]
     image_costs: dict[int, ImageCosts] = field(default_factory=dict)
+    run_macs: dict[Cell, int] = field(default_factory=dict)
     launches: dict[Cell, int] = field(default_factory=dict)
     memory: dict[Cell, int] = field(default_factory=dict)
     saved: dict[Cell, int] = field(default_factory=dict)
@@ -209,6 +211,7 @@ class Comparison:
             parameters=sum(parameter.numel() for parameter in method.model.parameters()),
             macs=self.macs[cell],
             plain_macs=self.macs[0, size],
+            run_macs=self.run_macs[cell],
             throughput=Quartiles.of([size / each[index] for each in times]),
             speedup=Quartiles.of([each[0] / each[index] for each in times]),
             time=Quartiles.of([1e3 * each[index] for each in times]),
@@ -282,6 +285,10 @@ def prepare(
             f" {plan.rounds} interleaved rounds after {plan.warmup} to warm up, medians and"
             " quartiles; peak memory of a pass with its weights"
         ),
+        "GMACs": (
+            "as papers count; run: all that a pass does, a method's own work too, and of the last"
+            " block what the head reads"
+        ),
         "counted as launches": counted(device),
         "runtime": runtime_name(plan.runtime),
         "kernels": kernels.current(),
@@ -302,7 +309,8 @@ def prepare(
         for index, method in enumerate(methods)
         if _adaptive(method)
     }
-    return Comparison(plan, methods, images, _all_macs(methods, images, plan), facts, per_image)
+    macs, run_macs = _all_macs(methods, images, plan)
+    return Comparison(plan, methods, images, macs, facts, per_image, run_macs)
 
 
 def measure(
@@ -368,15 +376,18 @@ def _runner(method: Method, runtime: str) -> Run:
         ) from error
 
 
-def _all_macs(methods: Sequence[Method], images: Tensor, plan: Plan) -> dict[Cell, int]:
-    found = {}
+def _all_macs(
+    methods: Sequence[Method], images: Tensor, plan: Plan
+) -> tuple[dict[Cell, int], dict[Cell, int]]:
+    """Multiply-accumulates as papers count them, and all that a pass does."""
+    counted, run = {}, {}
     for index, method in enumerate(methods):
-        fixed = None if _adaptive(method) else count_macs(method.model)
+        fixed = None if _adaptive(method) else mac_report(method.model)
         for size in plan.sizes:
-            found[index, size] = (
-                count_macs(method.model, images=images[:size]) if fixed is None else fixed
-            )
-    return found
+            report = fixed or mac_report(method.model, images=images[:size])
+            counted[index, size] = round(report.backbone)
+            run[index, size] = round(report.forward)
+    return counted, run
 
 
 def _adaptive(method: Method) -> bool:

@@ -49,6 +49,7 @@ class Row:
         parameters: number of them, the strategy's own included.
         macs: multiply-accumulates per image.
         plain_macs: those of the plain model.
+        run_macs: all that a pass does, see :attr:`tdm_lightning.flops.MACReport.forward`.
         macs_alone: mean over images of what each costs by itself, for adaptive methods.
         macs_alone_std: their standard deviation.
         throughput: images per second.
@@ -72,6 +73,7 @@ class Row:
     parameters: int
     macs: int
     plain_macs: int
+    run_macs: int
     throughput: Quartiles = _UNKNOWN
     speedup: Quartiles = _UNKNOWN
     limit_speedup: Quartiles = _UNKNOWN
@@ -94,8 +96,8 @@ class Row:
 
     @property
     def mac_ratio(self) -> float:
-        """The speed-up if time were proportional to multiply-accumulates."""
-        return self.plain_macs / self.macs
+        """The speed-up if time were proportional to all multiply-accumulates that run."""
+        return self.plain_macs / self.run_macs
 
     @property
     def efficiency(self) -> float:
@@ -133,6 +135,7 @@ def _numbers(row: Row) -> dict[str, str | float]:
         "batch_size": row.batch,
         "parameters": row.parameters,
         "macs": row.macs,
+        "run_macs": row.run_macs,
         "reduction": row.reduction,
         "mac_ratio": row.mac_ratio,
     }
@@ -172,6 +175,7 @@ def _cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
         "batch",
         "params (M)",
         "GMACs",
+        "run",
         "reduction",
         "images/s (quartiles)",
         "ms",
@@ -192,6 +196,7 @@ def _cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[list[str]]]:
             str(row.batch),
             f"{row.parameters / 1e6:.2f}",
             _gmacs(row.macs),
+            _gmacs(row.run_macs),
             f"{row.reduction:.1%}",
             _quartiles(row.throughput, 1),
             _number(row.time.median, 2),

@@ -9,7 +9,7 @@ import torch
 from tdm_lightning.core.checks import check_choice, check_count
 from tdm_lightning.core.reduction import Reduction, Role, Seen
 from tdm_lightning.mergers.base import Merger
-from tdm_lightning.ops import cluster_density_peaks, group_weights, merge_groups
+from tdm_lightning.ops import cluster_density_peaks, combine
 
 
 class Cluster(Merger):
@@ -50,7 +50,7 @@ class Cluster(Merger):
         if self.weights == "mean":
             raw = torch.ones_like(label, dtype=torch.float32)
         assert raw is not None
-        merged = merge_groups(seen.x, label, group_weights(raw, label, keep), keep)
+        merged, _ = combine(seen.x, label, raw, raw, keep)
         return Reduction.lazily(
             merged, lambda: (label, torch.full_like(label, int(Role.CLUSTERED)))
         )

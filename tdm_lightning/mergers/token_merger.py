@@ -18,8 +18,6 @@ from tdm_lightning.ops import (
     combine,
     decouple,
     decoupled,
-    group_weights,
-    merge_groups,
     share_group,
 )
 
@@ -205,9 +203,8 @@ class TokenMerger(Merger):
         raw = _raw(self.cluster_weights, seen.importance, _sizes(seen))
         compared = seen.x.detach()
         label, _ = cluster_density_peaks(compared, clusters, self.density, self.neighbours)
-        weight = group_weights(raw, label, clusters)
-        role = torch.full_like(label, int(Role.CLUSTERED))
-        return Reduction(merge_groups(seen.x, label, weight, clusters), label, role)
+        merged, _ = combine(seen.x, label, raw, raw, clusters)
+        return Reduction(merged, label, torch.full_like(label, int(Role.CLUSTERED)))
 
 
 def _sizes(seen: Seen) -> Tensor:

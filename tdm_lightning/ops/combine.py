@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdm_lightning.ops.constants import constant, rows
+from tdm_lightning.ops.constants import TINY, constant, rows
 from tdm_lightning.ops.kernels.dispatch import in_two_forms
 
-#: Added to every weight, as :func:`~tdm_lightning.ops.group_weights` does.
-_TINY = 1e-12
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -102,7 +100,7 @@ def combine(
     flat, raw, total = _shares(group, weight, size, groups)
     share = raw / total[0].index_select(0, flat).view_as(raw)
     weighted = (x * share.unsqueeze(-1)).flatten(0, 1)
-    out = _zeros(x, batch * (groups + 1), width).index_add(0, flat, weighted)
+    out = _zeros(weighted, batch * (groups + 1), width).index_add(0, flat, weighted)
     out = out.view(batch, groups + 1, width)[:, 1:]
     sizes = total[1].view(batch, groups + 1)[:, 1:].detach()
     return out.to(x.dtype), sizes.to(size.dtype)
@@ -120,13 +118,13 @@ def _shares(
     batch = group.shape[0]  # no len(): it would fix an exported program's batch size
     here = constant(lambda: rows(batch, groups + 1, group) + 1, group, "combine", batch, groups)
     flat = (group + here).flatten()
-    tiny = constant(lambda: torch.full((1,), _TINY, device=weight.device), weight, "tiny")
+    tiny = constant(lambda: torch.full((1,), TINY, device=weight.device), weight, "tiny")
     raw = weight + tiny  # a vector of float32: the sum is one, whatever the weights are
     both = torch.stack((raw, size.detach())).flatten(1)
-    total = _zeros(raw, 2, batch * (groups + 1)).index_add(1, flat, both)
+    total = _zeros(both, 2, batch * (groups + 1)).index_add(1, flat, both)
     return flat, raw, total
 
 
 def _zeros(like: Tensor, *shape: int) -> Tensor:
-    """A view, float32: what is added out of place needs no table of zeros."""
-    return constant(lambda: torch.zeros(1, 1, device=like.device), like, "zero").expand(shape)
+    """A view, of the dtype of ``like``: what is added out of place needs no table of zeros."""
+    return constant(lambda: like.new_zeros(1, 1), like, "zero", like.dtype).expand(shape)

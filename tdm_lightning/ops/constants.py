@@ -7,6 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+#: Added to every weight before it is normalised: a group whose attention underflows to zero becomes
+#: a plain mean.
+TINY = 1e-12
 #: So many are kept; then all are made anew. Images of many sizes would fill the memory otherwise.
 _MOST = 1024
 _kept: dict[tuple[object, ...], Tensor] = {}

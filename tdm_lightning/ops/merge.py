@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from tdm_lightning.ops.constants import places, rows
-
-#: Added to every weight before it is normalised: a group whose attention underflows to zero becomes
-#: a plain mean.
-_TINY = 1e-12
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -153,29 +147,6 @@ def mean_positions(
         (total[:, 1:, :groups] / total[:, :1, :groups].clamp(min=1)).round().long().unbind(dim=1)
     )
     return row * columns + column
-
-
-def group_weights(
-    importance: Tensor,
-    group: Tensor,
-    groups: int,
-    rule: Literal["attention", "mean"] = "attention",
-) -> Tensor:
-    """Weights that sum to one inside every group.
-
-    Args:
-        importance: non-negative scores, B×N.
-        group: the group of each token in ``0…groups-1``, B×N, int64.
-        groups: number of groups.
-        rule: ``"attention"`` weighs a token by its share of the group's importance, ``"mean"``
-            weighs all alike.
-
-    Returns:
-        Weights, B×N, float32. A token alone in its group weighs exactly 1.
-    """
-    raw = torch.ones_like(importance) if rule == "mean" else importance
-    raw = raw.float() + _TINY
-    return raw / group_totals(raw, group, groups).gather(1, group)
 
 
 def group_totals(values: Tensor, group: Tensor, groups: int) -> Tensor:

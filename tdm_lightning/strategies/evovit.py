@@ -19,7 +19,7 @@ from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.mergers import Drop, Merger
 from tdm_lightning.mergers.base import check_merger
-from tdm_lightning.ops import gather_tokens, group_weights, inverse_order, merge_groups, rank_order
+from tdm_lightning.ops import combine, gather_tokens, inverse_order, rank_order
 from tdm_lightning.strategies.base import Requirements, Strategy
 from tdm_lightning.strategies.objective import Criterion, TrainingObjective
 
@@ -271,7 +271,7 @@ class EvoViT(Strategy, TrainingObjective):
             stand_in, group = merged.x, merged.assignment
         elif self.representative:
             group = torch.zeros_like(attention, dtype=torch.int64)
-            stand_in = merge_groups(parked, group, group_weights(attention, group, 1), 1)
+            stand_in, _ = combine(parked, group, attention, attention, 1)
         else:
             return tokens.replace(state=state)
         if self.merger is not None and self.merger.proportional_attention:

@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tdm_lightning.ops.constants import TINY
 from tdm_lightning.ops.kernels.product import product, wide
 
 #: Tokens, groups and channels of a tile, at most; a matrix product takes at least 16.
 _TILE = 64
 _LEAST = 16
-#: Added to every weight: that of ``ops.combine``.
-_TINY = tl.constexpr(1e-12)
+_TINY = tl.constexpr(TINY)
 
 
 def combine(
