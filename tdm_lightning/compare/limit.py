@@ -43,6 +43,10 @@ class FreeSlicing(Strategy):
                 f"counts must hold one number per block, {info.depth} here, got {len(self.counts)}"
             )
 
+    def spares_class_tokens(self) -> bool:
+        """See :class:`~tdm_lightning.Strategy`: only patches go; a limit leaves out all it can."""
+        return self.keeps_hooks_of(FreeSlicing)
+
     def after_attention(self, index: int, tokens: Tokens, seen: Seen) -> Tokens:
         """A view of the tokens that stay; what follows positions and patches is told of it."""
         keep, count = self.counts[index], tokens.count

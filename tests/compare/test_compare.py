@@ -243,8 +243,9 @@ def test_free_slicing_is_the_limit(compare, tmp_path):
     assert list(rows) == ["plain", "free slicing", "EvoViT", "TDM"]
     assert rows["free slicing"]["settings"] == "as many tokens as TDM(keep_rate=0.5, layers=[1])"
     assert rows["free slicing"]["macs"] == rows["TDM"]["macs"]
-    # A slice is a view, so nothing is dispatched that the plain model does not.
-    assert rows["free slicing"]["launches"] == rows["plain"]["launches"]
+    # A slice is a view, so nothing is dispatched that the plain model does not; but a last block of
+    # which only the class token is read brings those rows together and forms their queries apart.
+    assert 0 <= int(rows["free slicing"]["launches"]) - int(rows["plain"]["launches"]) <= 2
     assert int(rows["TDM"]["launches"]) > int(rows["plain"]["launches"])
     assert float(rows["free slicing"]["ratio_to_free_slicing"]) == 1
     text = (tmp_path / "out/compare.md").read_text(encoding="utf-8")
