@@ -10,15 +10,15 @@ from tdm_lightning.compare.launches import operations
 #: Operations that a reducing layer may add to a block, views left out; the fractions are of what
 #: a pass does once.
 MOST = {
-    "TDM": 65,
-    "WardTDM": 135,
-    "ToMe": 24.1,
+    "TDM": 53,
+    "WardTDM": 88,
+    "ToMe": 22,
     "EViT": 11,
     "TopK": 8,
     "Random": 4,
-    "DPCKNN": 35,
-    "PiToMe": 34.1,
-    "ToFu": 39,
+    "DPCKNN": 31,
+    "PiToMe": 28,
+    "ToFu": 38,
     "DiffRate": 53,
     "MCTF": 103,
 }

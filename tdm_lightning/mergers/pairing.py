@@ -37,7 +37,7 @@ def means_of_patches(seen: Seen, group: Tensor, groups: int) -> Reduction:
         groups: number of groups.
     """
     assert seen.size is not None
-    merged, total = combine(seen.x, group, seen.size, seen.size, groups)
+    merged, total = combine(seen.x, group, None, seen.size, groups)
     return grouped(merged, group, total)
 
 

@@ -7,8 +7,7 @@ from tdm_lightning.core.reduction import Reduction, Seen
 from tdm_lightning.errors import SettingError
 from tdm_lightning.mergers.base import Merger
 from tdm_lightning.mergers.pairing import means_of_patches
-from tdm_lightning.ops import fewest_after, gather_tokens, joined, rank_order, ward_joins
-from tdm_lightning.ops.constants import places
+from tdm_lightning.ops import fewest_after, rank_order, ward_plan
 
 
 class WardMerger(Merger):
@@ -16,7 +15,7 @@ class WardMerger(Merger):
 
     What is compared are the tokens and, between attention and MLP, their head-averaged keys, each
     of unit length and side by side; sizes are the weights (Ward's linkage, see
-    :func:`~tdm_lightning.ops.ward_leaders`). Every group becomes the mean of its patches. The most
+    :func:`~tdm_lightning.ops.ward_groups`). Every group becomes the mean of its patches. The most
     important tokens may be protected: they take no part. Ours, not of a paper.
 
     The rounds pair by places, so this merger does not commute with a permutation of the patches.
@@ -85,20 +84,12 @@ class WardMerger(Merger):
             ValueError: if features are not finite; looked for on a CPU, outside of graphs.
         """
         assert seen.size is not None
-        batch, n = seen.size.shape
-        x, keys, protected = seen.x.detach(), seen.keys, self.protected(n)
-        keys = None if keys is None else keys.detach()
+        n = seen.size.shape[1]
+        protected, part = self.protected(n), None
         if protected:
             assert seen.importance is not None
             rest = rank_order(seen.importance)[:, protected:]
-            order = rest.topk(n - protected, dim=1, largest=False, sorted=True).values
-            keys = None if keys is None else gather_tokens(keys, order)
-            part = gather_tokens(x, order), keys, seen.size.gather(1, order)
-            lead = ward_joins(*part, keep - protected, self.rounds)
-            # the place of the token that each one joins; a protected one joins none
-            here = places(n, order).expand(batch, n)
-            leader = here.scatter(1, order, order.gather(1, lead))
-        else:
-            leader = ward_joins(x, keys, seen.size, keep, self.rounds)
-        group = joined(leader)
+            part = rest.topk(n - protected, dim=1, largest=False, sorted=True).values
+        keys = None if seen.keys is None else seen.keys.detach()
+        group = ward_plan(seen.x.detach(), keys, seen.size, keep - protected, self.rounds, part)
         return means_of_patches(seen, group, keep)

@@ -25,8 +25,9 @@ from tdm_lightning.ops.mutual import mutual_neighbours
 from tdm_lightning.ops.pairs import match_pairs
 from tdm_lightning.ops.policy import policy_softmax
 from tdm_lightning.ops.ragged import pack
+from tdm_lightning.ops.rounds import fewest_after
 from tdm_lightning.ops.spread import spread_weights
-from tdm_lightning.ops.ward import fewest_after, ward_joins, ward_leaders
+from tdm_lightning.ops.ward import ward_groups, ward_leaders, ward_plan
 
 __all__ = [
     "biased_attention",
@@ -60,6 +61,7 @@ __all__ = [
     "spread_weights",
     "token_energy",
     "unmerge",
-    "ward_joins",
+    "ward_groups",
     "ward_leaders",
+    "ward_plan",
 ]

@@ -52,10 +52,19 @@ def alternating_groups(features: Tensor, pairs: int, prefix: int) -> Tensor:
     chosen = order[:, :pairs]
     stays = order[:, pairs:].sort(dim=1).values
     staying = stays.shape[1]
-    # The slots of the odd ones follow those of the even ones that stay.
-    slots = constant(lambda: places(n, features) // 2 + staying, features, "slots", n, staying)
+    # Slots of the odd ones follow those of the even ones that stay; the first of them is what the
+    # slot of an even one's partner is counted from.
+    slots = constant(
+        lambda: _slots(n, first, staying, features), features, "slots", n, first, staying
+    )
     group = slots.repeat(batch, 1)
     even = group[:, first::2]
     even.scatter_(1, stays, places(staying, features).expand(batch, -1))
-    even.scatter_(1, chosen, partner.gather(1, chosen) + staying)
+    even.scatter_add_(1, chosen, partner.gather(1, chosen))
     return group
+
+
+def _slots(n: int, first: int, staying: int, like: Tensor) -> Tensor:
+    slots = places(n, like) // 2 + staying
+    slots[first::2] = staying
+    return slots

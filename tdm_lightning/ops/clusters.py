@@ -50,15 +50,13 @@ def _log_density(squared: Tensor, width: int, kernel: Density, neighbours: int) 
     if kernel == "knn":
         nearest = squared.topk(min(neighbours, n), dim=-1, largest=False).values
         return nearest.mean(-1) / -width
-    itself = constant(
-        lambda: torch.eye(n, dtype=torch.bool, device=squared.device), squared, "itself", n
+    itself = constant(  # nobody is its own neighbour
+        lambda: torch.full((n,), -torch.inf, device=squared.device).diag(),
+        squared,
+        "itself",
+        n,
     )
-    exponent = (squared / -width).masked_fill(itself, -torch.inf)
-    # A token alone has no neighbour.
-    largest = exponent.amax(-1, keepdim=True).clamp(min=torch.finfo(exponent.dtype).min)
-    # The mean and not the sum: near tokens have means close to 1, where the logarithm is most
-    # precise.
-    return largest.squeeze(-1) + (exponent - largest).exp().mean(-1).log()
+    return torch.add(itself, squared, alpha=-1 / width).logsumexp(dim=-1)
 
 
 @torch.no_grad()

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdm_lightning.ops.constants import TINY, constant, rows
+from tdm_lightning.ops.constants import TINY, constant, rows, zeros
 from tdm_lightning.ops.kernels.dispatch import in_two_forms
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _refuses(x: Tensor, group: Tensor, weight: Tensor, size: Tensor, groups: int) -> str | None:
+def _refuses(
+    x: Tensor, group: Tensor, weight: Tensor | None, size: Tensor, groups: int
+) -> str | None:
     if x.dtype not in _FLOATS:
         return f"the kernel takes float32, float16 or bfloat16 tokens, got {x.dtype}"
     if not x.numel() or not groups:
@@ -42,7 +44,7 @@ def combine_backward(
         What flows to ``x`` and to ``weight``, in their dtypes.
     """
     batch, groups, width = out.shape
-    flat, raw, total = _shares(group, weight, weight, groups)
+    flat, raw, total = _shares(group, weight, None, groups)
     share = (raw / total[0].index_select(0, flat).view_as(raw)).unsqueeze(-1)
     # a dropped token's group is the row in front of its image's, which receives nothing
     received = torch.cat((grad.new_zeros(batch, 1, width), grad), dim=1).flatten(0, 1)
@@ -54,16 +56,17 @@ def combine_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, group, weight, _, _ = inputs
+    x, group, weight, size, _ = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, group, weight, output[0])
+    ctx.by_size = weight is None
+    ctx.save_for_backward(x, group, size.detach() if weight is None else weight, output[0])
 
 
 def _flow_back(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x, group, weight, out = ctx.saved_tensors
     through = combine_backward.form if combine.failed(x) else combine_backward.op
     to_x, to_weight = through(x, group, weight, out, grad)
-    return to_x, None, to_weight, None, None
+    return to_x, None, None if ctx.by_size else to_weight, None, None
 
 
 @in_two_forms(
@@ -73,7 +76,7 @@ def _flow_back(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     backward=_flow_back,
 )
 def combine(
-    x: Tensor, group: Tensor, weight: Tensor, size: Tensor, groups: int
+    x: Tensor, group: Tensor, weight: Tensor | None, size: Tensor, groups: int
 ) -> tuple[Tensor, Tensor]:
     """Every group becomes the weighted mean of its tokens, which stands for all they stand for.
 
@@ -84,7 +87,8 @@ def combine(
     Args:
         x: tokens, B×N×C.
         group: the group of each token in ``0…groups-1``, B×N, int64; -1 for one that is dropped.
-        weight: of each token in its group, non-negative, B×N.
+        weight: of each token in its group, non-negative, B×N; ``None``: its size, so that every
+            group becomes the mean of its patches.
         size: patches that each token stands for, B×N.
         groups: number of groups G; an empty one gives a zero token of size 0.
 
@@ -100,31 +104,33 @@ def combine(
     flat, raw, total = _shares(group, weight, size, groups)
     share = raw / total[0].index_select(0, flat).view_as(raw)
     weighted = (x * share.unsqueeze(-1)).flatten(0, 1)
-    out = _zeros(weighted, batch * (groups + 1), width).index_add(0, flat, weighted)
+    out = zeros(weighted, batch * (groups + 1), width).index_add(0, flat, weighted)
     out = out.view(batch, groups + 1, width)[:, 1:]
-    sizes = total[1].view(batch, groups + 1)[:, 1:].detach()
+    sizes = total[-1].view(batch, groups + 1)[:, 1:].detach()
     return out.to(x.dtype), sizes.to(size.dtype)
 
 
 def _shares(
-    group: Tensor, weight: Tensor, size: Tensor, groups: int
+    group: Tensor, weight: Tensor | None, size: Tensor | None, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of a table that has one in front of every image's groups, for dropped tokens.
 
     Returns:
         The row of every token, B·N; weights that are above zero, B×N, float32; the sums of these
-        and of the sizes in each row, 2×(B·(G+1)), float32.
+        and, where they are others, of the sizes in each row, 1 or 2×(B·(G+1)), float32.
     """
     batch = group.shape[0]  # no len(): it would fix an exported program's batch size
     here = constant(lambda: rows(batch, groups + 1, group) + 1, group, "combine", batch, groups)
     flat = (group + here).flatten()
-    tiny = constant(lambda: torch.full((1,), TINY, device=weight.device), weight, "tiny")
-    raw = weight + tiny  # a vector of float32: the sum is one, whatever the weights are
-    both = torch.stack((raw, size.detach())).flatten(1)
-    total = _zeros(both, 2, batch * (groups + 1)).index_add(1, flat, both)
+    if weight is None:
+        assert size is not None
+        raw = size.detach().float()
+        summed = raw.flatten().unsqueeze(0)
+    else:
+        tiny = constant(lambda: torch.full((1,), TINY, device=group.device), group, "tiny")
+        raw = weight + tiny  # a vector of float32: the sum is one, whatever the weights are
+        summed = raw.flatten().unsqueeze(0)
+        if size is not None:
+            summed = torch.stack((raw, size.detach())).flatten(1)
+    total = zeros(summed, len(summed), batch * (groups + 1)).index_add(1, flat, summed)
     return flat, raw, total
-
-
-def _zeros(like: Tensor, *shape: int) -> Tensor:
-    """A view, of the dtype of ``like``: what is added out of place needs no table of zeros."""
-    return constant(lambda: like.new_zeros(1, 1), like, "zero", like.dtype).expand(shape)

@@ -66,6 +66,16 @@ def rows(batch: int, n: int, like: Tensor) -> Tensor:
     return constant(made, like, "rows", batch, n)
 
 
+def zeros(like: Tensor, *shape: int) -> Tensor:
+    """Zeros that take no memory, of the dtype of ``like`` and on its device: what is added out of
+    place needs no table of them.
+
+    >>> zeros(torch.ones(1), 2, 3).shape
+    torch.Size([2, 3])
+    """
+    return constant(lambda: like.new_zeros(1), like, "zero", like.dtype).expand(shape)
+
+
 def _holds_numbers(x: Tensor) -> bool:
     if type(x) is not Tensor or x.is_meta:
         return False

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from tdm_lightning.ops.clusters import Density, cluster_density_peaks
+from tdm_lightning.ops.constants import constant
 from tdm_lightning.ops.kernels.dispatch import in_two_forms
 from tdm_lightning.ops.kernels.limits import too_many
-from tdm_lightning.ops.merge import gather_tokens, inverse_order, rank_order
+from tdm_lightning.ops.merge import gather_tokens, rank_order
 from tdm_lightning.ops.pairs import Matching, match_pairs
 
 
@@ -47,11 +48,13 @@ def decoupled(
     """:func:`decouple` with other rules, in torch's form; see the two functions named there."""
     order = rank_order(score)
     ranked = gather_tokens(x.detach(), order)
-    parts = []
-    if attentive:
-        parts.append(match_pairs(ranked[:, :attentive], pairs, matching))
+    singles = attentive - pairs
+    group = constant(lambda: torch.full((1, 1), singles, device=x.device), x, "full", singles)
+    group = group.expand(order.shape)
     if clusters:
         label, _ = cluster_density_peaks(ranked[:, attentive:], clusters, density, neighbours)
-        parts.append(label + (attentive - pairs))
-    group = torch.cat(parts, dim=1)
-    return group.gather(1, inverse_order(order))
+        group = group.scatter_add(1, order[:, attentive:], label)
+    if attentive:
+        matched = match_pairs(ranked[:, :attentive], pairs, matching)
+        group = group.scatter(1, order[:, :attentive], matched)
+    return group

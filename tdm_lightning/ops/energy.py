@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tdm_lightning.ops.constants import places
-from tdm_lightning.ops.merge import inverse_order, joined, rank_order
+from tdm_lightning.ops.merge import rank_order
 from tdm_lightning.ops.precision import full_precision
+from tdm_lightning.ops.sides import join_sides
 
 
 def token_energy(similarity: Tensor, margin: float) -> Tensor:
@@ -44,7 +44,7 @@ def match_by_energy(features: Tensor, pairs: int, margin: float, among: int) -> 
     Returns:
         The group of every token in ``0…N-pairs-1``, B×N, int64, those of high energy first.
     """
-    batch, n, _ = features.shape
+    n = features.shape[1]
     with full_precision(features.device):
         unit = F.normalize(features.float(), dim=-1)
         similarity = unit @ unit.transpose(1, 2)
@@ -55,6 +55,5 @@ def match_by_energy(features: Tensor, pairs: int, margin: float, among: int) -> 
             dim=2
         )
     chosen = best.topk(pairs, dim=1).indices
-    here = places(n, features).expand(batch, n)
-    group = joined(here.scatter(1, 2 * chosen, 2 * partner.gather(1, chosen) + 1))
-    return group.gather(1, inverse_order(order))
+    group = join_sides(chosen, partner, n, first=0)
+    return order.scatter(1, order, group)  # of the tokens as they stand

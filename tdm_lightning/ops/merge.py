@@ -106,6 +106,24 @@ def joined(into: Tensor) -> Tensor:
     return (stays.cumsum(dim=1) - 1).gather(1, into)
 
 
+def among(into: Tensor, part: Tensor, n: int) -> Tensor:
+    """What tokens that take part join, among all N, of which every other one joins itself.
+
+    Args:
+        into: the place, of those that take part, that each of them joins, B×P, int64.
+        part: their places among all, B×P.
+        n: number of all tokens N.
+
+    Returns:
+        The place that each token joins, B×N, int64; groups of them: :func:`joined`.
+
+    >>> among(torch.tensor([[1, 1]]), torch.tensor([[0, 3]]), 4)
+    tensor([[3, 1, 2, 3]])
+    """
+    here = places(n, part).expand(part.shape[0], -1)
+    return here.scatter(1, part, part.gather(1, into))
+
+
 def share_group(group: Tensor) -> Tensor:
     """Which tokens are not alone in their group, B×N, bool.
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from tdm_lightning.ops.constants import places
 from tdm_lightning.ops.merge import joined
 from tdm_lightning.ops.precision import full_precision
+from tdm_lightning.ops.sides import join_sides
 
 Matching = Literal["bipartite", "greedy"]
 
@@ -32,27 +33,23 @@ def match_pairs(x: Tensor, pairs: int, rule: Matching = "bipartite") -> Tensor:
         important member that was not fused into another.
     """
     batch, n, _ = x.shape
-    # The token that each token is fused into: itself at first.
-    into = places(n, x).expand(batch, -1)
-    if pairs:
-        with full_precision(x.device):
-            unit = F.normalize(x.float(), dim=-1)
-            fuse = _bipartite if rule == "bipartite" else _one_to_one
-            into = fuse(unit, pairs, into)
-    return joined(into)
+    if not pairs:
+        return places(n, x).expand(batch, -1)
+    with full_precision(x.device):
+        unit = F.normalize(x.float(), dim=-1)
+        return _bipartite(unit, pairs) if rule == "bipartite" else joined(_one_to_one(unit, pairs))
 
 
-def _bipartite(unit: Tensor, pairs: int, into: Tensor) -> Tensor:
-    even, odd = unit[:, ::2], unit[:, 1::2]
-    best, partner = (even @ odd.transpose(1, 2)).max(dim=-1)
-    chosen = best.topk(pairs, dim=1).indices
-    evens, odds = into[:, ::2], into[:, 1::2]  # their places, before any is fused
-    target = odds.gather(1, partner.gather(1, chosen))
-    return into.scatter(1, evens.gather(1, chosen), target)
+def _bipartite(unit: Tensor, pairs: int) -> Tensor:
+    """Groups, B×N."""
+    best, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(dim=-1)
+    return join_sides(best.topk(pairs, dim=1).indices, partner, unit.shape[1], first=0)
 
 
-def _one_to_one(unit: Tensor, pairs: int, into: Tensor) -> Tensor:
-    n = unit.shape[1]
+def _one_to_one(unit: Tensor, pairs: int) -> Tensor:
+    """The token that each token is fused into, B×N."""
+    batch, n, _ = unit.shape
+    into = places(n, unit).expand(batch, -1)
     similarity = unit @ unit.transpose(1, 2)
     position = places(n, unit)
     itself = position.unsqueeze(0) == position.unsqueeze(1)

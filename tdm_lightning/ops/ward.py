@@ -8,51 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tdm_lightning.errors import ReductionError, SettingError
-from tdm_lightning.ops.constants import places
+from tdm_lightning.errors import ReductionError
+from tdm_lightning.ops.constants import places, zeros
 from tdm_lightning.ops.kernels.dispatch import in_two_forms
 from tdm_lightning.ops.kernels.limits import too_many
-from tdm_lightning.ops.merge import gather_tokens
+from tdm_lightning.ops.merge import among, gather_tokens, joined
 from tdm_lightning.ops.precision import full_precision
-
-
-def pairs_per_round(n: int, keep: int, rounds: int) -> list[int]:
-    """How many of ``n`` tokens each round merges away; as equal as may be, as each at most halves.
-
-    Raises:
-        ValueError: if the rounds cannot reach ``keep``; it names the least that they can.
-
-    >>> pairs_per_round(196, 138, 4)
-    [14, 14, 15, 15]
-    """
-    if keep < (least := fewest_after(n, rounds)):
-        raise SettingError(
-            f"{rounds} rounds that each at most halve make at least {least} of {n} tokens, and"
-            f" {keep} are asked for"
-        )
-    pairs = []
-    for later in range(rounds - 1, -1, -1):
-        fewer = (n - keep) // (later + 1)
-        while fewest_after(n - fewer, later) > keep:
-            fewer += 1
-        pairs.append(fewer)
-        n -= fewer
-    return pairs
-
-
-def fewest_after(n: int, rounds: int) -> int:
-    """How few of ``n`` tokens rounds can leave that each at most halve.
-
-    >>> fewest_after(196, 4)
-    13
-    """
-    for _ in range(rounds):
-        n -= n // 2
-    return n
+from tdm_lightning.ops.rounds import pairs_per_round
+from tdm_lightning.ops.sides import join_sides
 
 
 @torch.no_grad()
-def ward_leaders(features: Tensor, weight: Tensor, keep: int, rounds: int | None = 4) -> Tensor:
+def ward_groups(features: Tensor, weight: Tensor, keep: int, rounds: int | None = 4) -> Tensor:
     """Group tokens by Ward's linkage, the costs followed on the Gram matrix of their sums.
 
     A merge of groups i and j costs ``w_i·w_j / (w_i + w_j) · ‖f_i − f_j‖²``: what it adds to the
@@ -68,11 +35,29 @@ def ward_leaders(features: Tensor, weight: Tensor, keep: int, rounds: int | None
             studies: it takes N − ``keep`` steps.
 
     Returns:
-        The place of the token that leads each one's group, its own where it took others in or is
-        alone, B×N, int64; groups of them: :func:`~tdm_lightning.ops.joined`.
+        The group of every token in ``0…keep-1``, B×N, int64, in the order of the places of those
+        that took others in or are alone.
 
     Raises:
-        ValueError: if the rounds cannot leave so few.
+        ValueError: if the rounds cannot leave so few, or features are not finite; that is looked
+            for on a CPU, outside of graphs.
+
+    >>> points = torch.tensor([[[0.0], [0.1], [5.0], [5.2]]])
+    >>> ward_groups(points, torch.ones(1, 4), keep=2, rounds=1).tolist()
+    [[0, 0, 1, 1]]
+    """
+    with full_precision(features.device):
+        features, weight = features.float(), weight.float()
+        if rounds is None:
+            return joined(_agglomerate(features, weight, keep))
+        pairs = pairs_per_round(weight.shape[1], keep, rounds)
+        return _in_rounds(features, weight, pairs)
+
+
+@torch.no_grad()
+def ward_leaders(features: Tensor, weight: Tensor, keep: int, rounds: int | None = 4) -> Tensor:
+    """As :func:`ward_groups`, but the place of the token that leads each one's group: its own where
+    it took others in or is alone; B×N, int64.
 
     >>> points = torch.tensor([[[0.0], [0.1], [5.0], [5.2]]])
     >>> ward_leaders(points, torch.ones(1, 4), keep=2, rounds=1).tolist()
@@ -83,84 +68,118 @@ def ward_leaders(features: Tensor, weight: Tensor, keep: int, rounds: int | None
         if rounds is None:
             return _agglomerate(features, weight, keep)
         pairs = pairs_per_round(weight.shape[1], keep, rounds)
-        return _in_rounds(features, weight, pairs)
+        return _in_rounds(
+            features, weight, pairs, places(weight.shape[1], weight).expand_as(weight)
+        )
 
 
 @in_two_forms(
-    "tdm_lightning.ops.kernels.ward:ward_leaders",
-    lambda tokens, keys, weight, keep, rounds: too_many(tokens.shape[1]),
+    "tdm_lightning.ops.kernels.ward:ward_plan",
+    lambda tokens, keys, weight, keep, rounds, part: too_many(tokens.shape[1]),
 )
-def ward_joins(
-    tokens: Tensor, keys: Tensor | None, weight: Tensor, keep: int, rounds: int | None
+def ward_plan(
+    tokens: Tensor,
+    keys: Tensor | None,
+    weight: Tensor,
+    keep: int,
+    rounds: int | None,
+    part: Tensor | None,
 ) -> Tensor:
-    """:func:`ward_leaders` of tokens and keys, each of unit length and side by side, in two forms.
+    """:func:`ward_groups` of tokens and keys, each of unit length and side by side, in two forms.
 
     Args:
         tokens: B×N×C.
         keys: B×N×d; ``None``: the tokens alone are compared.
         weight: of each token, B×N, positive.
-        keep: groups that are left.
+        keep: groups that are left, of those that take part.
         rounds: how many; ``None``: the exact agglomeration.
+        part: places of the tokens that take part, ascending, B×P; every other one is a group of its
+            own. ``None``: all.
 
     Returns:
-        As :func:`ward_leaders`.
+        The group of every token in ``0…keep+N-P-1``, B×N, int64, as :func:`ward_groups`.
 
     Raises:
-        ValueError: if the rounds cannot leave so few, or features are not finite; that is looked
-            for on a CPU, outside of graphs.
+        ValueError: as :func:`ward_groups`.
     """
-    parts = [tokens] if keys is None else [tokens, keys]
-    unit = torch.cat([F.normalize(part.float(), dim=-1) for part in parts], dim=-1)
-    on_cpu = type(unit) is Tensor and unit.device.type == "cpu"
-    looked_at = on_cpu and not torch.compiler.is_compiling()
-    if looked_at and not math.isfinite(float(unit.sum())):  # of unit vectors: cannot overflow
-        finite = unit.sum(dim=-1).isfinite()
-        raise ReductionError(
-            f"the features of {int((~finite).sum())} of {finite.numel()} tokens are not finite;"
-            " look for the block or the image that they come from"
-        )
-    return ward_leaders(unit, weight, keep, rounds)
+    n = tokens.shape[1]
+    if part is not None:
+        tokens, weight = gather_tokens(tokens, part), weight.gather(1, part)
+        keys = None if keys is None else gather_tokens(keys, part)
+    sides = [tokens] if keys is None else [tokens, keys]
+    unit = torch.cat([F.normalize(side.float(), dim=-1) for side in sides], dim=-1)
+    if part is None:
+        return ward_groups(unit, weight, keep, rounds)
+    return joined(among(ward_leaders(unit, weight, keep, rounds), part, n))
 
 
-def _in_rounds(features: Tensor, weight: Tensor, pairs: list[int]) -> Tensor:
-    """The place of the token that took each one in, B×N.
+def _in_rounds(
+    features: Tensor, weight: Tensor, pairs: list[int], leader: Tensor | None = None
+) -> Tensor:
+    """The group of each token, or what the one that leads it has in ``leader``, B×N.
 
     Followed are the weighted sums of the groups, not their means: a merge adds their rows and
-    columns of the Gram matrix, and nothing else changes.
+    columns of the Gram matrix. What is left stands side by side after each round, so that the two
+    sides of the next one are slices.
     """
     gram = _gram_of_sums(features, weight)
-    here = places(weight.shape[1], weight).expand_as(weight)
-    leader = present = here
+    group: Tensor | None = None  # rows in a table of all images
     for number, count in enumerate(pairs):
         if not count:
             continue
-        odd = number % 2 == 0
-        sources, targets = present[:, int(odd) :: 2], present[:, int(not odd) :: 2]
-        cost = _costs(gram, weight, sources, targets)
-        best, partner = cost.min(dim=2)  # the first of equals
-        order = _cheapest_first(best.clamp(min=0))
-        chosen = order[:, :count]
-        source = sources.gather(1, chosen)
-        target = targets.gather(1, partner.gather(1, chosen))
-        leader = here.scatter(1, source, target).gather(1, leader)
-        if number == len(pairs) - 1:
-            break
-        _join_(gram, source, target)
-        weight = weight.scatter_add(1, target, weight.gather(1, source))
-        left = torch.cat((targets, sources.gather(1, order[:, count:])), dim=1)
-        present = left.sort(dim=1).values
-    return leader
+        last, first = number == len(pairs) - 1, (number + 1) % 2
+        n, left = weight.shape[1], weight.shape[1] - count
+        source, target = slice(first, None, 2), slice(1 - first, None, 2)
+        best, partner = _gains(gram, weight, source, target).max(dim=2)  # the first of equals
+        gains, order = _largest_first(best)
+        if group is None:
+            _check_finite(gains[:, 0], features)
+        order = order[:, :count]
+        step = 0 if last and leader is None else left
+        row = join_sides(order, partner, n, first, step).flatten()
+        group = row if group is None else row.index_select(0, group)
+        if leader is not None:
+            leader = leader.clone()
+            leader[:, source].scatter_(1, order, 0)
+            leader = _added(leader, row, left)
+        if not last:
+            weight, gram = _added(weight, row, left), _added(gram, row, left)
+            gram = _added(gram.transpose(1, 2), row, left)
+    if group is None:
+        return places(features.shape[1], weight).expand(features.shape[:2])
+    if leader is not None:
+        group = leader.flatten().index_select(0, group)
+    return group.view(features.shape[:2])
 
 
-def _cheapest_first(values: Tensor) -> Tensor:
-    """The places of non-negative values in ascending order, equal ones by place, B×N."""
+def _added(x: Tensor, row: Tensor, left: int) -> Tensor:
+    """Sums of what belongs to the same row of a table, B×N×…, for each of the images."""
+    batch, _, *rest = x.shape
+    total = zeros(x, batch * left, *rest).index_add(0, row, x.flatten(0, 1))
+    return total.view(batch, left, *rest)
+
+
+def _largest_first(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values that are not positive in descending order, equal ones by place, and their places."""
     if not torch.compiler.is_exporting():
-        return values.sort(dim=1, stable=True).indices
+        return values.sort(dim=1, descending=True, stable=True)
     # ONNX has no stable sort; in double precision there is room below a float's last bit to tell
     # equal values apart.
     n = values.shape[1]
     shift = 1 + torch.arange(n, device=values.device, dtype=torch.float64) * 2.0**-40
-    return ((values.double() + 1e-60) * shift).topk(n, dim=1, largest=False).indices
+    return ((values.clamp(max=0).double() - 1e-60) * shift).topk(n, dim=1)
+
+
+def _check_finite(gains: Tensor, features: Tensor) -> None:
+    """Whether gains are numbers, one of each image that is none where any was, B."""
+    on_cpu = type(gains) is Tensor and gains.device.type == "cpu"
+    if not on_cpu or torch.compiler.is_compiling() or not any(map(math.isnan, gains.tolist())):
+        return
+    finite = features.sum(dim=-1).isfinite()
+    raise ReductionError(
+        f"the features of {int((~finite).sum())} of {finite.numel()} tokens are not finite;"
+        " look for the block or the image that they come from"
+    )
 
 
 def _gram_of_sums(features: Tensor, weight: Tensor) -> Tensor:
@@ -169,42 +188,33 @@ def _gram_of_sums(features: Tensor, weight: Tensor) -> Tensor:
     return sums @ sums.transpose(1, 2)
 
 
-def _costs(gram: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """What merging each pair adds to the weighted variance, B×P×Q, but for rounding not negative.
+def _gains(gram: Tensor, weight: Tensor, first: slice, second: slice) -> Tensor:
+    """Minus a half of what merging each pair adds to the weighted variance, B×P×Q, but for rounding
+    not positive: ``(S·T − ½(v·S²/w + w·T²/v)) / (w + v)`` of weighted sums S and T.
 
     Args:
         gram: of the weighted sums, B×N×N.
         weight: B×N.
-        first: places, B×P.
-        second: places, B×Q.
+        first: places of P tokens.
+        second: places of Q tokens.
     """
-    at = torch.add(second.unsqueeze(1), first.unsqueeze(2), alpha=weight.shape[1])
-    inner = gram.flatten(1).gather(1, at.flatten(1)).view_as(at)
-    # w·v / (w + v) · ‖S/w − T/v‖² of sums S and T
     norm = gram.diagonal(dim1=1, dim2=2) / weight
-    own, other = norm.gather(1, first).unsqueeze(2), norm.gather(1, second).unsqueeze(1)
-    w, v = weight.gather(1, first).unsqueeze(2), weight.gather(1, second).unsqueeze(1)
-    return inner.mul_(-2).addcmul_(own, v).addcmul_(other, w).div_(w + v)
-
-
-def _join_(gram: Tensor, source: Tensor, target: Tensor) -> None:
-    """Add rows and columns of the sources to those of their targets; their own are left as they
-    are and not looked at again.
-    """
-    rows = source.unsqueeze(2).expand(-1, -1, gram.shape[2])
-    gram.scatter_add_(1, target.unsqueeze(2).expand_as(rows), gram.gather(1, rows))
-    columns = source.unsqueeze(1).expand(-1, gram.shape[1], -1)
-    gram.scatter_add_(2, target.unsqueeze(1).expand_as(columns), gram.gather(2, columns))
+    own, w = (values[:, first].unsqueeze(2) for values in (norm, weight))
+    other, v = (values[:, second].unsqueeze(1) for values in (norm, weight))
+    inner = gram[:, first, second].addcmul(own, v, value=-0.5)
+    return inner.addcmul_(other, w, value=-0.5).div_(w + v)
 
 
 def _agglomerate(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     """Merge the cheapest pair of all until ``keep`` are left, by the update of Lance and Williams
-    (1967); the higher place goes into the lower one. As :func:`_in_rounds`.
+    (1967); the higher place goes into the lower one. The places of those that lead, B×N.
     """
     batch, n = weight.shape
     here = torch.arange(n, device=weight.device)
     leader = here.expand(batch, n)
-    cost = _costs(_gram_of_sums(features, weight), weight, leader, leader).clamp(min=0)
+    every = slice(None)
+    cost = -2 * _gains(_gram_of_sums(features, weight), weight, every, every).clamp(max=0)
+    _check_finite(cost.flatten(1).amin(dim=1), features)
     cost = cost.triu(1) + cost.triu(1).transpose(1, 2)  # the same both ways, to the last bit
     cost = cost.masked_fill(torch.eye(n, dtype=torch.bool, device=cost.device), torch.inf)
     for _ in range(n - keep):

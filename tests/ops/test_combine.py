@@ -37,6 +37,18 @@ def test_means_and_sizes_equal_the_loops(n, groups, seed, least):
             assert sizes[image, g] == sum(size[image, j] for j in members)
 
 
+def test_without_weights_a_group_becomes_the_mean_of_its_patches():
+    x, group = torch.randn(1, 4, 3, requires_grad=True), torch.tensor([[1, 0, 1, -1]])
+    size = torch.tensor([[3.0, 2, 5, 4]])
+    found, sizes = combine(x, group, None, size, 2)
+    wanted = torch.stack((x[:, 1], (3 * x[:, 0] + 5 * x[:, 2]) / 8), dim=1)
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(found[:, 0], x[:, 1])
+    assert sizes.tolist() == [[2, 8]]
+    found.sum().backward()
+    torch.testing.assert_close(x.grad[0, :, 0], torch.tensor([3 / 8, 1, 5 / 8, 0]))
+
+
 @pytest.mark.parametrize("score", [0.0, 1e-30, 1e-6, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_token_alone_passes_bit_by_bit(score, dtype):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tdm_lightning.errors import SettingError
 from tdm_lightning.ops import fewest_after, joined, ward_leaders
-from tdm_lightning.ops.ward import pairs_per_round
+from tdm_lightning.ops.rounds import pairs_per_round
 
 
 def looped(features, weight, keep, rounds):

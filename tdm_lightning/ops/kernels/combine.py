@@ -20,9 +20,10 @@ _TINY = tl.constexpr(TINY)
 
 
 def combine(
-    x: Tensor, group: Tensor, weight: Tensor, size: Tensor, groups: int
+    x: Tensor, group: Tensor, weight: Tensor | None, size: Tensor, groups: int
 ) -> tuple[Tensor, Tensor]:
     """The kernel of :func:`tdm_lightning.ops.combine`."""
+    weight = size if weight is None else weight
     batch, n, width = x.shape
     out = torch.empty(batch, groups, width, dtype=x.dtype, device=x.device)
     total = torch.empty(batch, groups, dtype=size.dtype, device=x.device)

@@ -5,14 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tdm_lightning.errors import SettingError
 from tdm_lightning.ops.kernels.inner import inner_products
 from tdm_lightning.ops.kernels.parts import ROWS, STAGES, WARPS, columns, scratch, whole
 from tdm_lightning.ops.kernels.ward_exact import agglomerate
 from tdm_lightning.ops.kernels.ward_rounds import in_rounds
+from tdm_lightning.ops.merge import among, gather_tokens, joined
+from tdm_lightning.ops.rounds import check_rounds
 
 #: Sources that are joined in one product.
 _JOINED = 16
+
+
+def ward_plan(
+    tokens: Tensor,
+    keys: Tensor | None,
+    weight: Tensor,
+    keep: int,
+    rounds: int | None,
+    part: Tensor | None,
+) -> Tensor:
+    """The kernel of :func:`tdm_lightning.ops.ward_plan`."""
+    if part is None:
+        return joined(ward_leaders(tokens, keys, weight, keep, rounds))
+    n = tokens.shape[1]
+    tokens, weight = gather_tokens(tokens, part), weight.gather(1, part)
+    keys = None if keys is None else gather_tokens(keys, part)
+    return joined(among(ward_leaders(tokens, keys, weight, keep, rounds), part, n))
 
 
 def ward_leaders(
@@ -35,11 +53,8 @@ def ward_leaders(
         ValueError: if the rounds cannot leave so few.
     """
     batch, n, _ = tokens.shape
-    if rounds is not None and keep < (least := -(-n // 2**rounds)):
-        raise SettingError(
-            f"{rounds} rounds that each at most halve make at least {least} of {n} tokens, and"
-            f" {keep} are asked for"
-        )
+    if rounds is not None:
+        check_rounds(n, keep, rounds)
     leader = torch.empty(batch, n, dtype=torch.int64, device=tokens.device)
     if not leader.numel():
         return leader

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tdm_lightning import kernels
-from tdm_lightning.ops import combine, decouple, ward_joins
+from tdm_lightning.ops import combine, decouple, ward_plan
 from tdm_lightning.ops.alternating import alternating_groups
 from tdm_lightning.ops.attention import attention_by_rows, biased_attention
 from tdm_lightning.ops.importance import class_importance
@@ -146,10 +146,13 @@ PLANS = {
             max((n - n // 2) // 4, int(n > 1)),
         ),
     ),
-    "ward": (ward_joins, lambda x, n: (x, x[..., :8] * 2, torch.rand(2, n) + 0.5, n - n // 3, 4)),
+    "ward": (
+        ward_plan,
+        lambda x, n: (x, x[..., :8] * 2, torch.rand(2, n) + 0.5, n - n // 3, 4, None),
+    ),
     "ward, exact": (
-        ward_joins,
-        lambda x, n: (x, None, torch.rand(2, n) + 0.5, n - min(n // 3, 9), None),
+        ward_plan,
+        lambda x, n: (x, None, torch.rand(2, n) + 0.5, n - min(n // 3, 9), None, None),
     ),
 }
 
