@@ -9,7 +9,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels 
 import functools
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,15 @@ def golden() -> Callable[[str], tuple[dict[str, Any], dict[str, torch.Tensor]]]:
         return json.loads((folder / "facts.json").read_text()), tensors
 
     return load
+
+
+@pytest.fixture(params=["torch", "triton"])
+def form(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs on torch's operations, then on Triton's kernels in the interpreter."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    with tdm.kernels.use(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

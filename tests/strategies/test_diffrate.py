@@ -16,6 +16,7 @@ def settings(golden, case):
     return method["counts"], method["pruned"]
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("case", CASES)
 def test_official_numbers(official, golden, case):
     check_against_official(official(case, tdm.DiffRate(*settings(golden, case))))

@@ -9,6 +9,7 @@ from tdm_lightning.core import Role
 from tdm_lightning.ops import cluster_density_peaks
 
 
+@pytest.mark.usefixtures("form")
 @torch.no_grad()
 def test_official_numbers(official):
     facts, tensors, model = official("dpcknn_a", tdm.DPCKNN(0.7, neighbours=5))

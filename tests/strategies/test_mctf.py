@@ -19,6 +19,7 @@ def strategy(golden, case, **changed):
     return tdm.MCTF(**{**own, "layers": layers, **changed})
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("case", CASES)
 def test_official_numbers(official, golden, case):
     check_against_official(official(case, strategy(golden, case)))

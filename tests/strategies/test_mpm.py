@@ -24,6 +24,7 @@ def images():
     return torch.randn(3, 3, 32, 32)
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_official_numbers(official, golden, case):

@@ -14,6 +14,7 @@ from tests.helpers.vits import lively
 CASES = ("pitome_a", "pitome_b", "pitome_c")
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("case", CASES)
 def test_official_numbers(official, golden, case):
     rate = golden(case)[0]["method"]["keep_rate"]

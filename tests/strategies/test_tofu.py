@@ -12,6 +12,7 @@ from tests.helpers.peers import first_of_group
 CASES = ("tofu_a", "tofu_b", "tofu_c")
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_official_numbers(official, golden, case):

@@ -11,6 +11,7 @@ from tdm_lightning.core import Role
 from tdm_lightning.ops import match_alternating
 
 
+@pytest.mark.usefixtures("form")
 @torch.no_grad()
 def test_official_numbers(official):
     facts, tensors, model = official("tome_a", tdm.ToMe(8))

@@ -9,6 +9,7 @@ from tests.helpers.peers import check_against_official
 from tests.helpers.ward_reference import CASES, forward
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("case", CASES)
 def test_recorded_numbers(official, golden, case):
     method = golden(case)[0]["method"]

@@ -46,6 +46,38 @@ def test_both_forms_decide_alike(vit, name):
     torch.testing.assert_close(others, logits, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["tdm", "ward", "tome", "evit"])
+@torch.no_grad()
+def test_an_image_does_not_depend_on_its_batch(vit, name):
+    images = torch.randn(3, 3, 32, 32)
+    model = tdm.attach(vit, STRATEGIES[name]()).eval()
+    with tdm.kernels.use("triton"):
+        together, trace = model.trace(images)
+        alone, own = model.trace(images[1:2])
+    torch.testing.assert_close(alone[0], together[1], atol=1e-5, rtol=1e-5)
+    for layer, single in zip(trace.layers, own.layers, strict=True):
+        assert torch.equal(layer.assignment[1], single.assignment[0])
+
+
+@pytest.mark.parametrize("name", ["tdm", "tdm by keys", "evit", "evit-merger"])
+@torch.no_grad()
+def test_plans_commute_with_a_permutation_of_the_patches(vit, name):
+    images, shuffle = torch.randn(2, 3, 32, 32), torch.randperm(64)
+    patches = [place + 1 for place in shuffle.tolist()]
+    position = torch.nn.Parameter(vit.pos_embed[:, [0, *patches]])
+    tiles = images.unfold(2, 4, 4).unfold(3, 4, 4).reshape(2, 3, 64, 4, 4)[:, :, shuffle]
+    tiles = tiles.reshape(2, 3, 8, 8, 4, 4).transpose(3, 4).reshape(2, 3, 32, 32)
+    model = tdm.attach(vit, STRATEGIES[name]()).eval()
+    with tdm.kernels.use("triton"):
+        logits, trace = model.trace(images)
+        before, vit.pos_embed = vit.pos_embed, position
+        others, again = model.trace(tiles)
+    vit.pos_embed = before
+    torch.testing.assert_close(others, logits, atol=1e-4, rtol=1e-3)
+    for mine, theirs in zip(trace.layers, again.layers, strict=True):
+        assert torch.equal(mine.assignment[:, shuffle], theirs.assignment)
+
+
 @pytest.mark.parametrize("name", ["tdm", "ward", "tome"])
 def test_gradients_flow_in_both_forms(vit, name):
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
