@@ -12,9 +12,12 @@ pytest.importorskip("triton")
 from tdm_lightning.ops.kernels.alternating import match_alternating
 
 
-@pytest.mark.parametrize("dtype", [*TYPES, torch.float64])
-def test_pairs(dtype):
-    for n in COUNTS:
+@pytest.mark.parametrize(
+    ("dtype", "counts"),
+    [(torch.float32, COUNTS), *((other, (7, 65)) for other in (*TYPES[1:], torch.float64))],
+)
+def test_pairs(dtype, counts):
+    for n in counts:
         for batch, width, share, prefix in ((1, 16, 1.0, 1), (3, 70, 0.3, 1), (3, 16, 0.7, 2)):
             if n == 1 and prefix == 2:
                 continue  # torch finds no largest of no similarities

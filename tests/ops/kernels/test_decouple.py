@@ -34,17 +34,18 @@ def in_torch(x, score, attentive, pairs, clusters):
 
 
 def splits(n):
-    """Budgets as TDM makes them, and the ends of what can be."""
-    yield n, n // 3, 0
-    yield 0, 0, max(n // 4, 1)
-    yield n - 1, (n - 1) // 2, 1
+    """Budgets as TDM makes them, and of few tokens the ends of what can be."""
+    if n < 100:
+        yield n, n // 3, 0
+        yield 0, 0, max(n // 4, 1)
+        yield n - 1, (n - 1) // 2, 1
     for keep in {max(int(share * n), 1) for share in (0.3, 0.7)} - {n}:
         split = split_budget(n, keep)
         yield split.attentive, split.pairs, split.clusters
 
 
 @pytest.mark.parametrize(
-    ("dtype", "counts"), [(torch.float32, COUNTS), *((half, (7, 65, 257)) for half in TYPES[1:])]
+    ("dtype", "counts"), [(torch.float32, COUNTS), *((half, (7, 65)) for half in TYPES[1:])]
 )
 def test_groups(dtype, counts):
     for n in counts:

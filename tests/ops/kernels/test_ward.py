@@ -42,7 +42,8 @@ def given(batch, n, dtype=torch.float32):
 )
 def test_rounds(dtype, rounds, counts):
     for n in counts:
-        for batch, share, with_keys in ((1, 0.8, True), (3, 0.8, False), (1, 0.0, True)):
+        cases = ((1, 0.8, True), (3, 0.8, False), (1, 0.0, True))
+        for batch, share, with_keys in cases if n < 100 else cases[:2]:
             tokens, keys, weight = given(batch, n, dtype)
             keep = max(int(share * n), -(-n // 2**rounds))  # at most halved by each
             other = keys if with_keys else None
@@ -61,7 +62,7 @@ def test_exact_agglomeration(dtype, counts):
             assert torch.equal(found, in_torch(tokens, other, weight, keep, None)), (n, keep)
 
 
-@pytest.mark.parametrize(("keep", "rounds"), [(958, 2), (1349, None)])
+@pytest.mark.parametrize(("keep", "rounds"), [(958, 1), (1366, None)])
 def test_the_most_tokens(keep, rounds):
     tokens, keys, weight = given(1, 1369)
     found = ward_leaders(tokens, keys, weight, keep, rounds)
