@@ -195,7 +195,7 @@ def _walk(
         best = _ranking(stage.scores(influence), stage.later)
         count, error, tuned = choose(stage, best)
         if tuned is not None:
-            slim.blocks[index].load_state_dict(tuned.state_dict())
+            adapter_for(slim).blocks(slim)[index].load_state_dict(tuned.state_dict())
         kept[index] = best(count)
         found.append(SlimmedBlock(index, count, error, tuned is not None))
         if done is not None:

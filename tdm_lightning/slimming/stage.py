@@ -13,7 +13,7 @@ from tdm_lightning.core import Tokens
 from tdm_lightning.slimming.error import relative_error
 from tdm_lightning.slimming.impact import attention_maps, impact_scores, influence_through
 from tdm_lightning.vit.adapters import adapter_for
-from tdm_lightning.vit.adapters.timm_parts import ATTENTIONS, parts_of
+from tdm_lightning.vit.adapters.parts import ATTENTIONS, BLOCKS, parts_of
 
 
 class Stage:
@@ -21,7 +21,7 @@ class Stage:
     masked already.
 
     Args:
-        vit: the timm model.
+        vit: the plain model.
         index: the block; not the last one.
         later: patches that the block behind it computes, N, bool.
         images: batches to look at, each B×C×H×W. Two states of all of their tokens are held in
@@ -33,7 +33,7 @@ class Stage:
         self.adapter = adapter_for(vit)
         self.info = self.adapter.info(vit)
         self.prefix = self.info.prefix
-        self.block, self.behind = vit.blocks[index], vit.blocks[index + 1]
+        self.block, self.behind = self.adapter.blocks(vit)[index : index + 2]
         self.later = later
         #: The tokens that enter and leave the block, one pair of B×T×C for each batch.
         self.around = [_around(vit, index, batch) for batch in images]
@@ -106,8 +106,9 @@ class Stage:
 
     def _attention(self, block: Any, x: Tensor) -> Tensor:
         tokens = Tokens(x, self.prefix, self.info)
-        parts = parts_of(block.attn, ATTENTIONS)  # rows can be chosen, so it is timm's plain one
-        heads = parts.heads(block.attn, block.norm1(x), tokens, self.index)
+        plain: Any = parts_of(block, BLOCKS)  # for rows can be chosen
+        (attn,), (norm, _) = plain.attentions(block), plain.norms(block)
+        heads = parts_of(attn, ATTENTIONS).heads(attn, norm(x), tokens, self.index)
         return attention_maps(heads.q, heads.k, heads.scale)
 
     def _alive(self, patches: Tensor) -> Tensor:
@@ -119,6 +120,7 @@ def _around(vit: Any, index: int, images: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens that enter and leave a block of the plain model."""
     adapter = adapter_for(vit)
     x = adapter.embed(vit, images, adapter.info(vit)).x
-    for block in vit.blocks[:index]:
+    *before, last = list(adapter.blocks(vit))[: index + 1]
+    for block in before:
         x = block(x)
-    return x, vit.blocks[index](x)
+    return x, last(x)

@@ -61,7 +61,7 @@ class Structured(Sparsity):
             TypeError: if the model's blocks do not hold timm's plain attention and MLP.
             ValueError: if a density leaves no head or no unit.
         """
-        for index, block in enumerate(vit.blocks):
+        for index, block in enumerate(getattr(vit, "blocks", [vit])):
             _check(block)
             weight = block.mlp.fc1.weight
             for name, share, size in (
@@ -239,5 +239,5 @@ def _check(block: Any) -> None:
         raise SettingTypeError(
             "Structured sparsity needs blocks with timm's plain Attention and Mlp, and this"
             f" model's {type(block).__name__} holds {type(attn).__name__} and {type(mlp).__name__},"
-            " a gate, or a norm between their layers; take another model, or Unstructured"
+            " or a gate or norm between their layers; take another model, or Unstructured"
         )

@@ -33,7 +33,7 @@ def attach(
 def attach(
     model: nn.Module, strategy: Strategy | Sequence[Strategy], path: str | None = None
 ) -> Any:
-    """Wrap a timm ViT so that it reduces its tokens. The ViT and its parameters are shared, not
+    """Wrap a ViT so that it reduces its tokens. The ViT and its parameters are shared, not
     copied or changed.
 
     A ViT inside a larger model, such as a detector's backbone or the tower of a CLIP model, is
@@ -42,14 +42,15 @@ def attach(
     Args:
         model: any model of timm's ViT classes: ``VisionTransformer`` (DeiT, DINOv2, CLIP, hybrids,
             …), ``Eva`` (EVA-02, DINOv3, PE), ``Beit``, ``VisionTransformerRelPos``,
-            ``NaFlexVit``; or a module that holds one, which is changed in place.
+            ``NaFlexVit``; torchvision's ``VisionTransformer``; or a module that holds one, which is
+            changed in place.
         strategy: a token-reduction method, or a list of one and of methods that act on the weights,
             ``[SViTE(), TDM()]``. One with parameters or masks of its own can be attached once.
         path: where the ViT hangs in a larger model, such as ``"visual.trunk"``; may be left out
             where there is only one.
 
     Returns:
-        The reduced model; the timm model is its ``vit``. Of a larger model: that model itself.
+        The reduced model; the given one is its ``vit``. Of a larger model: that model itself.
 
     Raises:
         TypeError: if the model cannot be reduced (the message says why), or an argument is of the

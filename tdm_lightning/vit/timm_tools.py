@@ -35,7 +35,10 @@ class TimmTools:
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory: recompute each block in the backward pass."""
-        self.vit.set_grad_checkpointing(enable)
+        if hasattr(self.vit, "set_grad_checkpointing"):
+            self.vit.set_grad_checkpointing(enable)
+        else:  # none of timm's: the pass here recomputes all the same
+            self.vit.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         """The timm model's classifier."""

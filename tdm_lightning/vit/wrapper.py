@@ -131,7 +131,7 @@ class TokenReducedViT(TimmTools, nn.Module):
             and self.strategy.spares_class_tokens()
             and not _listened(self.hook_points[last])
             and not _listened(self._adapter.blocks(self.vit)[last])
-            and not _listened(getattr(self.vit, "norm", None))
+            and not any(map(_listened, self._adapter.norms(self.vit)))
         )
 
     def trace(self, images: Tensor) -> tuple[Tensor, Trace]:
@@ -416,10 +416,9 @@ class TokenReducedViT(TimmTools, nn.Module):
         return self.sharing.push(self, repo_id, config, license, private, token, **commit)
 
 
-def _listened(module: nn.Module | None) -> bool:
+def _listened(module: nn.Module) -> bool:
     """Whether anybody hooked a function to a module or to one inside it."""
-    inside = () if module is None else module.modules()
-    return any(one._forward_hooks or one._forward_pre_hooks for one in inside)
+    return any(one._forward_hooks or one._forward_pre_hooks for one in module.modules())
 
 
 def _unwatched(stage: str, index: int) -> None:

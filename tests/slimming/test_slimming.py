@@ -14,7 +14,7 @@ import tdm_lightning as tdm
 from tdm_lightning import slimming
 from tdm_lightning.cli import main
 from tdm_lightning.slimming.error import relative_error
-from tdm_lightning.vit.adapters.timm_parts import ATTENTIONS
+from tdm_lightning.vit.adapters.parts import ATTENTIONS
 from tdm_lightning.vit.find import hook_blocks
 
 SHAPE = {

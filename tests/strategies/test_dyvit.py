@@ -13,7 +13,7 @@ import tdm_lightning as tdm
 from tdm_lightning.core import Output, Role, Tokens
 from tdm_lightning.ops import policy_softmax
 from tdm_lightning.vit.adapters import model_info
-from tdm_lightning.vit.adapters.timm_parts import run_attention
+from tdm_lightning.vit.adapters.parts import run_attention
 from tests.helpers.vits import grouped
 
 

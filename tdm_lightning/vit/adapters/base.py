@@ -57,6 +57,13 @@ class Adapter(ABC):
     def blocks(self, vit: Any) -> Sequence[nn.Module]:
         """The transformer blocks, in order."""
 
+    def norms(self, vit: Any) -> Sequence[nn.Module]:
+        """Modules behind the last block, up to the tokens that the head gets: a hook at one of them
+        wants to see all rows.
+        """
+        norm = getattr(vit, "norm", None)
+        return [] if norm is None else [norm]
+
     def check(self, vit: Any, requirements: Requirements) -> None:  # noqa: B027 - may have none
         """Refuse a model that cannot be taken apart, or not as a strategy asks for.
 

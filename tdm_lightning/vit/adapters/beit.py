@@ -13,10 +13,10 @@ from tdm_lightning.core.positions import Positions
 from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.ops import linear_weight
 from tdm_lightning.vit.adapters.attention import Heads
+from tdm_lightning.vit.adapters.parts import ATTENTIONS, BLOCKS, PreNormGamma
 from tdm_lightning.vit.adapters.registry import register_adapter
 from tdm_lightning.vit.adapters.relative import BiasedAttention
 from tdm_lightning.vit.adapters.timm_base import TimmAdapter
-from tdm_lightning.vit.adapters.timm_parts import ATTENTIONS, BLOCKS, PreNormGamma
 
 
 class BeitAttention(BiasedAttention):

@@ -17,15 +17,15 @@ from tdm_lightning.errors import UnsupportedModelError
 from tdm_lightning.ops import linear_weight
 from tdm_lightning.ops.linear import is_quantized
 from tdm_lightning.vit.adapters.attention import Heads
-from tdm_lightning.vit.adapters.registry import register_adapter
-from tdm_lightning.vit.adapters.timm_base import TimmAdapter
-from tdm_lightning.vit.adapters.timm_parts import (
+from tdm_lightning.vit.adapters.parts import (
     ATTENTIONS,
     BLOCKS,
     AttentionParts,
     PreNormGamma,
     ResPost,
 )
+from tdm_lightning.vit.adapters.registry import register_adapter
+from tdm_lightning.vit.adapters.timm_base import TimmAdapter
 
 
 class RotaryAttention(AttentionParts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,12 @@ from tdm_lightning.errors import SettingError, SettingTypeError, UnsupportedMode
 from tdm_lightning.vit.adapters.base import Adapter, Size
 
 _ADAPTERS: dict[type[nn.Module], Adapter] = {}
+
+#: Classes of libraries that are not imported here, by their full names: the file that has their
+#: adapter is imported when a model of theirs is met.
+_LAZY = {
+    "torchvision.models.vision_transformer.VisionTransformer": "torchvision_vit",
+}
 
 #: Methods by which a model runs. A subclass that has its own runs in a way that no adapter knows.
 _FORWARDS = ("forward", "forward_features")
@@ -49,9 +56,18 @@ def register_adapter(cls: type[nn.Module], adapter: Adapter | type[Adapter]) -> 
 
 def find_adapter(vit: object) -> Adapter | None:
     """The adapter of a model; ``None``: there is none."""
-    for kind in type(vit).__mro__:
+    kind = _registered(type(vit))
+    return None if kind is None else _ADAPTERS[kind]
+
+
+def _registered(cls: type) -> type[nn.Module] | None:
+    """The class itself, or the nearest one that it comes from, that has an adapter."""
+    for kind in cls.__mro__:
+        file = _LAZY.get(f"{kind.__module__}.{kind.__qualname__}")
+        if file is not None and kind not in _ADAPTERS:
+            import_module(f"{__package__}.{file}")
         if kind in _ADAPTERS:
-            return _ADAPTERS[kind]
+            return kind
     return None
 
 
@@ -62,9 +78,8 @@ def adapter_for(vit: nn.Module) -> Adapter:
         TypeError: if there is none, or the model runs in another way than the class that the
             adapter is for; the message says so.
     """
-    for kind in type(vit).__mro__:
-        if kind not in _ADAPTERS:
-            continue
+    kind = _registered(type(vit))
+    if kind is not None:
         for name in _FORWARDS:
             if getattr(type(vit), name, None) is not getattr(kind, name, None):
                 raise UnsupportedModelError(

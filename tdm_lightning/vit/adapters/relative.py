@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdm_lightning.core.tokens import Tokens
-from tdm_lightning.vit.adapters.timm_parts import AttentionParts
+from tdm_lightning.vit.adapters.parts import AttentionParts
 
 
 class BiasedAttention(AttentionParts):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,8 @@ from tdm_lightning.core.info import ModelInfo
 from tdm_lightning.core.positions import Positions
 from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import SettingError, UnsupportedModelError
-from tdm_lightning.strategies.base import Ahead, Requirements
-from tdm_lightning.vit.adapters.base import Adapter, Read, Size
-from tdm_lightning.vit.adapters.timm_parts import BLOCKS, check_block, check_plain, parts_of
+from tdm_lightning.vit.adapters.base import Size
+from tdm_lightning.vit.adapters.parts import PartsAdapter
 from tdm_lightning.vit.pooling import log_size, mean_over_patches
 
 #: How timm's heads pool: over patches, each counted as many times as it stands for …
@@ -24,10 +23,8 @@ _OVER_PATCHES = ("avg", "avgmax", "max", "map", "prr")
 _UNPOOLED = ""
 
 
-class TimmAdapter(Adapter):
+class TimmAdapter(PartsAdapter):
     """timm's ViT classes: a list of blocks, ``patch_embed``, ``norm`` and ``forward_head``."""
-
-    takes_rows = True
 
     def embedded(self, vit: Any, images: Tensor) -> tuple[Tensor, Positions | None]:
         """Tokens B×T×C in front of the first block, and what later blocks want to know of
@@ -102,13 +99,6 @@ class TimmAdapter(Adapter):
         """See :meth:`Adapter.blocks`."""
         return vit.blocks
 
-    def check(self, vit: Any, requirements: Requirements) -> None:
-        """See :meth:`Adapter.check`."""
-        for block in vit.blocks:
-            check_block(block)
-            if requirements.rows or requirements.ahead:
-                check_plain(block)
-
     def needs_sizes(self, vit: Any) -> bool:
         """See :meth:`Adapter.needs_sizes`."""
         return vit.global_pool in _OVER_PATCHES
@@ -154,25 +144,6 @@ class TimmAdapter(Adapter):
                 f" model, got {height}×{width}; resize them, or create the timm model with"
                 " dynamic_img_pad=True"
             )
-
-    def attend(
-        self,
-        block: Any,
-        index: int,
-        tokens: Tokens,
-        needs: frozenset[str],
-        rows: int | None = None,
-    ) -> tuple[Tensor, Read]:
-        """See :meth:`Adapter.attend`."""
-        return parts_of(block, BLOCKS).attend(block, index, tokens, needs, rows)
-
-    def attend_ahead(self, block: Any, tokens: Tokens, reduce: Callable[[Tensor], Ahead]) -> Tokens:
-        """See :meth:`Adapter.attend_ahead`."""
-        return parts_of(block, BLOCKS).attend_ahead(block, tokens, reduce)
-
-    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
-        """See :meth:`Adapter.feed_forward`."""
-        return parts_of(block, BLOCKS).feed_forward(block, x)
 
     def norm(self, vit: Any, x: Tensor) -> Tensor:
         """See :meth:`Adapter.norm`."""

@@ -24,9 +24,7 @@ from tdm_lightning.ops import linear_bias, linear_weight
 from tdm_lightning.ops.linear import is_plain
 from tdm_lightning.vit.adapters.attention import Heads, attended, seen_by
 from tdm_lightning.vit.adapters.base import Read, nothing
-from tdm_lightning.vit.adapters.registry import register_adapter
-from tdm_lightning.vit.adapters.timm_base import TimmAdapter
-from tdm_lightning.vit.adapters.timm_parts import (
+from tdm_lightning.vit.adapters.parts import (
     ATTENTIONS,
     BLOCKS,
     AttentionParts,
@@ -35,6 +33,8 @@ from tdm_lightning.vit.adapters.timm_parts import (
     ResPost,
     run_attention,
 )
+from tdm_lightning.vit.adapters.registry import register_adapter
+from tdm_lightning.vit.adapters.timm_base import TimmAdapter
 
 
 class PlainAttention(AttentionParts):

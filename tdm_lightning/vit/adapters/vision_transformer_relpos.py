@@ -16,10 +16,10 @@ from torch import Tensor
 from tdm_lightning.core.positions import Positions
 from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.vit.adapters.attention import Heads
+from tdm_lightning.vit.adapters.parts import ATTENTIONS, BLOCKS, PreNorm, ResPost
 from tdm_lightning.vit.adapters.registry import register_adapter
 from tdm_lightning.vit.adapters.relative import BiasedAttention
 from tdm_lightning.vit.adapters.timm_base import TimmAdapter
-from tdm_lightning.vit.adapters.timm_parts import ATTENTIONS, BLOCKS, PreNorm, ResPost
 
 
 class RelativeAttention(BiasedAttention):

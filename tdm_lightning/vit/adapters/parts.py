@@ -1,4 +1,4 @@
-"""timm's blocks, taken apart into attention and MLP."""
+"""Blocks taken apart into attention and MLP."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.nn.functional import pad
 from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import UnsupportedModelError
 from tdm_lightning.ops.kernels import current
-from tdm_lightning.strategies.base import Ahead
+from tdm_lightning.strategies.base import Ahead, Requirements
 from tdm_lightning.vit.adapters.attention import Heads, attended, attention_map, pooled_map, seen_by
-from tdm_lightning.vit.adapters.base import Read, nothing
+from tdm_lightning.vit.adapters.base import Adapter, Read, nothing
 
 
 class AttentionParts(ABC):
-    """One of timm's attention classes, taken apart."""
+    """An attention class, taken apart."""
 
     #: Whether it follows a policy, and its weights may be formed apart from its values.
     plain: bool = False
@@ -44,8 +44,15 @@ class AttentionParts(ABC):
         self, attn: Any, heads: Heads, h: Tensor, bias: Tensor | None, policy: Tensor | None
     ) -> Tensor:
         """What comes behind queries, keys and values: softmax, norm, gate, projection; B×T×C."""
-        dropout = attn.attn_drop.p if attn.training else 0.0
-        return self.projected(attn, attended(heads, bias, dropout, policy), h)
+        return self.projected(attn, attended(heads, bias, self.dropout(attn), policy), h)
+
+    def scale(self, attn: Any) -> float:
+        """Factor on the products of queries and keys."""
+        return attn.scale
+
+    def dropout(self, attn: Any) -> float:
+        """Probability with which a weight is dropped."""
+        return attn.attn_drop.p if attn.training else 0.0
 
     def projected(self, attn: Any, x: Tensor, h: Tensor) -> Tensor:
         """What comes behind the weighted values, B×T×C: norm, gate, projection."""
@@ -77,7 +84,13 @@ class AttentionParts(ABC):
 
 
 class BlockParts(ABC):
-    """One of timm's block classes, taken apart into attention and MLP."""
+    """A block class, taken apart into attention and MLP.
+
+    Attributes:
+        plain: whether the block is one attention behind a norm, then one MLP behind a norm.
+    """
+
+    plain: bool = False
 
     def attentions(self, block: Any) -> Sequence[nn.Module]:
         """The attentions of the block, side by side."""
@@ -113,6 +126,38 @@ def parts_of(module: nn.Module, known: dict[type[nn.Module], Parts]) -> Parts:
     return next(known[kind] for kind in type(module).__mro__ if kind in known)
 
 
+class PartsAdapter(Adapter):
+    """An adapter of models whose blocks are of the classes in :data:`BLOCKS`."""
+
+    takes_rows = True
+
+    def check(self, vit: Any, requirements: Requirements) -> None:
+        """See :meth:`Adapter.check`."""
+        for block in self.blocks(vit):
+            check_block(block)
+            if requirements.rows or requirements.ahead:
+                check_plain(block)
+
+    def attend(
+        self,
+        block: Any,
+        index: int,
+        tokens: Tokens,
+        needs: frozenset[str],
+        rows: int | None = None,
+    ) -> tuple[Tensor, Read]:
+        """See :meth:`Adapter.attend`."""
+        return parts_of(block, BLOCKS).attend(block, index, tokens, needs, rows)
+
+    def attend_ahead(self, block: Any, tokens: Tokens, reduce: Callable[[Tensor], Ahead]) -> Tokens:
+        """See :meth:`Adapter.attend_ahead`."""
+        return parts_of(block, BLOCKS).attend_ahead(block, tokens, reduce)
+
+    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
+        """See :meth:`Adapter.feed_forward`."""
+        return parts_of(block, BLOCKS).feed_forward(block, x)
+
+
 def run_attention(
     attn: nn.Module,
     h: Tensor,
@@ -142,26 +187,34 @@ def run_attention(
 class PreNorm(BlockParts):
     """Norm → attention → residual, norm → MLP → residual."""
 
+    plain = True
+
+    def norms(self, block: Any) -> tuple[nn.Module, nn.Module]:
+        """What attention and MLP see the tokens through."""
+        return block.norm1, block.norm2
+
     def attend(
         self, block: Any, index: int, tokens: Tokens, needs: frozenset[str], rows: int | None
     ) -> tuple[Tensor, Read]:
         """See :meth:`Adapter.attend`."""
-        mixed, heads = run_attention(block.attn, block.norm1(tokens.x), tokens, index, needs, rows)
+        (attn,), (first, second) = self.attentions(block), self.norms(block)
+        mixed, heads = run_attention(attn, first(tokens.x), tokens, index, needs, rows)
         x = tokens.x[:, :rows] + self.residual(block, mixed)
-        return x, reader(block.attn, heads, tokens, x, needs, block.norm2)
+        return x, reader(attn, heads, tokens, x, needs, second)
 
     def attend_ahead(self, block: Any, tokens: Tokens, reduce: Callable[[Tensor], Ahead]) -> Tokens:
         """See :meth:`Adapter.attend_ahead`."""
-        parts, prefix = parts_of(block.attn, ATTENTIONS), tokens.prefix
-        q, k = parts.queries_and_keys(block.attn, block.norm1(tokens.x))
-        weights = attention_map(q, k, block.attn.scale, parts.bias(block.attn, tokens))
+        (attn,), (norm, _), prefix = self.attentions(block), self.norms(block), tokens.prefix
+        parts = parts_of(attn, ATTENTIONS)
+        q, k = parts.queries_and_keys(attn, norm(tokens.x))
+        weights = attention_map(q, k, parts.scale(attn), parts.bias(attn, tokens))
         found = reduce(weights.mean(dim=(1, 2)))
         first = torch.arange(prefix, device=found.group.device).expand(found.group.shape[0], -1)
         group = torch.cat((first, found.group + prefix), dim=1)
         share = pad(found.weight, (prefix, 0), value=1.0)
         x = found.tokens.x
         pooled = pooled_map(weights, group, share, x.shape[1])
-        mixed = parts.weighted(block.attn, pooled.to(x.dtype), block.norm1(x))
+        mixed = parts.weighted(attn, pooled.to(x.dtype), norm(x))
         return found.tokens.replace(x=x + self.residual(block, mixed))
 
     def residual(self, block: Any, mixed: Tensor) -> Tensor:
@@ -175,6 +228,8 @@ class PreNorm(BlockParts):
 
 class PreNormGamma(PreNorm):
     """As :class:`PreNorm`, with layer scales that are the block's own or missing."""
+
+    plain = False
 
     def residual(self, block: Any, mixed: Tensor) -> Tensor:
         """What the attention adds."""
@@ -258,11 +313,12 @@ def check_plain(block: nn.Module) -> None:
     parts = BLOCKS[type(block)]
     attentions = parts.attentions(block)
     plain = all(ATTENTIONS[type(attention)].plain for attention in attentions)
-    if plain and type(parts) is PreNorm:
+    if plain and parts.plain:
         return
     inner = "".join(f" with {type(attention).__name__}" for attention in attentions[:1])
     raise UnsupportedModelError(
         "chosen rows of a block or its attention map are computed, which takes timm's Block with"
-        f" its Attention; this model's is {type(block).__name__}{inner}. Take a model with plain"
-        " blocks, or another strategy such as EViT or TDM"
+        " its Attention, or torchvision's; this model's is"
+        f" {type(block).__name__}{inner}. Take a model with plain blocks, or another strategy such"
+        " as EViT or TDM"
     )

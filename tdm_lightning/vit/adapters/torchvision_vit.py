@@ -1,0 +1,178 @@
+"""``torchvision.models.vision_transformer``: ViT-B, -L and -H."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.vision_transformer import Encoder, EncoderBlock, VisionTransformer
+
+from tdm_lightning.core.info import ModelInfo
+from tdm_lightning.core.tokens import Tokens
+from tdm_lightning.errors import SettingError, UnsupportedModelError
+from tdm_lightning.strategies.base import Requirements
+from tdm_lightning.vit.adapters.attention import Heads
+from tdm_lightning.vit.adapters.base import Size
+from tdm_lightning.vit.adapters.parts import (
+    ATTENTIONS,
+    BLOCKS,
+    AttentionParts,
+    PartsAdapter,
+    PreNorm,
+)
+from tdm_lightning.vit.adapters.registry import register_adapter
+
+
+class MultiheadAttention(AttentionParts):
+    """torch's own attention, of queries, keys and values of one width."""
+
+    plain = True
+    native = False  # its fused form knows no bias of a key and shows no weights
+
+    def heads(self, attn: Any, h: Tensor, tokens: Tokens, index: int) -> Heads:
+        """See :class:`AttentionParts`."""
+        q, k, v = _projected(attn, h, 0, 3)
+        return Heads(q, k, v, self.scale(attn), k)
+
+    def asked(self, attn: Any, h: Tensor, rows: int, tokens: Tokens, index: int) -> Heads:
+        """See :class:`AttentionParts`: no other queries are formed."""
+        (q,), (k, v) = _projected(attn, h[:, :rows], 0, 1), _projected(attn, h, 1, 3)
+        return Heads(q, k, v, self.scale(attn), k)
+
+    def queries_and_keys(self, attn: Any, h: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`AttentionParts`."""
+        q, k = _projected(attn, h, 0, 2)
+        return q, k
+
+    def weighted(self, attn: Any, weights: Tensor, h: Tensor) -> Tensor:
+        """See :class:`AttentionParts`."""
+        (v,) = _projected(attn, h, 2, 3)
+        weights = F.dropout(weights, self.dropout(attn))
+        return self.projected(attn, (weights @ v).transpose(1, 2).flatten(2), h)
+
+    def scale(self, attn: Any) -> float:
+        """See :class:`AttentionParts`."""
+        return attn.head_dim**-0.5
+
+    def dropout(self, attn: Any) -> float:
+        """See :class:`AttentionParts`."""
+        return attn.dropout if attn.training else 0.0
+
+    def projected(self, attn: Any, x: Tensor, h: Tensor) -> Tensor:
+        """See :class:`AttentionParts`."""
+        return attn.out_proj(x)
+
+
+def _projected(attn: Any, h: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+    """Some of queries (0), keys (1) and values (2) of B×T×C, B×H×T×d each."""
+    part = slice(first * attn.embed_dim, last * attn.embed_dim)
+    x = F.linear(h, attn.in_proj_weight[part], attn.in_proj_bias[part])
+    x = x.unflatten(-1, (last - first, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return x.unbind(0)
+
+
+class Encoding(PreNorm):
+    """``EncoderBlock``."""
+
+    def attentions(self, block: Any) -> Sequence[nn.Module]:
+        """See :class:`BlockParts`."""
+        return [block.self_attention]
+
+    def norms(self, block: Any) -> tuple[nn.Module, nn.Module]:
+        """See :class:`PreNorm`."""
+        return block.ln_1, block.ln_2
+
+    def residual(self, block: Any, mixed: Tensor) -> Tensor:
+        """See :class:`PreNorm`."""
+        return block.dropout(mixed)
+
+    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
+        """See :class:`BlockParts`."""
+        return x + block.mlp(block.ln_2(x))
+
+
+class TorchvisionAdapter(PartsAdapter):
+    """torchvision's ViTs: one image size, a class token, and a head that reads it."""
+
+    def info(self, vit: Any) -> ModelInfo:
+        """See :meth:`Adapter.info`."""
+        blocks = self.blocks(vit)
+        *_, last = vit.heads.modules()
+        return ModelInfo(
+            depth=len(blocks),
+            patches=vit.encoder.pos_embedding.shape[1] - 1,
+            width=vit.hidden_dim,
+            heads=blocks[0].num_heads,
+            prefix=1,
+            class_tokens=1,
+            pooling="token",
+            num_classes=last.out_features if isinstance(last, nn.Linear) else 0,
+            device=vit.class_token.device,
+        )
+
+    def input_size(self, vit: Any) -> tuple[int, int, int]:
+        """See :meth:`Adapter.input_size`."""
+        first = next(layer for layer in vit.conv_proj.modules() if isinstance(layer, nn.Conv2d))
+        return first.in_channels, vit.image_size, vit.image_size
+
+    def grid(self, vit: Any, size: Size) -> Size:
+        """See :meth:`Adapter.grid`."""
+        return size[0] // vit.patch_size, size[1] // vit.patch_size
+
+    def blocks(self, vit: Any) -> Any:
+        """See :meth:`Adapter.blocks`."""
+        return vit.encoder.layers
+
+    def check(self, vit: Any, requirements: Requirements) -> None:
+        """See :meth:`Adapter.check`."""
+        own_patches = type(vit)._process_input is not VisionTransformer._process_input
+        if own_patches or type(vit.encoder) is not Encoder:
+            raise UnsupportedModelError(
+                f"{type(vit).__name__} makes or encodes its patches in its own way; register an"
+                " adapter for it with register_adapter()"
+            )
+        super().check(vit, requirements)
+        for block in self.blocks(vit):
+            attn = block.self_attention
+            if attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn:
+                raise UnsupportedModelError(
+                    "its attention has projections or keys of its own beside the tokens'; plain"
+                    " nn.MultiheadAttention is taken"
+                )
+
+    def norms(self, vit: Any) -> Sequence[nn.Module]:
+        """See :meth:`Adapter.norms`."""
+        return [vit.encoder.ln]
+
+    def embed(self, vit: Any, images: Tensor, info: ModelInfo) -> Tokens:
+        """See :meth:`Adapter.embed`."""
+        expected = self.input_size(vit)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise SettingError(
+                f"images must have shape B×{'×'.join(map(str, expected))} for this model, got"
+                f" {tuple(images.shape)}; resize them"
+            )
+        x = vit._process_input(images)
+        x = torch.cat((vit.class_token.expand(x.shape[0], -1, -1), x), dim=1)
+        return Tokens(vit.encoder.dropout(x + vit.encoder.pos_embedding), 1, info)
+
+    def norm(self, vit: Any, x: Tensor) -> Tensor:
+        """See :meth:`Adapter.norm`."""
+        return vit.encoder.ln(x)
+
+    def head(
+        self, vit: Any, features: Tensor, size: Tensor | None = None, pre_logits: bool = False
+    ) -> Tensor:
+        """See :meth:`Adapter.head`: the class token through all layers but the last, or all."""
+        layers = vit.heads
+        if pre_logits:
+            layers = layers[:-1] if isinstance(layers, nn.Sequential) else nn.Identity()
+        return layers(features[:, 0])
+
+
+ATTENTIONS[nn.MultiheadAttention] = MultiheadAttention()
+BLOCKS[EncoderBlock] = Encoding()
+register_adapter(VisionTransformer, TorchvisionAdapter)
