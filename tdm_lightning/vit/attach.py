@@ -42,8 +42,8 @@ def attach(
     Args:
         model: any model of timm's ViT classes: ``VisionTransformer`` (DeiT, DINOv2, CLIP, hybrids,
             …), ``Eva`` (EVA-02, DINOv3, PE), ``Beit``, ``VisionTransformerRelPos``,
-            ``NaFlexVit``; torchvision's ``VisionTransformer``; or a module that holds one, which is
-            changed in place.
+            ``NaFlexVit``; torchvision's and open_clip's ``VisionTransformer``; or a module that
+            holds one, which is changed in place.
         strategy: a token-reduction method, or a list of one and of methods that act on the weights,
             ``[SViTE(), TDM()]``. One with parameters or masks of its own can be attached once.
         path: where the ViT hangs in a larger model, such as ``"visual.trunk"``; may be left out

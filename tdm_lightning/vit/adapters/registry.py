@@ -17,6 +17,7 @@ _ADAPTERS: dict[type[nn.Module], Adapter] = {}
 #: Classes of libraries that are not imported here, by their full names: the file that has their
 #: adapter is imported when a model of theirs is met.
 _LAZY = {
+    "open_clip.transformer.VisionTransformer": "open_clip_vit",
     "torchvision.models.vision_transformer.VisionTransformer": "torchvision_vit",
 }
 
