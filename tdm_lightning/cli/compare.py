@@ -41,7 +41,7 @@ def compare(
     tell times. Ctrl-C ends the measurement, saves what there is, and exits with code 130.
 
     Args:
-        model: name of a timm ViT.
+        model: name of a ViT: timm's, ``torchvision:…`` or ``open_clip:…``.
         model_kwargs: passed to ``timm.create_model``, such as ``img_size``.
         strategies: the methods; ``None``: all of the poster's, and the diversity-only ones; with
             ``match_gmacs`` those that have a setting to solve for, with another ``runtime`` those

@@ -40,7 +40,7 @@ def choose_model(
     Args:
         weights: ``True`` for timm's pretrained ones, or what
             :func:`~tdm_lightning.checkpoints.open_weights` takes; otherwise they are random.
-        model: the name of a timm ViT.
+        model: the name of a ViT: timm's, ``torchvision:…`` or ``open_clip:…``.
         model_kwargs: passed to ``timm.create_model``.
         strategy: the token-reduction method; ``None``: TDM at 0.7, or none where the weights say
             that they were trained without.

@@ -237,7 +237,7 @@ def prepare(
     """Make the models and count what they cost; nothing is measured yet.
 
     Args:
-        model: name of a timm ViT.
+        model: name of a ViT: timm's, ``torchvision:…`` or ``open_clip:…``.
         strategies: methods that are not attached yet.
         plan: how to measure.
         model_kwargs: for ``timm.create_model``.

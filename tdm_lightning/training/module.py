@@ -47,8 +47,8 @@ class TokenReductionClassifier(LightningModule):
     ``val/top1``, ``val/top5``, and the same for ``test``.
 
     Args:
-        model: name of a timm ViT, or the module itself. A module is not stored in checkpoints'
-            hyperparameters: pass it again to ``load_from_checkpoint``.
+        model: name of a ViT (timm's, ``torchvision:…``), or the module itself. A module is not
+            stored in checkpoints' hyperparameters: pass it again to ``load_from_checkpoint``.
         strategy: the token-reduction method, or several as :func:`~tdm_lightning.attach` takes
             them; ``None`` trains the plain model.
         num_classes: number of classes; ``None``: the timm model's own.
