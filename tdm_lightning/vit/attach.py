@@ -17,6 +17,7 @@ from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.strategies.stack import stacked
 from tdm_lightning.vit.adapters import adapter_for, find_adapter, supported_classes
 from tdm_lightning.vit.find import find_vit, find_vits, replace_submodule
+from tdm_lightning.vit.in_place import reduce_in_place, restore
 from tdm_lightning.vit.wrapper import TokenReducedViT
 
 _ViT = VisionTransformer | Eva | Beit | VisionTransformerRelPos | NaFlexVit
@@ -72,6 +73,8 @@ def attach(
         find_vit(model, path) if path or find_vits(model) else model
     )  # a model without any is told why it is none
     reduced = _reduced(vit, stacked(strategy))
+    if reduced.in_place:
+        return model
     if vit is model:
         return reduced
     replace_submodule(model, vit, reduced)
@@ -109,7 +112,7 @@ def _reduced(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
             " one for another model"
         )
     strategy.bind(vit, info)
-    return TokenReducedViT(vit, strategy)
+    return reduce_in_place(vit, strategy) if adapter.in_place else TokenReducedViT(vit, strategy)
 
 
 def detach(model: nn.Module, path: str | None = None) -> nn.Module:
@@ -146,6 +149,9 @@ def detach(model: nn.Module, path: str | None = None) -> nn.Module:
             " which by its path"
         )
     (found,) = reduced.values()
+    if found.in_place:
+        restore(found.vit)
+        return model
     if found is model:
         return found.vit
     replace_submodule(model, found, found.vit)

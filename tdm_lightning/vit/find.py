@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tdm_lightning.errors import SettingError
 from tdm_lightning.vit.adapters import adapter_for, find_adapter
+from tdm_lightning.vit.in_place import reduced_in_place
 from tdm_lightning.vit.wrapper import HookPoint, TokenReducedViT
 
 #: Called with a block's index, from 0, the tokens after it, B×T×C, prefix tokens first, and which
@@ -64,7 +65,11 @@ def find_vits(module: nn.Module, path: str | None = None) -> dict[str, nn.Module
     except AttributeError as error:
         raise SettingError(f"{type(module).__name__} has no submodule {start!r}: {error}") from None
     inside = {".".join(filter(None, (start, name))): inner for name, inner in root.named_modules()}
-    reduced = {name: inner for name, inner in inside.items() if isinstance(inner, TokenReducedViT)}
+    reduced: dict[str, nn.Module] = {}
+    for name, inner in inside.items():
+        found = inner if isinstance(inner, TokenReducedViT) else reduced_in_place(inner)
+        if found is not None:
+            reduced[name] = found
     covered = {id(inner) for model in reduced.values() for inner in model.modules()}
     plain = {
         name: inner

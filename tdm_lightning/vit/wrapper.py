@@ -123,6 +123,11 @@ class TokenReducedViT(TimmTools, nn.Module):
         return self.run(images, logits_alone=True).logits
 
     @property
+    def in_place(self) -> bool:
+        """Whether :attr:`vit` runs itself with reduced blocks, and this is what tools ask of it."""
+        return self._adapter.in_place
+
+    @property
     def reads_class_tokens(self) -> bool:
         """Whether :meth:`forward` computes the last block for the class tokens alone."""
         last = self._info.depth - 1

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tdm_lightning.core.info import ModelInfo
@@ -30,9 +32,11 @@ class Adapter(ABC):
     Attributes:
         takes_rows: whether :meth:`attend` heeds ``rows``; then the last block of a pass that only
             gives logits computes no more than the head reads.
+        in_place: whether the model runs itself, and only its blocks are changed.
     """
 
     takes_rows: bool = False
+    in_place: bool = False
 
     # The model
 
@@ -90,6 +94,16 @@ class Adapter(ABC):
         Raises:
             ValueError: for images that the model cannot take.
         """
+
+    def entering(self, x: Tensor, info: ModelInfo) -> Tokens:
+        """Embedded tokens, B×T×C, as they enter the first block."""
+        patches = x.shape[1] - info.prefix
+        if patches != info.patches:
+            info = replace(info, patches=patches)
+        size = None
+        if info.pooling == "patches":
+            size = torch.ones(x.shape[0], patches, device=x.device)
+        return Tokens(x, info.prefix, info, size)
 
     @abstractmethod
     def attend(

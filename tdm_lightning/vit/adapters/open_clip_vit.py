@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-import torch
 from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
 from torch import Tensor, nn
 
@@ -17,7 +15,6 @@ from tdm_lightning.strategies.base import Requirements
 from tdm_lightning.vit.adapters.base import Size
 from tdm_lightning.vit.adapters.multihead import check_multihead
 from tdm_lightning.vit.adapters.parts import BLOCKS, PartsAdapter, PreNorm
-from tdm_lightning.vit.adapters.registry import register_adapter
 from tdm_lightning.vit.pooling import mean_over_patches
 
 
@@ -105,14 +102,7 @@ class OpenClipAdapter(PartsAdapter):
                 f"images must have shape B×{'×'.join(map(str, expected))} for this model, got"
                 f" {tuple(images.shape)}; resize them"
             )
-        x = vit._embeds(images)
-        patches = x.shape[1] - 1
-        if patches != info.patches:  # some were dropped at random
-            info = replace(info, patches=patches)
-        size = None
-        if self.needs_sizes(vit):
-            size = torch.ones(x.shape[0], patches, device=x.device)
-        return Tokens(x, 1, info, size)
+        return self.entering(vit._embeds(images), info)  # some may be dropped at random
 
     def norm(self, vit: Any, x: Tensor) -> Tensor:
         """See :meth:`Adapter.norm`; some models have it behind the pooling."""
@@ -134,4 +124,4 @@ class OpenClipAdapter(PartsAdapter):
 
 
 BLOCKS[ResidualAttentionBlock] = Residual()
-register_adapter(VisionTransformer, OpenClipAdapter)
+ADAPTER = OpenClipAdapter()

@@ -14,11 +14,22 @@ from tdm_lightning.vit.adapters.base import Adapter, Size
 
 _ADAPTERS: dict[type[nn.Module], Adapter] = {}
 
+_REGISTERS = "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
 #: Classes of libraries that are not imported here, by their full names: the file that has their
 #: adapter is imported when a model of theirs is met.
 _LAZY = {
     "open_clip.transformer.VisionTransformer": "open_clip_vit",
     "torchvision.models.vision_transformer.VisionTransformer": "torchvision_vit",
+    "transformers.models.clip.modeling_clip.CLIPVisionModel": "huggingface",
+    "transformers.models.deit.modeling_deit.DeiTModel": "huggingface",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Backbone": "huggingface",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Model": "huggingface",
+    f"{_REGISTERS}.Dinov2WithRegistersBackbone": "huggingface",
+    f"{_REGISTERS}.Dinov2WithRegistersModel": "huggingface",
+    "transformers.models.ijepa.modeling_ijepa.IJepaModel": "huggingface",
+    "transformers.models.siglip.modeling_siglip.SiglipVisionModel": "huggingface",
+    "transformers.models.vit.modeling_vit.ViTModel": "huggingface",
+    "transformers.models.vit_msn.modeling_vit_msn.ViTMSNModel": "huggingface",
 }
 
 #: Methods by which a model runs. A subclass that has its own runs in a way that no adapter knows.
@@ -66,7 +77,7 @@ def _registered(cls: type) -> type[nn.Module] | None:
     for kind in cls.__mro__:
         file = _LAZY.get(f"{kind.__module__}.{kind.__qualname__}")
         if file is not None and kind not in _ADAPTERS:
-            import_module(f"{__package__}.{file}")
+            register_adapter(kind, import_module(f"{__package__}.{file}").ADAPTER)
         if kind in _ADAPTERS:
             return kind
     return None

@@ -16,7 +16,6 @@ from tdm_lightning.strategies.base import Requirements
 from tdm_lightning.vit.adapters.base import Size
 from tdm_lightning.vit.adapters.multihead import check_multihead
 from tdm_lightning.vit.adapters.parts import BLOCKS, PartsAdapter, PreNorm
-from tdm_lightning.vit.adapters.registry import register_adapter
 
 
 class Encoding(PreNorm):
@@ -114,4 +113,4 @@ class TorchvisionAdapter(PartsAdapter):
 
 
 BLOCKS[EncoderBlock] = Encoding()
-register_adapter(VisionTransformer, TorchvisionAdapter)
+ADAPTER = TorchvisionAdapter()

@@ -1,0 +1,165 @@
+"""Reduce a model that runs itself: its layers do the work of a reduced model's blocks, one after
+the other, and everything around them stays as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdm_lightning.core.tokens import Tokens
+from tdm_lightning.core.trace import History
+from tdm_lightning.errors import ReductionError, UnsupportedModelError
+from tdm_lightning.ops import unmerge
+from tdm_lightning.strategies.base import Strategy
+from tdm_lightning.vit.adapters import adapter_for
+from tdm_lightning.vit.wrapper import TokenReducedViT
+
+#: What hangs on the model: the strategy, so that it moves along, …
+_STRATEGY = "token_reduction"
+#: … and, in a tuple so that it is no submodule, the reduced model that tools ask.
+_REDUCED = "_token_reduced"
+
+
+def reduce_in_place(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
+    """Let a model's layers reduce its tokens. The last one gives every patch the feature of the
+    token that holds it (zero where it was dropped), in its place, so that whatever follows finds
+    as many tokens as ever; a layer that somebody has hooked shows its output likewise.
+
+    Raises:
+        TypeError: for a strategy that trains by a loss of its own, has parameters, or whose number
+            of tokens depends on the image.
+    """
+    name = type(strategy).__name__
+    if strategy.adaptive or strategy.objective is not None or [*strategy.parameters()]:
+        raise UnsupportedModelError(
+            f"{name} has a loss or parameters of its own, or as many tokens as each image needs,"
+            f" and {type(vit).__name__} runs by its library's code, which knows of none of it; take"
+            " a strategy without, such as TDM or WardTDM, or timm's model of the same weights"
+        )
+    reduced = TokenReducedViT(vit, strategy)
+    vit.add_module(_STRATEGY, strategy)
+    object.__setattr__(vit, _REDUCED, (reduced,))
+    for index, layer in enumerate(adapter_for(vit).blocks(vit)):
+        object.__setattr__(layer, "_reduced", (reduced, index))
+        layer.__class__ = _reduced_class(type(layer))  # type: ignore[arg-type]
+    object.__setattr__(reduced, "_passing", [None] * len(reduced.hook_points))
+    return reduced
+
+
+def restore(vit: nn.Module) -> None:
+    """Undo :func:`reduce_in_place`."""
+    for layer in adapter_for(vit).blocks(vit):
+        layer.__class__ = type(layer).__mro__[2]
+        del layer._reduced
+    delattr(vit, _STRATEGY)
+    object.__delattr__(vit, _REDUCED)
+
+
+def reduced_in_place(module: nn.Module) -> TokenReducedViT | None:
+    """The reduced model of one that :func:`reduce_in_place` changed; ``None``: it did not."""
+    found = module.__dict__.get(_REDUCED)
+    return None if found is None else found[0]
+
+
+class _Reduced:
+    """What a layer does in place of its own forward pass."""
+
+    _reduced: tuple[TokenReducedViT, int]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is nowhere to be found by its name, which is that of the layer's own.
+        return _blank, (type(self).__mro__[2],), self.__dict__
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **others: Any
+    ) -> Tensor:
+        model, index = self._reduced
+        _check(model, attention_mask)
+        tokens = _entering(model, index, hidden_states)
+        tokens = model._block(index, tokens, _unwatched)
+        x = model.hook_points[index](tokens.x, tokens.valid)
+        tokens = tokens.replace(x=x)
+        last = index == len(model.hook_points) - 1
+        if last:
+            tokens = model.strategy.finish(tokens)
+        shown = tokens.x
+        if last or self._forward_hooks:  # type: ignore[attr-defined]
+            shown = _in_their_places(model, tokens)
+        if not last:
+            passing: Any = model._passing
+            passing[index + 1] = tokens, shown
+        return shown
+
+
+@functools.cache
+def _reduced_class(kind: Any) -> Any:
+    # Its own dictionary has the method, for layers that are checkpointed wrap what they find there.
+    own = {"forward": _Reduced.forward, "__module__": kind.__module__}
+    return type(kind.__name__, (_Reduced, kind), own)
+
+
+def _blank(kind: Any) -> Any:
+    cls = _reduced_class(kind)
+    return cls.__new__(cls)
+
+
+def _entering(model: TokenReducedViT, index: int, x: Tensor) -> Tokens:
+    """The tokens in front of a layer."""
+    if index == 0:
+        tokens = model._adapter.entering(x, model._info)
+        patches = tokens.count
+        if model._follows_sizes and tokens.size is None:
+            tokens = tokens.replace(size=torch.ones(x.shape[0], patches, device=x.device))
+        source = torch.arange(patches, device=x.device).expand(x.shape[0], -1)
+        return model.strategy.begin(tokens.replace(history=History(source)))
+    passing: Any = model._passing
+    found = passing[index]
+    if found is None:
+        raise ReductionError("layers run one after the other, from the first")
+    tokens, shown = found
+    if not (torch.is_grad_enabled() and model.vit.training):  # or a checkpoint comes back for it
+        passing[index] = None
+    if x is shown:
+        return tokens
+    if x.shape != tokens.x.shape:
+        raise ReductionError(
+            "the tokens were changed between two layers, where all patches were shown to a hook;"
+            " change them where nobody listens, or in front of the first layer"
+        )
+    return tokens.replace(x=x)
+
+
+def _in_their_places(model: TokenReducedViT, tokens: Tokens) -> Tensor:
+    """Every patch with the feature of the token that holds it, B×T×C."""
+    assert tokens.history is not None
+    dense = unmerge(model.strategy.all_patches(tokens), tokens.history.source)
+    return torch.cat((tokens.x[:, : model.num_prefix_tokens], dense), dim=1)
+
+
+def _check(model: TokenReducedViT, mask: Tensor | None) -> None:
+    if mask is not None:
+        raise ReductionError(
+            "an attention mask names patches that may be merged by then; leave it out, or detach()"
+        )
+    config = model.vit.config
+    if config._attn_implementation not in ("eager", "sdpa", None):
+        raise ReductionError(
+            f"attention is computed by {config._attn_implementation!r}, which takes no bias of a"
+            " key; choose 'sdpa' or 'eager' with set_attn_implementation()"
+        )
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    wanted = capturing._active_collector.get() if capturing is not None else None
+    if wanted is not None and "attentions" in wanted:
+        raise ReductionError(
+            "attention maps are of merged tokens and are not given; leave output_attentions out,"
+            " or detach()"
+        )
+
+
+def _unwatched(stage: str, index: int) -> None:
+    pass

@@ -1,0 +1,331 @@
+"""Image encoders of transformers: their layers are reduced in their place."""
+
+import copy
+import io
+
+import pytest
+import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import tdm_lightning as tdm
+from tdm_lightning.errors import ReductionError, UnsupportedModelError
+from tdm_lightning.vit.find import find_vit
+
+transformers = pytest.importorskip("transformers", minversion="5")
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 4,
+}
+STRATEGIES = {
+    "ward": lambda: tdm.WardTDM(0.6, (0, 2)),
+    "tdm": lambda: tdm.TDM(0.7, (1, 2)),
+    "evit": lambda: tdm.EViT(0.7, (1, 2)),
+    "tome": lambda: tdm.ToMe(8),
+    "mctf": lambda: tdm.MCTF(8),
+}
+
+
+def encoder(name):
+    """An encoder alone."""
+    config = getattr(transformers, name + "Config")
+    kind = name.removesuffix("Config")
+    return getattr(transformers, kind + "Model")(config(**SHAPE))
+
+
+def siglip():
+    text = {"vocab_size": 60, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    return transformers.SiglipConfig(
+        vision_config=SHAPE, text_config={**text, "num_hidden_layers": 2, "eos_token_id": 1}
+    )
+
+
+def clip():
+    text = {"vocab_size": 60, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    text |= {"num_hidden_layers": 2, "bos_token_id": 58, "eos_token_id": 59}
+    return transformers.CLIPConfig(vision_config=SHAPE, text_config=text, projection_dim=16)
+
+
+#: Encoders, and models around them.
+MODELS = {
+    "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**SHAPE)),
+    "deit": lambda: transformers.DeiTForImageClassification(transformers.DeiTConfig(**SHAPE)),
+    "msn": lambda: encoder("ViTMSN"),
+    "ijepa": lambda: encoder("IJepa"),
+    "dinov2": lambda: transformers.Dinov2ForImageClassification(
+        transformers.Dinov2Config(**SHAPE, layerscale_value=0.5)
+    ),
+    "dinov2-registers": lambda: encoder("Dinov2WithRegisters"),
+    "clip": lambda: encoder("CLIPVision"),
+    "clip-projected": lambda: transformers.CLIPVisionModelWithProjection(clip().vision_config),
+    "siglip": lambda: encoder("SiglipVision"),
+    "siglip-classifier": lambda: transformers.SiglipForImageClassification(siglip()),
+}
+ATTACHED = {"token_reduction", "_token_reduced"}
+
+
+def make(name="vit"):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.2)
+    return model
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_every_model(name, images):
+    model = make(name)
+    plain, weights = model(pixel_values=images), copy.deepcopy(model.state_dict())
+    kinds = [type(module) for module in model.modules()]
+    assert tdm.attach(model, tdm.TDM(1.0, (1,))) is model
+    torch.testing.assert_close(model(pixel_values=images)[0], plain[0], atol=1e-5, rtol=1e-5)
+    tdm.detach(model)
+
+    tdm.attach(model, tdm.WardTDM(0.5, (1, 2)))
+    assert model.state_dict().keys() == weights.keys()
+    found = model(pixel_values=images)
+    assert [None if v is None else v.shape for v in found.values()] == [
+        None if v is None else v.shape for v in plain.values()
+    ]
+    assert not torch.allclose(found[0], plain[0], atol=1e-4)
+    for other in (copy.deepcopy(model), _stored(model)):
+        assert torch.equal(other(pixel_values=images)[0], found[0])
+    assert find_vit(model).trace(images)[1].token_counts == [64, 32, 16, 16]
+    macs = tdm.flops.mac_report(find_vit(model)).total
+
+    assert tdm.detach(model) is model
+    assert macs < 0.75 * tdm.flops.count_macs(find_vit(model))
+    assert [type(module) for module in model.modules()] == kinds
+    assert not any(ATTACHED & vars(module).keys() for module in model.modules())
+    assert torch.equal(model(pixel_values=images)[0], plain[0])
+
+
+def _stored(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+#: transformers' names of a ViT in timm's words.
+NAMES = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layers.": "blocks.",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "layernorm": "norm",
+    "attention.o_proj": "attn.proj",
+    "mlp.": "mlp.",
+}
+
+
+def in_timm(vit):
+    """timm's model of the same weights."""
+    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    twin, weights = VisionTransformer(**shape, mlp_ratio=2, num_classes=0), {}
+    for name, value in vit.state_dict().items():
+        for mine, theirs in NAMES.items():
+            name = name.replace(mine, theirs)
+        if name in twin.state_dict():
+            weights[name] = value
+    for index, layer in enumerate(vit.layers):
+        for kind in ("weight", "bias"):
+            of = [getattr(layer.attention, f"{part}_proj") for part in "qkv"]
+            weights[f"blocks.{index}.attn.qkv.{kind}"] = torch.cat([getattr(p, kind) for p in of])
+    for norm in (m for m in twin.modules() if isinstance(m, nn.LayerNorm)):
+        norm.eps = vit.config.layer_norm_eps
+    twin.load_state_dict(weights)
+    return twin.eval()
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@torch.no_grad()
+def test_it_decides_as_timm_does(name, images):
+    vit = make().vit
+    twin = tdm.attach(in_timm(vit), STRATEGIES[name]()).eval()
+    (patches, prefix) = twin.forward_intermediates(
+        images, [3], True, norm=True, output_fmt="NLC", intermediates_only=True
+    )[0]
+    tdm.attach(vit, STRATEGIES[name]())
+    found = vit(pixel_values=images).last_hidden_state
+    torch.testing.assert_close(found[:, 1:], patches, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[:, :1], prefix, atol=1e-4, rtol=1e-4)
+    trace = find_vit(vit).trace(images)[1]
+    for mine, theirs in zip(trace.layers, twin.trace(images)[1].layers, strict=True):
+        assert torch.equal(mine.assignment, theirs.assignment)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_hidden_states_are_of_all_patches(attention, images):
+    model = make("dinov2")
+    model.set_attn_implementation(attention)
+    tdm.attach(model, tdm.WardTDM(0.5, (1, 2)))
+    expected = model(pixel_values=images).logits
+    found = model(pixel_values=images, output_hidden_states=True)
+    assert [tuple(state.shape) for state in found.hidden_states] == [(2, 65, 32)] * 5
+    assert torch.equal(found.logits, expected)
+    assert len(found.hidden_states[2][0, 1:].unique(dim=0)) == 32
+    with pytest.raises(ReductionError, match="attention maps are of merged tokens"):
+        model(pixel_values=images, output_attentions=True)
+
+
+@torch.no_grad()
+def test_backbones_give_maps_of_all_patches(images):
+    config = transformers.Dinov2Config(**SHAPE, out_features=["stage2", "stage4"])
+    model = transformers.Dinov2Backbone(config).eval()
+    tdm.attach(model, tdm.TDM(0.5, (1, 2)))
+    maps = model(images).feature_maps
+    assert [tuple(one.shape) for one in maps] == [(2, 32, 8, 8)] * 2
+
+
+@torch.no_grad()
+def test_whole_models_of_images_and_words(images):
+    words = torch.randint(2, 50, (3, 6))
+    for model in (transformers.CLIPModel(clip()), transformers.SiglipModel(siglip())):
+        before = model.eval()(input_ids=words, pixel_values=images)
+        tdm.attach(model, tdm.WardTDM(0.5, (1,)))
+        after = model(input_ids=words, pixel_values=images)
+        assert torch.equal(before.text_embeds, after.text_embeds)
+        assert before.image_embeds.shape == after.image_embeds.shape
+        assert not torch.equal(before.image_embeds, after.image_embeds)
+
+
+@torch.no_grad()
+def test_a_language_model_that_sees_writes_on(images):
+    text = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(
+        vision_config=clip().vision_config, text_config=text, image_token_id=59
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    tdm.attach(model, tdm.WardTDM(0.5, (1, 2)))
+    words = torch.cat((torch.ones(1, 1), torch.full((1, 64), 59), torch.ones(1, 2)), dim=1).long()
+    found = model.generate(
+        input_ids=words, pixel_values=images[:1], max_new_tokens=3, min_new_tokens=3,
+        do_sample=False, attention_mask=torch.ones_like(words),
+    )  # fmt: skip
+    assert found.shape == (1, 70)
+
+
+@torch.no_grad()
+def test_pipeline_and_plain_weights(tmp_path):
+    model = tdm.attach(make(), tdm.TDM(0.5, (1, 2)))
+    size = {"height": 32, "width": 32}
+    processor = transformers.ViTImageProcessor(size=size)
+    classify = transformers.pipeline(
+        "image-classification", model=model, image_processor=processor, device="cpu"
+    )
+    assert len(classify(Image.new("RGB", (40, 40), "red"))) == 2
+    model.save_pretrained(tmp_path)
+    plain = transformers.ViTForImageClassification.from_pretrained(tmp_path)
+    assert plain.state_dict().keys() == model.state_dict().keys()
+    assert type(plain.vit.layers[0]).forward is not type(model.vit.layers[0]).forward
+
+
+def test_training_with_and_without_checkpoints(images):
+    found = []
+    for checkpointing in (False, True):
+        model = tdm.attach(make().train(), tdm.TDM(0.5, (1, 2)))
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        loss = model(pixel_values=images, labels=torch.tensor([0, 1])).loss
+        loss.backward()
+        found.append(model.vit.layers[0].attention.q_proj.weight.grad)
+    assert found[0].abs().sum() > 0
+    torch.testing.assert_close(*found)
+
+
+def test_trainer(images, tmp_path):
+    rows = [{"pixel_values": image, "labels": 1} for image in images]
+    settings = transformers.TrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    model = tdm.attach(make(), tdm.WardTDM(0.5, (1, 2)))
+    before = model.classifier.weight.clone()
+    transformers.Trainer(model, settings, train_dataset=rows).train()
+    assert not torch.equal(model.classifier.weight, before)
+
+
+@torch.no_grad()
+def test_it_compiles_exports_and_runs_in_half_precision(images):
+    model = make("clip")
+    tdm.attach(model, tdm.WardTDM(0.6, (1, 2)))
+    expected = model(pixel_values=images).last_hidden_state
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(pixel_values=images).last_hidden_state, expected)
+    program = torch.export.export(model, (), {"pixel_values": images}, strict=False)
+    exported = program.module()(pixel_values=images).last_hidden_state
+    torch.testing.assert_close(exported, expected, atol=1e-5, rtol=1e-5)
+    half = model.bfloat16()(pixel_values=images.bfloat16()).last_hidden_state
+    assert half.dtype == torch.bfloat16
+    assert half.isfinite().all()
+
+
+@torch.no_grad()
+def test_other_sizes_and_masked_patches():
+    model = tdm.attach(make(), tdm.TDM(0.5, (1, 2)))
+    images = torch.randn(1, 3, 48, 48)
+    found = model.vit(pixel_values=images, interpolate_pos_encoding=True)
+    assert found.last_hidden_state.shape == (1, 145, 32)
+    with pytest.raises(ValueError, match="doesn't match model"):
+        model(pixel_values=images)
+    config = transformers.ViTConfig(**SHAPE, encoder_stride=4)
+    painter = tdm.attach(transformers.ViTForMaskedImageModeling(config).eval(), tdm.TDM(0.5, (1,)))
+    masked = torch.arange(64).unsqueeze(0) % 2 == 0
+    painted = painter(pixel_values=images[..., :32, :32], bool_masked_pos=masked)
+    assert painted.reconstruction.shape == (1, 3, 32, 32)
+
+
+@torch.no_grad()
+def test_what_would_go_wrong_is_named(images):
+    model = tdm.attach(make(), tdm.TDM(0.5, (1, 2)))
+    with pytest.raises(ReductionError, match="attention mask names patches"):
+        model(pixel_values=images, attention_mask=torch.arange(65).expand(2, -1) > 3)
+    with pytest.raises(ValueError, match="reduced already"):
+        tdm.attach(model, tdm.TDM(0.5, (1,)))
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ReductionError, match="'flash_attention_2', which takes no bias"):
+        find_vit(model).vit.layers[0](torch.zeros(1, 65, 32))
+    with pytest.raises(UnsupportedModelError, match="'flash_attention_2', which takes no bias"):
+        tdm.attach(tdm.detach(model), tdm.TDM(0.5, (1,)))
+    for strategy in (tdm.DyViT(0.7, (1, 2)), tdm.AViT()):
+        with pytest.raises(TypeError, match="runs by its library's code"):
+            tdm.attach(make(), strategy)
+
+
+class OtherAttention(nn.Module):
+    pass
+
+
+def test_unknown_layers_are_refused():
+    model = make()
+    model.vit.layers[2].attention = OtherAttention()
+    with pytest.raises(UnsupportedModelError, match="its attention is OtherAttention"):
+        tdm.attach(model, tdm.TDM(0.5, (1,)))
+    with pytest.raises(UnsupportedModelError, match="cannot reduce the tokens of CLIPTextModel"):
+        tdm.attach(transformers.CLIPTextModel(clip().text_config), tdm.TDM())
+
+
+@torch.no_grad()
+def test_someone_who_changes_shown_tokens_is_stopped(images):
+    model = tdm.attach(make(), tdm.TDM(0.5, (1, 2)))
+    model.vit.layers[2].register_forward_hook(lambda *given: given[2] + 1)
+    with pytest.raises(ReductionError, match="changed between two layers"):
+        model(pixel_values=images)
