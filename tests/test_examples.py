@@ -28,7 +28,7 @@ def test_there_is_none_without_a_test():
         "strategy_of_your_own",
         "plain_loop",
         "segmentation",
-        "torchvision_vit",
+        "vit_of_your_own",
     }
 
 
@@ -95,8 +95,8 @@ KEEP += ["--trainer.callbacks.every_n_train_steps=1"]
             "EViT",
         ),
         (
-            "torchvision_vit",
-            ["model=torchvision_vit_tiny", 'model_kwargs={"img_size": 8, "patch_size": 2}'],
+            "vit_of_your_own",
+            ["model=encoder_vit_tiny", 'model_kwargs={"img_size": 8, "patch_size": 2}'],
             ["strategy=TDM", "strategy.layers=[1,3]"],
             "TDM",
         ),

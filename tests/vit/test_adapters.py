@@ -1,4 +1,4 @@
-"""Foreign ViT classes by one adapter: what registering refuses, and the laws for torchvision's."""
+"""Foreign ViT classes by one adapter: what registering refuses, and the laws for the example's."""
 
 import importlib
 from pathlib import Path
@@ -8,7 +8,6 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torchvision.models import VisionTransformer as TorchvisionViT
 
 import tdm_lightning as tdm
 from tdm_lightning.vit.adapters import registry
@@ -17,18 +16,17 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
-def adapter():
-    """The example's, registered as it registers itself."""
+def example():
+    """The example's module, which registers its adapter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
-        importlib.import_module("torchvision_vit")
-    return registry._ADAPTERS[TorchvisionViT]
+        return importlib.import_module("vit_of_your_own")
 
 
 @pytest.fixture
-def vit(adapter):
+def vit(example):
     torch.manual_seed(0)
-    model = TorchvisionViT(32, 4, 6, 2, 32, 64, num_classes=5).eval()
+    model = example.EncoderViT(32, 4, 6, 32, 2, num_classes=5).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.15)
@@ -76,19 +74,17 @@ def test_tokens_fall_and_every_patch_is_accounted_for(vit, images, name):
 
 
 @torch.no_grad()
-def test_importance_is_the_attention_that_torchvision_computes(vit, images):
+def test_importance_is_the_attention_that_torch_computes(vit, images):
     trace = tdm.attach(vit, tdm.EViT(0.5, (0,))).trace(images)[1]
-    block = vit.encoder.layers[0]
-    x = torch.cat((vit.class_token.expand(3, -1, -1), vit._process_input(images)), dim=1)
-    x = block.ln_1(x + vit.encoder.pos_embedding)
-    _, weights = block.self_attention(x, x, x, need_weights=True)
+    x = vit.layers[0].norm1(vit.embed(images))
+    _, weights = vit.layers[0].self_attn(x, x, x, need_weights=True)
     torch.testing.assert_close(trace.layers[0].importance, weights[:, 0, 1:], atol=1e-6, rtol=1e-4)
 
 
 def test_training_costs_monitors_and_dense_features(vit, images):
     model = tdm.attach(vit, tdm.TDM(0.5, (1, 3)))
     model.train()(images).square().sum().backward()
-    assert vit.conv_proj.weight.grad.abs().sum() > 0
+    assert vit.patches.weight.grad.abs().sum() > 0
     assert tdm.flops.count_macs(model) < tdm.flops.count_macs(vit)
     solved = tdm.solve_keep_rate(vit, tdm.TDM(layers=(1, 3)), 0.7 * tdm.flops.count_macs(vit) / 1e9)
     assert 0 < solved < 1
@@ -116,9 +112,10 @@ def test_what_its_blocks_cannot_do_is_refused(vit, images):
         tdm.attach(vit, tdm.TDM(0.5, (1, 3)))(torch.zeros(1, 3, 40, 40))
 
 
-def test_registering_twice_or_nonsense_is_refused(adapter):
-    with pytest.raises(ValueError, match="has an adapter already, Torchvision"):
-        tdm.register_adapter(TorchvisionViT, type(adapter))
+def test_registering_twice_or_nonsense_is_refused(example):
+    adapter = example.EncoderAdapter
+    with pytest.raises(ValueError, match="has an adapter already, EncoderAdapter"):
+        tdm.register_adapter(example.EncoderViT, adapter)
     for wrong in ("VisionTransformer", 3, nn.Linear(1, 1), int):
         with pytest.raises(TypeError, match="takes a model class first"):
             tdm.register_adapter(wrong, adapter)
