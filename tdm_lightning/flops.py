@@ -26,6 +26,7 @@ from tdm_lightning.sparsity.extract import Parts, kept_parts, shrink
 from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.vit import TokenReducedViT, attach
 from tdm_lightning.vit.adapters import input_size as model_input_size
+from tdm_lightning.vit.in_place import restore
 
 #: Stages of a pass in which the timm model works; all others are the strategy's own.
 _BACKBONE = ("embed", "attention", "mlp", "head", "begin", "finish")
@@ -200,7 +201,11 @@ def mac_report(
         total = stages.backbone / per_image
         return MACReport(embed=total, head=0, blocks=[], learned=0, plain=total, forward=total)
     counts = _token_counts(counted, images)
-    plain = _count(*_prepared(model.vit, input_size, given)).backbone / per_image  # type: ignore[arg-type]
+    unreduced, same = _prepared(model.vit, input_size, given)  # type: ignore[arg-type]
+    if counted.in_place:
+        restore(unreduced)
+        unreduced = TokenReducedViT(unreduced, Strategy())  # what is counted beside it, no more
+    plain = _count(unreduced, same).backbone / per_image
 
     def part(*names: str, index: int) -> float:
         return sum(stages.stages[name, index] for name in names) / per_image

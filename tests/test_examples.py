@@ -58,7 +58,7 @@ def test_a_clip_style_tower():
 
 def test_hugging_faces_trainer():
     names = runpy.run_path(str(FOLDER / "huggingface.py"))
-    trainer, vit = names["trainer"], names["trainer"].model.vit
+    trainer, vit = names["trainer"], names["trainer"].model
     first = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
     assert first["eval_loss"] < 2.28
     assert [first[f"eval_tokens/block_{index:02d}"] for index in range(4)] == [16, 12, 9, 9]
@@ -66,7 +66,7 @@ def test_hugging_faces_trainer():
     recorder = names["tdm"].metrics.DiversityRecorder(vit)
     batch = torch.stack([item["pixel_values"] for item in names["data"][:8]])
     with recorder, torch.no_grad():
-        vit.eval()(batch)
+        vit.eval()(pixel_values=batch)
     again = trainer.predict(names["data"][:8])
     assert again.predictions.shape == (8, 10)
     callback = names["TokenReductionCallback"](max_batches=1)
