@@ -71,6 +71,7 @@ from tdm_lightning.vit import (
     accelerate,
     attach,
     detach,
+    find_vit,
     linear_patches,
     register_adapter,
 )
@@ -148,6 +149,7 @@ __all__ = [
     "detach",
     "errors",
     "export",
+    "find_vit",
     "flops",
     "hub",
     "kernels",

@@ -33,6 +33,7 @@ KEYS = (
     "save_pretrained",
     "tdm.TokenReduction(",
     "tdm.accelerate(",
+    "AutoModelForImageClassification",
 )
 
 
@@ -67,6 +68,26 @@ def test_five_lines_and_what_follows(untrained):
     assert tdm.flops.count_macs(names["model"]) == 3004463616
     assert tdm.flops.count_macs(names["paper"]) == 2996994816
     assert tdm.flops.count_macs(names["stacked"]) == 2996994816
+
+
+def test_transformers(monkeypatch):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    monkeypatch.setattr(
+        transformers.AutoModelForImageClassification,
+        "from_pretrained",
+        lambda name: transformers.ViTForImageClassification(transformers.ViTConfig()),
+    )
+    monkeypatch.setattr(
+        transformers.AutoImageProcessor,
+        "from_pretrained",
+        lambda name, **_: transformers.ViTImageProcessor(),
+    )
+    code, names = block("AutoModelForImageClassification"), {}
+    before, end = code.split("tdm.detach")
+    exec(before, names)
+    assert tdm.find_vit(names["model"]).in_place
+    exec(f"tdm.detach{end}", names)
+    assert type(tdm.find_vit(names["model"])) is transformers.ViTModel
 
 
 def test_subclass():
