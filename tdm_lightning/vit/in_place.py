@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class _Reduced:
     ) -> Tensor:
         model, index = self._reduced
         _check(model, attention_mask)
-        tokens = _entering(model, index, hidden_states)
+        tokens = _entering(model, index, hidden_states, others)
         tokens = model._block(index, tokens, _unwatched)
         x = model.hook_points[index](tokens.x, tokens.valid)
         tokens = tokens.replace(x=x)
@@ -108,10 +109,10 @@ def _blank(kind: Any) -> Any:
     return cls.__new__(cls)
 
 
-def _entering(model: TokenReducedViT, index: int, x: Tensor) -> Tokens:
+def _entering(model: TokenReducedViT, index: int, x: Tensor, given: Mapping[str, Any]) -> Tokens:
     """The tokens in front of a layer."""
     if index == 0:
-        tokens = model._adapter.entering(x, model._info)
+        tokens = model._adapter.entering(x, model._info, given)
         patches = tokens.count
         if model._follows_sizes and tokens.size is None:
             tokens = tokens.replace(size=torch.ones(x.shape[0], patches, device=x.device))

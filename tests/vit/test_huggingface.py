@@ -61,6 +61,9 @@ MODELS = {
         transformers.Dinov2Config(**SHAPE, layerscale_value=0.5)
     ),
     "dinov2-registers": lambda: encoder("Dinov2WithRegisters"),
+    "dinov3": lambda: transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(**SHAPE, num_register_tokens=2)
+    ),
     "clip": lambda: encoder("CLIPVision"),
     "clip-projected": lambda: transformers.CLIPVisionModelWithProjection(clip().vision_config),
     "siglip": lambda: encoder("SiglipVision"),
@@ -190,6 +193,23 @@ def test_backbones_give_maps_of_all_patches(images):
     tdm.attach(model, tdm.TDM(0.5, (1, 2)))
     maps = model(images).feature_maps
     assert [tuple(one.shape) for one in maps] == [(2, 32, 8, 8)] * 2
+
+
+@torch.no_grad()
+def test_a_masked_autoencoder_sees_what_is_not_masked(images):
+    decoder = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1}
+    decoder |= {"decoder_num_attention_heads": 2, "decoder_intermediate_size": 32}
+    config = transformers.ViTMAEConfig(**SHAPE, **decoder, mask_ratio=0.5)
+    model, noise = transformers.ViTMAEForPreTraining(config).eval(), torch.rand(2, 64)
+    before = model(pixel_values=images, noise=noise)
+    tdm.attach(model, tdm.TDM(1.0, (1,)))
+    same = model(pixel_values=images, noise=noise)
+    torch.testing.assert_close(same.logits, before.logits, atol=1e-5, rtol=1e-5)
+    tdm.attach(tdm.detach(model), tdm.ToMe(8))
+    after = model(pixel_values=images, noise=noise)
+    assert after.logits.shape == before.logits.shape
+    assert not torch.allclose(after.logits, before.logits, atol=1e-4)
+    assert model.vit(pixel_values=images, noise=noise).last_hidden_state.shape == (2, 33, 32)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -95,8 +95,16 @@ class Adapter(ABC):
             ValueError: for images that the model cannot take.
         """
 
-    def entering(self, x: Tensor, info: ModelInfo) -> Tokens:
-        """Embedded tokens, B×T×C, as they enter the first block."""
+    def entering(
+        self, x: Tensor, info: ModelInfo, given: Mapping[str, Any] | None = None
+    ) -> Tokens:
+        """Embedded tokens, B×T×C, as they enter the first block.
+
+        Args:
+            x: the tokens.
+            info: :meth:`info` of the model.
+            given: by name, what a model that runs itself gives its blocks beside them.
+        """
         patches = x.shape[1] - info.prefix
         if patches != info.patches:
             info = replace(info, patches=patches)

@@ -1,21 +1,25 @@
-"""``transformers``: ViT, DeiT, ViT-MSN, I-JEPA, DINOv2, CLIP, SigLIP; of version 5, whose layers
-and attentions these are. Nothing of it is imported: classes are known by their names.
+"""``transformers``: ViT, DeiT, ViT-MSN, ViT-MAE, I-JEPA, DINOv2 and v3, CLIP, SigLIP; of version 5,
+whose layers and attentions these are. Nothing of it is imported: classes are known by their names.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tdm_lightning.core.info import ModelInfo
+from tdm_lightning.core.positions import Positions
 from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import UnsupportedModelError
 from tdm_lightning.strategies.base import Requirements
 from tdm_lightning.vit.adapters.attention import Heads
 from tdm_lightning.vit.adapters.base import Size
+from tdm_lightning.vit.adapters.eva import rotation
 from tdm_lightning.vit.adapters.parts import (
     ATTENTIONS,
     BLOCKS,
@@ -69,6 +73,36 @@ class SeparateProjections(AttentionParts):
     def projected(self, attn: Any, x: Tensor, h: Tensor) -> Tensor:
         """See :class:`AttentionParts`."""
         return attn.o_proj(x) if hasattr(attn, "o_proj") else attn.out_proj(x)
+
+
+class RotatedProjections(SeparateProjections):
+    """The same, queries and keys of patches rotated by their positions."""
+
+    plain = False
+
+    def heads(self, attn: Any, h: Tensor, tokens: Tokens, index: int) -> Heads:
+        """See :class:`AttentionParts`."""
+        found = super().heads(attn, h, tokens, index)
+        table = rotation(tokens, index)
+        if table is None:
+            return found
+        q, k = (_rotated(x, table) for x in (found.q, found.k))
+        return replace(found, q=q, k=k)
+
+    def asked(self, attn: Any, h: Tensor, rows: int, tokens: Tokens, index: int) -> Heads:
+        """See :class:`AttentionParts`."""
+        heads = self.heads(attn, h, tokens, index)
+        return replace(heads, q=heads.q[:, :, :rows])
+
+
+def _rotated(x: Tensor, table: Tensor) -> Tensor:
+    """Queries or keys B×H×T×d, those of the patches rotated by sines and cosines, N×2d."""
+    first = x.shape[2] - table.shape[-2]
+    sin, cos = table.chunk(2, dim=-1)
+    patches = x[:, :, first:]
+    low, high = patches.chunk(2, dim=-1)
+    turned = patches * cos + torch.cat((-high, low), dim=-1) * sin
+    return torch.cat((x[:, :, :first], turned), dim=2)
 
 
 def _split(attn: Any, x: Tensor) -> Tensor:
@@ -144,6 +178,8 @@ _LAYERS = {
         "Dinov2WithRegistersAttention",
         Scaled(),
     ),
+    "dinov3_vit.modeling_dinov3_vit": ("DINOv3ViTLayer", "DINOv3ViTAttention", Scaled()),
+    "vit_mae.modeling_vit_mae": ("ViTMAELayer", "ViTMAEAttention", BeforeAndAfter()),
     "clip.modeling_clip": ("CLIPEncoderLayer", "CLIPAttention", Bare()),
     "siglip.modeling_siglip": ("SiglipEncoderLayer", "SiglipAttention", Bare()),
 }
@@ -169,6 +205,8 @@ class HuggingFaceAdapter(PartsAdapter):
             prefix=prefix,
             class_tokens=class_tokens,
             pooling="token" if class_tokens else "patches",
+            relative_positions=hasattr(vit, "rope_embeddings"),
+            random_patches=bool(getattr(vit.config, "mask_ratio", 0)),
             device=next(vit.parameters()).device,
         )
 
@@ -183,12 +221,13 @@ class HuggingFaceAdapter(PartsAdapter):
 
     def blocks(self, vit: Any) -> Any:
         """See :meth:`Adapter.blocks`."""
-        inner = getattr(vit, "encoder", vit)
+        inner = getattr(vit, "encoder", getattr(vit, "model", vit))
         return inner.layer if hasattr(inner, "layer") else inner.layers
 
     def norms(self, vit: Any) -> Sequence[nn.Module]:
         """See :meth:`Adapter.norms`."""
-        return [vit.layernorm if hasattr(vit, "layernorm") else vit.post_layernorm]
+        names = ("layernorm", "post_layernorm", "norm")
+        return [getattr(vit, name) for name in names if hasattr(vit, name)]
 
     def check(self, vit: Any, requirements: Requirements) -> None:
         """See :meth:`Adapter.check`."""
@@ -211,9 +250,26 @@ class HuggingFaceAdapter(PartsAdapter):
     def embed(self, vit: Any, images: Tensor, info: ModelInfo) -> Tokens:
         """See :meth:`Adapter.embed`."""
         x = vit.embeddings(images)
+        if isinstance(x, tuple):  # with what was masked
+            x = x[0]
         if hasattr(vit, "pre_layrnorm"):  # as transformers spells it
             x = vit.pre_layrnorm(x)
-        return self.entering(x, info)
+        given = {}
+        if hasattr(vit, "rope_embeddings"):
+            given["position_embeddings"] = vit.rope_embeddings(images)
+        return self.entering(x, info, given)
+
+    def entering(
+        self, x: Tensor, info: ModelInfo, given: Mapping[str, Any] | None = None
+    ) -> Tokens:
+        """See :meth:`Adapter.entering`; of what layers are given, the rotary tables are kept."""
+        tokens = super().entering(x, info)
+        positions = (given or {}).get("position_embeddings")
+        if positions is None:
+            return tokens
+        cos, sin = positions
+        table = torch.cat((sin, cos), dim=-1)
+        return tokens.replace(positions=Positions(rope=(table,) * info.depth))
 
     def norm(self, vit: Any, x: Tensor) -> Tensor:
         """See :meth:`Adapter.norm`."""
@@ -237,7 +293,8 @@ def _know(layer: type[nn.Module]) -> None:
         if library == "transformers" and known is not None and kind.__name__ == known[0]:
             BLOCKS[kind] = known[2]
             attention = getattr(sys.modules[kind.__module__], known[1])
-            ATTENTIONS[attention] = SeparateProjections()
+            rotates = known[1].startswith("DINOv3")
+            ATTENTIONS[attention] = RotatedProjections() if rotates else SeparateProjections()
 
 
 def _prefix(vit: Any) -> tuple[int, int]:

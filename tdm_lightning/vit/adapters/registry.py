@@ -24,11 +24,14 @@ _LAZY = {
     "transformers.models.deit.modeling_deit.DeiTModel": "huggingface",
     "transformers.models.dinov2.modeling_dinov2.Dinov2Backbone": "huggingface",
     "transformers.models.dinov2.modeling_dinov2.Dinov2Model": "huggingface",
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTBackbone": "huggingface",
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel": "huggingface",
     f"{_REGISTERS}.Dinov2WithRegistersBackbone": "huggingface",
     f"{_REGISTERS}.Dinov2WithRegistersModel": "huggingface",
     "transformers.models.ijepa.modeling_ijepa.IJepaModel": "huggingface",
     "transformers.models.siglip.modeling_siglip.SiglipVisionModel": "huggingface",
     "transformers.models.vit.modeling_vit.ViTModel": "huggingface",
+    "transformers.models.vit_mae.modeling_vit_mae.ViTMAEModel": "huggingface",
     "transformers.models.vit_msn.modeling_vit_msn.ViTMSNModel": "huggingface",
 }
 
