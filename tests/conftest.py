@@ -26,6 +26,21 @@ settings.load_profile("repeatable")
 torch.set_num_threads(1)
 
 
+#: What takes long: whole benchmarks, programs of exporters, kernels in the interpreter.
+_SLOW_FOLDERS = ("benchmarks", "export", "ops/kernels")
+_SLOW_NAMES = ("export", "compile", "onnx")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what is left out of ``pytest`` and run by ``pytest -m slow``."""
+    for item in items:
+        place = item.path.as_posix()
+        in_folder = any(f"/tests/{folder}/" in place for folder in _SLOW_FOLDERS)
+        named = "/tests/" in place and any(word in item.name for word in _SLOW_NAMES)
+        if in_folder or named:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays: the garbage collector need not look at it again, and tracing, which
     makes many objects, is a tenth faster.

@@ -52,6 +52,10 @@ USED = [
         "state_dict prefix error_msgs",
         "strategies/psvit.py",
     ),
+    ("torchvision.models:VisionTransformer._process_input", "x", "vit/adapters"),
+    ("open_clip.transformer:VisionTransformer._embeds", "x", "vit/adapters"),
+    ("transformers:PretrainedConfig._attn_implementation", "", "vit/in_place.py"),
+    ("transformers.utils.output_capturing:_active_collector", "", "vit/in_place.py"),
     ("lightning.pytorch.loops.fit_loop:_FitLoop.batch_idx", "", "data/loader.py"),
 ]
 

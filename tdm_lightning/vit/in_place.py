@@ -24,9 +24,96 @@ from tdm_lightning.vit.wrapper import TokenReducedViT
 _STRATEGY = "token_reduction"
 #: … and, in a tuple so that it is no submodule, the reduced model that tools ask.
 _REDUCED = "_token_reduced"
+#: On each layer: that reduced model, and the layer's number.
+_LAYER = "_token_reduced_layer"
 
 
-def reduce_in_place(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
+class InPlaceViT(TokenReducedViT):
+    """What hangs on a model that runs itself with reduced layers: tools ask it, layers run by it.
+
+    Made by :func:`reduce_in_place`.
+    """
+
+    def __init__(self, vit: nn.Module, strategy: Strategy) -> None:
+        super().__init__(vit, strategy)
+        #: For each layer the tokens that enter it, and what the layer before showed of them.
+        self._passing: list[tuple[Tokens, Tensor] | None] = [None] * len(self.hook_points)
+
+    def run_layer(self, index: int, x: Tensor, given: Mapping[str, Any], listened: bool) -> Tensor:
+        """What a layer makes of its tokens.
+
+        Args:
+            index: the layer.
+            x: what it was given, B×T×C.
+            given: by name, what else.
+            listened: whether somebody sees its output, and wants all patches.
+
+        Raises:
+            ValueError: if it was given a mask or asked for attention maps, or tokens were changed
+                on the way.
+        """
+        self._check(given)
+        tokens = self._block(index, self._entering(index, x, given), _unwatched)
+        tokens = tokens.replace(x=self.hook_points[index](tokens.x, tokens.valid))
+        last = index == len(self.hook_points) - 1
+        if last:
+            tokens = self.strategy.finish(tokens)
+        shown = self._in_their_places(tokens) if last or listened else tokens.x
+        if not last:
+            self._passing[index + 1] = tokens, shown
+        return shown
+
+    def _entering(self, index: int, x: Tensor, given: Mapping[str, Any]) -> Tokens:
+        if index == 0:
+            tokens = self._adapter.entering(x, self._info, given)
+            patches = tokens.count
+            if self._follows_sizes and tokens.size is None:
+                tokens = tokens.replace(size=torch.ones(x.shape[0], patches, device=x.device))
+            source = torch.arange(patches, device=x.device).expand(x.shape[0], -1)
+            return self.strategy.begin(tokens.replace(history=History(source)))
+        found = self._passing[index]
+        if found is None:
+            raise ReductionError("layers run one after the other, from the first")
+        tokens, shown = found
+        if not (torch.is_grad_enabled() and self.vit.training):  # or a checkpoint comes back for it
+            self._passing[index] = None
+        if x is shown:
+            return tokens
+        if x.shape != tokens.x.shape:
+            raise ReductionError(
+                "the tokens were changed between two layers, where all patches were shown to a"
+                " hook; change them where nobody listens, or in front of the first layer"
+            )
+        return tokens.replace(x=x)
+
+    def _in_their_places(self, tokens: Tokens) -> Tensor:
+        """Every patch with the feature of the token that holds it, B×T×C."""
+        assert tokens.history is not None
+        dense = unmerge(self.strategy.all_patches(tokens), tokens.history.source)
+        return torch.cat((tokens.x[:, : self.num_prefix_tokens], dense), dim=1)
+
+    def _check(self, given: Mapping[str, Any]) -> None:
+        if given.get("attention_mask") is not None:
+            raise ReductionError(
+                "an attention mask names patches that may be merged by then; leave it out, or"
+                " detach()"
+            )
+        chosen = self.vit.config._attn_implementation
+        if chosen not in ("eager", "sdpa", None):
+            raise ReductionError(
+                f"attention is computed by {chosen!r}, which takes no bias of a key; choose 'sdpa'"
+                " or 'eager' with set_attn_implementation()"
+            )
+        capturing = sys.modules.get("transformers.utils.output_capturing")
+        wanted = capturing._active_collector.get() if capturing is not None else None
+        if wanted is not None and "attentions" in wanted:
+            raise ReductionError(
+                "attention maps are of merged tokens and are not given; leave output_attentions"
+                " out, or detach()"
+            )
+
+
+def reduce_in_place(vit: nn.Module, strategy: Strategy) -> InPlaceViT:
     """Let a model's layers reduce its tokens. The last one gives every patch the feature of the
     token that holds it (zero where it was dropped), in its place, so that whatever follows finds
     as many tokens as ever; a layer that somebody has hooked shows its output likewise.
@@ -35,20 +122,19 @@ def reduce_in_place(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
         TypeError: for a strategy that trains by a loss of its own, has parameters, or whose number
             of tokens depends on the image.
     """
-    name = type(strategy).__name__
     if strategy.adaptive or strategy.objective is not None or [*strategy.parameters()]:
         raise UnsupportedModelError(
-            f"{name} has a loss or parameters of its own, or as many tokens as each image needs,"
-            f" and {type(vit).__name__} runs by its library's code, which knows of none of it; take"
-            " a strategy without, such as TDM or WardTDM, or timm's model of the same weights"
+            f"{type(strategy).__name__} has a loss or parameters of its own, or as many tokens as"
+            f" each image needs, and {type(vit).__name__} runs by its library's code, which knows"
+            " of none of it; take a strategy without, such as TDM or WardTDM, or timm's model of"
+            " the same weights"
         )
-    reduced = TokenReducedViT(vit, strategy)
+    reduced = InPlaceViT(vit, strategy)
     vit.add_module(_STRATEGY, strategy)
     object.__setattr__(vit, _REDUCED, (reduced,))
     for index, layer in enumerate(adapter_for(vit).blocks(vit)):
-        object.__setattr__(layer, "_reduced", (reduced, index))
+        object.__setattr__(layer, _LAYER, (reduced, index))
         layer.__class__ = _reduced_class(type(layer))  # type: ignore[arg-type]
-    object.__setattr__(reduced, "_passing", [None] * len(reduced.hook_points))
     return reduced
 
 
@@ -56,12 +142,12 @@ def restore(vit: nn.Module) -> None:
     """Undo :func:`reduce_in_place`."""
     for layer in adapter_for(vit).blocks(vit):
         layer.__class__ = type(layer).__mro__[2]
-        del layer._reduced
+        object.__delattr__(layer, _LAYER)
     delattr(vit, _STRATEGY)
     object.__delattr__(vit, _REDUCED)
 
 
-def reduced_in_place(module: nn.Module) -> TokenReducedViT | None:
+def reduced_in_place(module: nn.Module) -> InPlaceViT | None:
     """The reduced model of one that :func:`reduce_in_place` changed; ``None``: it did not."""
     found = module.__dict__.get(_REDUCED)
     return None if found is None else found[0]
@@ -70,8 +156,6 @@ def reduced_in_place(module: nn.Module) -> TokenReducedViT | None:
 class _Reduced:
     """What a layer does in place of its own forward pass."""
 
-    _reduced: tuple[TokenReducedViT, int]
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is nowhere to be found by its name, which is that of the layer's own.
         return _blank, (type(self).__mro__[2],), self.__dict__
@@ -79,22 +163,10 @@ class _Reduced:
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **others: Any
     ) -> Tensor:
-        model, index = self._reduced
-        _check(model, attention_mask)
-        tokens = _entering(model, index, hidden_states, others)
-        tokens = model._block(index, tokens, _unwatched)
-        x = model.hook_points[index](tokens.x, tokens.valid)
-        tokens = tokens.replace(x=x)
-        last = index == len(model.hook_points) - 1
-        if last:
-            tokens = model.strategy.finish(tokens)
-        shown = tokens.x
-        if last or self._forward_hooks:  # type: ignore[attr-defined]
-            shown = _in_their_places(model, tokens)
-        if not last:
-            passing: Any = model._passing
-            passing[index + 1] = tokens, shown
-        return shown
+        model, index = self.__dict__[_LAYER]
+        listened = bool(self._forward_hooks)  # type: ignore[attr-defined]
+        given = {"attention_mask": attention_mask, **others}
+        return model.run_layer(index, hidden_states, given, listened)
 
 
 @functools.cache
@@ -107,59 +179,6 @@ def _reduced_class(kind: Any) -> Any:
 def _blank(kind: Any) -> Any:
     cls = _reduced_class(kind)
     return cls.__new__(cls)
-
-
-def _entering(model: TokenReducedViT, index: int, x: Tensor, given: Mapping[str, Any]) -> Tokens:
-    """The tokens in front of a layer."""
-    if index == 0:
-        tokens = model._adapter.entering(x, model._info, given)
-        patches = tokens.count
-        if model._follows_sizes and tokens.size is None:
-            tokens = tokens.replace(size=torch.ones(x.shape[0], patches, device=x.device))
-        source = torch.arange(patches, device=x.device).expand(x.shape[0], -1)
-        return model.strategy.begin(tokens.replace(history=History(source)))
-    passing: Any = model._passing
-    found = passing[index]
-    if found is None:
-        raise ReductionError("layers run one after the other, from the first")
-    tokens, shown = found
-    if not (torch.is_grad_enabled() and model.vit.training):  # or a checkpoint comes back for it
-        passing[index] = None
-    if x is shown:
-        return tokens
-    if x.shape != tokens.x.shape:
-        raise ReductionError(
-            "the tokens were changed between two layers, where all patches were shown to a hook;"
-            " change them where nobody listens, or in front of the first layer"
-        )
-    return tokens.replace(x=x)
-
-
-def _in_their_places(model: TokenReducedViT, tokens: Tokens) -> Tensor:
-    """Every patch with the feature of the token that holds it, B×T×C."""
-    assert tokens.history is not None
-    dense = unmerge(model.strategy.all_patches(tokens), tokens.history.source)
-    return torch.cat((tokens.x[:, : model.num_prefix_tokens], dense), dim=1)
-
-
-def _check(model: TokenReducedViT, mask: Tensor | None) -> None:
-    if mask is not None:
-        raise ReductionError(
-            "an attention mask names patches that may be merged by then; leave it out, or detach()"
-        )
-    config = model.vit.config
-    if config._attn_implementation not in ("eager", "sdpa", None):
-        raise ReductionError(
-            f"attention is computed by {config._attn_implementation!r}, which takes no bias of a"
-            " key; choose 'sdpa' or 'eager' with set_attn_implementation()"
-        )
-    capturing = sys.modules.get("transformers.utils.output_capturing")
-    wanted = capturing._active_collector.get() if capturing is not None else None
-    if wanted is not None and "attentions" in wanted:
-        raise ReductionError(
-            "attention maps are of merged tokens and are not given; leave output_attentions out,"
-            " or detach()"
-        )
 
 
 def _unwatched(stage: str, index: int) -> None:
