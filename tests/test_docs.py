@@ -71,7 +71,7 @@ def test_five_lines_and_what_follows(untrained):
 
 
 def test_transformers(monkeypatch):
-    transformers = pytest.importorskip("transformers", minversion="5")
+    transformers = pytest.importorskip("transformers", minversion="5.20")
     monkeypatch.setattr(
         transformers.AutoModelForImageClassification,
         "from_pretrained",

@@ -13,7 +13,7 @@ import tdm_lightning as tdm
 from tdm_lightning.errors import ReductionError, UnsupportedModelError
 from tdm_lightning.vit.find import find_vit
 
-transformers = pytest.importorskip("transformers", minversion="5")
+transformers = pytest.importorskip("transformers", minversion="5.20")
 SHAPE = {
     "hidden_size": 32,
     "num_hidden_layers": 4,
@@ -339,6 +339,13 @@ def test_unknown_layers_are_refused():
     model.vit.layers[2].attention = OtherAttention()
     with pytest.raises(UnsupportedModelError, match="its attention is OtherAttention"):
         tdm.attach(model, tdm.TDM(0.5, (1,)))
+    old = make()
+    del old.vit.layers[0].attention.q_proj
+    with pytest.raises(UnsupportedModelError, match="version 5.20 or newer is needed"):
+        tdm.attach(old, tdm.TDM(0.5, (1,)))
+    del old.vit.layers
+    with pytest.raises(UnsupportedModelError, match="version 5.20 or newer is needed"):
+        tdm.attach(old, tdm.TDM(0.5, (1,)))
     with pytest.raises(UnsupportedModelError, match="cannot reduce the tokens of CLIPTextModel"):
         tdm.attach(transformers.CLIPTextModel(clip().text_config), tdm.TDM())
 

@@ -1,5 +1,6 @@
-"""``transformers``: ViT, DeiT, ViT-MSN, ViT-MAE, I-JEPA, DINOv2 and v3, CLIP, SigLIP; of version 5,
-whose layers and attentions these are. Nothing of it is imported: classes are known by their names.
+"""``transformers``: ViT, DeiT, ViT-MSN, ViT-MAE, I-JEPA, DINOv2 and v3, CLIP, SigLIP; of version
+5.20 on, whose layers and attentions these are. Nothing of it is imported: classes are known by
+their names.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tdm_lightning.vit.adapters.parts import (
 )
 from tdm_lightning.vit.pooling import mean_over_patches
 
+_OLD = "it is made as older versions of transformers make it; version 5.20 or newer is needed"
 #: Ways to compute attention that a bias of every key can be given to.
 IMPLEMENTATIONS = ("eager", "sdpa", None)
 
@@ -222,7 +224,10 @@ class HuggingFaceAdapter(PartsAdapter):
     def blocks(self, vit: Any) -> Any:
         """See :meth:`Adapter.blocks`."""
         inner = getattr(vit, "encoder", getattr(vit, "model", vit))
-        return inner.layer if hasattr(inner, "layer") else inner.layers
+        layers = getattr(inner, "layer", getattr(inner, "layers", None))
+        if layers is None:
+            raise UnsupportedModelError(_OLD)
+        return layers
 
     def norms(self, vit: Any) -> Sequence[nn.Module]:
         """See :meth:`Adapter.norms`."""
@@ -243,9 +248,7 @@ class HuggingFaceAdapter(PartsAdapter):
         for block in self.blocks(vit):
             for attn in BLOCKS[type(block)].attentions(block):
                 if not hasattr(attn, "q_proj"):
-                    raise UnsupportedModelError(
-                        "its attention is that of transformers 4; version 5 is needed"
-                    )
+                    raise UnsupportedModelError(_OLD)
 
     def embed(self, vit: Any, images: Tensor, info: ModelInfo) -> Tokens:
         """See :meth:`Adapter.embed`."""
