@@ -39,7 +39,9 @@ class InPlaceViT(TokenReducedViT):
         #: For each layer the tokens that enter it, and what the layer before showed of them.
         self._passing: list[tuple[Tokens, Tensor] | None] = [None] * len(self.hook_points)
 
-    def run_layer(self, index: int, x: Tensor, given: Mapping[str, Any], listened: bool) -> Tensor:
+    def run_layer(
+        self, index: int, x: Tensor, given: Mapping[str, Any], listened: bool, again: bool
+    ) -> Tensor:
         """What a layer makes of its tokens.
 
         Args:
@@ -47,13 +49,14 @@ class InPlaceViT(TokenReducedViT):
             x: what it was given, B×T×C.
             given: by name, what else.
             listened: whether somebody sees its output, and wants all patches.
+            again: whether it will be run once more, when its gradient is wanted.
 
         Raises:
             ValueError: if it was given a mask or asked for attention maps, or tokens were changed
                 on the way.
         """
         self._check(given)
-        tokens = self._block(index, self._entering(index, x, given), _unwatched)
+        tokens = self._block(index, self._entering(index, x, given, again), _unwatched)
         tokens = tokens.replace(x=self.hook_points[index](tokens.x, tokens.valid))
         last = index == len(self.hook_points) - 1
         if last:
@@ -63,7 +66,7 @@ class InPlaceViT(TokenReducedViT):
             self._passing[index + 1] = tokens, shown
         return shown
 
-    def _entering(self, index: int, x: Tensor, given: Mapping[str, Any]) -> Tokens:
+    def _entering(self, index: int, x: Tensor, given: Mapping[str, Any], again: bool) -> Tokens:
         if index == 0:
             tokens = self._adapter.entering(x, self._info, given)
             patches = tokens.count
@@ -75,7 +78,7 @@ class InPlaceViT(TokenReducedViT):
         if found is None:
             raise ReductionError("layers run one after the other, from the first")
         tokens, shown = found
-        if not (torch.is_grad_enabled() and self.vit.training):  # or a checkpoint comes back for it
+        if not again:
             self._passing[index] = None
         if x is shown:
             return tokens
@@ -166,7 +169,8 @@ class _Reduced:
         model, index = self.__dict__[_LAYER]
         listened = bool(self._forward_hooks)  # type: ignore[attr-defined]
         given = {"attention_mask": attention_mask, **others}
-        return model.run_layer(index, hidden_states, given, listened)
+        again = self.training and getattr(self, "gradient_checkpointing", False)  # type: ignore[attr-defined]
+        return model.run_layer(index, hidden_states, given, listened, again)
 
 
 @functools.cache

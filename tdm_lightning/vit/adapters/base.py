@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tdm_lightning.core.info import ModelInfo
 from tdm_lightning.core.reduction import Seen
 from tdm_lightning.core.tokens import Tokens
-from tdm_lightning.errors import UnsupportedModelError
+from tdm_lightning.errors import SettingError, UnsupportedModelError
 from tdm_lightning.strategies.base import Ahead, Requirements
 
 Size = tuple[int, int]
@@ -178,6 +178,15 @@ class Adapter(ABC):
         Returns:
             What the model's own head returns, usually B×classes.
         """
+
+
+def check_shape(images: Tensor, expected: tuple[int, int, int]) -> None:
+    """Raise ``ValueError`` for images of another shape than the one that a model takes."""
+    if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+        raise SettingError(
+            f"images must have shape B×{'×'.join(map(str, expected))} for this model, got"
+            f" {tuple(images.shape)}; resize them"
+        )
 
 
 def nothing() -> Seen:

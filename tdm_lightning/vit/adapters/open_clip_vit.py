@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tdm_lightning.core.info import ModelInfo
 from tdm_lightning.core.tokens import Tokens
-from tdm_lightning.errors import SettingError, UnsupportedModelError
+from tdm_lightning.errors import UnsupportedModelError
 from tdm_lightning.strategies.base import Requirements
-from tdm_lightning.vit.adapters.base import Size
+from tdm_lightning.vit.adapters.base import Size, check_shape
 from tdm_lightning.vit.adapters.multihead import check_multihead
 from tdm_lightning.vit.adapters.parts import BLOCKS, PartsAdapter, PreNorm
 from tdm_lightning.vit.pooling import mean_over_patches
@@ -96,12 +96,7 @@ class OpenClipAdapter(PartsAdapter):
 
     def embed(self, vit: Any, images: Tensor, info: ModelInfo) -> Tokens:
         """See :meth:`Adapter.embed`."""
-        expected = self.input_size(vit)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise SettingError(
-                f"images must have shape B×{'×'.join(map(str, expected))} for this model, got"
-                f" {tuple(images.shape)}; resize them"
-            )
+        check_shape(images, self.input_size(vit))
         return self.entering(vit._embeds(images), info)  # some may be dropped at random
 
     def norm(self, vit: Any, x: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from torchvision.models.vision_transformer import Encoder, EncoderBlock, VisionT
 
 from tdm_lightning.core.info import ModelInfo
 from tdm_lightning.core.tokens import Tokens
-from tdm_lightning.errors import SettingError, UnsupportedModelError
+from tdm_lightning.errors import UnsupportedModelError
 from tdm_lightning.strategies.base import Requirements
-from tdm_lightning.vit.adapters.base import Size
+from tdm_lightning.vit.adapters.base import Size, check_shape
 from tdm_lightning.vit.adapters.multihead import check_multihead
 from tdm_lightning.vit.adapters.parts import BLOCKS, PartsAdapter, PreNorm
 
@@ -88,12 +88,7 @@ class TorchvisionAdapter(PartsAdapter):
 
     def embed(self, vit: Any, images: Tensor, info: ModelInfo) -> Tokens:
         """See :meth:`Adapter.embed`."""
-        expected = self.input_size(vit)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise SettingError(
-                f"images must have shape B×{'×'.join(map(str, expected))} for this model, got"
-                f" {tuple(images.shape)}; resize them"
-            )
+        check_shape(images, self.input_size(vit))
         x = vit._process_input(images)
         x = torch.cat((vit.class_token.expand(x.shape[0], -1, -1), x), dim=1)
         return Tokens(vit.encoder.dropout(x + vit.encoder.pos_embedding), 1, info)
