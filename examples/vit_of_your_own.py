@@ -81,7 +81,7 @@ class EncoderAdapter(tdm.Adapter):
         expected = self.input_size(vit)
         if images.ndim != 4 or images.shape[1:] != expected:
             raise SettingError(f"images must be B×{expected}, got {tuple(images.shape)}")
-        return self.entering(vit.embed(images), info)
+        return self.entering(vit, vit.embed(images), info)
 
     def attend(self, block, index, tokens, needs, rows=None):
         if tokens.policy is not None:

@@ -5,7 +5,6 @@ the other, and everything around them stays as it is.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,8 +40,8 @@ class InPlaceViT(TokenReducedViT):
 
     def run_layer(
         self, index: int, x: Tensor, given: Mapping[str, Any], listened: bool, again: bool
-    ) -> Tensor:
-        """What a layer makes of its tokens.
+    ) -> Any:
+        """What a layer makes of its tokens, as its library's layers return it.
 
         Args:
             index: the layer.
@@ -52,23 +51,23 @@ class InPlaceViT(TokenReducedViT):
             again: whether it will be run once more, when its gradient is wanted.
 
         Raises:
-            ValueError: if it was given a mask or asked for attention maps, or tokens were changed
-                on the way.
+            ValueError: if the first was given what merged tokens cannot follow, or tokens were
+                changed on the way.
         """
-        self._check(given)
         tokens = self._block(index, self._entering(index, x, given, again), _unwatched)
         tokens = tokens.replace(x=self.hook_points[index](tokens.x, tokens.valid))
         last = index == len(self.hook_points) - 1
         if last:
             tokens = self.strategy.finish(tokens)
-        shown = self._in_their_places(tokens) if last or listened else tokens.x
+        all_patches = last or listened or self._adapter.collects
+        shown = self._in_their_places(tokens) if all_patches else tokens.x
         if not last:
             self._passing[index + 1] = tokens, shown
-        return shown
+        return self._adapter.returned(shown)
 
     def _entering(self, index: int, x: Tensor, given: Mapping[str, Any], again: bool) -> Tokens:
         if index == 0:
-            tokens = self._adapter.entering(x, self._info, given)
+            tokens = self._adapter.entering(self.vit, x, self._info, given)
             patches = tokens.count
             if self._follows_sizes and tokens.size is None:
                 tokens = tokens.replace(size=torch.ones(x.shape[0], patches, device=x.device))
@@ -94,26 +93,6 @@ class InPlaceViT(TokenReducedViT):
         assert tokens.history is not None
         dense = unmerge(self.strategy.all_patches(tokens), tokens.history.source)
         return torch.cat((tokens.x[:, : self.num_prefix_tokens], dense), dim=1)
-
-    def _check(self, given: Mapping[str, Any]) -> None:
-        if given.get("attention_mask") is not None:
-            raise ReductionError(
-                "an attention mask names patches that may be merged by then; leave it out, or"
-                " detach()"
-            )
-        chosen = self.vit.config._attn_implementation
-        if chosen not in ("eager", "sdpa", None):
-            raise ReductionError(
-                f"attention is computed by {chosen!r}, which takes no bias of a key; choose 'sdpa'"
-                " or 'eager' with set_attn_implementation()"
-            )
-        capturing = sys.modules.get("transformers.utils.output_capturing")
-        wanted = capturing._active_collector.get() if capturing is not None else None
-        if wanted is not None and "attentions" in wanted:
-            raise ReductionError(
-                "attention maps are of merged tokens and are not given; leave output_attentions"
-                " out, or detach()"
-            )
 
 
 def reduce_in_place(vit: nn.Module, strategy: Strategy) -> InPlaceViT:
@@ -165,7 +144,7 @@ class _Reduced:
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **others: Any
-    ) -> Tensor:
+    ) -> Any:
         model, index = self.__dict__[_LAYER]
         listened = bool(self._forward_hooks)  # type: ignore[attr-defined]
         given = {"attention_mask": attention_mask, **others}

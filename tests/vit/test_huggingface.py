@@ -6,7 +6,6 @@ import io
 import pytest
 import torch
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import tdm_lightning as tdm
@@ -21,13 +20,6 @@ SHAPE = {
     "intermediate_size": 64,
     "image_size": 32,
     "patch_size": 4,
-}
-STRATEGIES = {
-    "ward": lambda: tdm.WardTDM(0.6, (0, 2)),
-    "tdm": lambda: tdm.TDM(0.7, (1, 2)),
-    "evit": lambda: tdm.EViT(0.7, (1, 2)),
-    "tome": lambda: tdm.ToMe(8),
-    "mctf": lambda: tdm.MCTF(8),
 }
 
 
@@ -51,6 +43,14 @@ def clip():
     return transformers.CLIPConfig(vision_config=SHAPE, text_config=text, projection_dim=16)
 
 
+def beit(**settings):
+    return transformers.BeitConfig(**{**SHAPE, "use_relative_position_bias": True, **settings})
+
+
+def data2vec(**settings):
+    return transformers.Data2VecVisionConfig(**SHAPE, **settings)
+
+
 #: Encoders, and models around them.
 MODELS = {
     "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**SHAPE)),
@@ -68,6 +68,20 @@ MODELS = {
     "clip-projected": lambda: transformers.CLIPVisionModelWithProjection(clip().vision_config),
     "siglip": lambda: encoder("SiglipVision"),
     "siglip-classifier": lambda: transformers.SiglipForImageClassification(siglip()),
+    "beit": lambda: transformers.BeitForImageClassification(beit()),
+    "beit-class": lambda: transformers.BeitModel(beit(use_mean_pooling=False)),
+    "beit-shared": lambda: transformers.BeitModel(
+        beit(use_relative_position_bias=False, use_shared_relative_position_bias=True)
+    ),
+    "beit-absolute": lambda: transformers.BeitModel(
+        beit(use_relative_position_bias=False, use_absolute_position_embeddings=True)
+    ),
+    "data2vec": lambda: transformers.Data2VecVisionForImageClassification(
+        data2vec(use_shared_relative_position_bias=True)
+    ),
+    "data2vec-each": lambda: transformers.Data2VecVisionModel(
+        data2vec(use_relative_position_bias=True, layer_scale_init_value=0.0)
+    ),
 }
 ATTACHED = {"token_reduction", "_token_reduced"}
 
@@ -121,56 +135,6 @@ def _stored(model):
     return torch.load(file, weights_only=False)
 
 
-#: transformers' names of a ViT in timm's words.
-NAMES = {
-    "embeddings.cls_token": "cls_token",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "layers.": "blocks.",
-    "layernorm_before": "norm1",
-    "layernorm_after": "norm2",
-    "layernorm": "norm",
-    "attention.o_proj": "attn.proj",
-    "mlp.": "mlp.",
-}
-
-
-def in_timm(vit):
-    """timm's model of the same weights."""
-    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
-    twin, weights = VisionTransformer(**shape, mlp_ratio=2, num_classes=0), {}
-    for name, value in vit.state_dict().items():
-        for mine, theirs in NAMES.items():
-            name = name.replace(mine, theirs)
-        if name in twin.state_dict():
-            weights[name] = value
-    for index, layer in enumerate(vit.layers):
-        for kind in ("weight", "bias"):
-            of = [getattr(layer.attention, f"{part}_proj") for part in "qkv"]
-            weights[f"blocks.{index}.attn.qkv.{kind}"] = torch.cat([getattr(p, kind) for p in of])
-    for norm in (m for m in twin.modules() if isinstance(m, nn.LayerNorm)):
-        norm.eps = vit.config.layer_norm_eps
-    twin.load_state_dict(weights)
-    return twin.eval()
-
-
-@pytest.mark.parametrize("name", STRATEGIES)
-@torch.no_grad()
-def test_it_decides_as_timm_does(name, images):
-    vit = make().vit
-    twin = tdm.attach(in_timm(vit), STRATEGIES[name]()).eval()
-    (patches, prefix) = twin.forward_intermediates(
-        images, [3], True, norm=True, output_fmt="NLC", intermediates_only=True
-    )[0]
-    tdm.attach(vit, STRATEGIES[name]())
-    found = vit(pixel_values=images).last_hidden_state
-    torch.testing.assert_close(found[:, 1:], patches, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found[:, :1], prefix, atol=1e-4, rtol=1e-4)
-    trace = find_vit(vit).trace(images)[1]
-    for mine, theirs in zip(trace.layers, twin.trace(images)[1].layers, strict=True):
-        assert torch.equal(mine.assignment, theirs.assignment)
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @torch.no_grad()
 def test_hidden_states_are_of_all_patches(attention, images):
@@ -193,6 +157,47 @@ def test_backbones_give_maps_of_all_patches(images):
     tdm.attach(model, tdm.TDM(0.5, (1, 2)))
     maps = model(images).feature_maps
     assert [tuple(one.shape) for one in maps] == [(2, 32, 8, 8)] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", [True, False])
+def test_hidden_states_that_the_encoder_collects(shared, images):
+    model = transformers.Data2VecVisionModel(data2vec(use_shared_relative_position_bias=shared))
+    tdm.attach(model.eval(), tdm.WardTDM(0.5, (1, 2)))
+    found = model(pixel_values=images, output_hidden_states=True)
+    assert [tuple(state.shape) for state in found.hidden_states] == [(2, 65, 32)] * 5
+    assert [len(state[0, 1:].unique(dim=0)) for state in found.hidden_states] == [
+        64,
+        64,
+        32,
+        16,
+        16,
+    ]
+    with pytest.raises(ReductionError, match="attention maps are of merged tokens"):
+        model(pixel_values=images, output_attentions=True)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_patches_without_padding(attention, images):
+    config = transformers.Siglip2VisionConfig(**SHAPE, num_patches=64)
+    model = transformers.Siglip2VisionModel(config).eval()
+    model.set_attn_implementation(attention)
+    patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).reshape(2, 64, 48)
+    mask = torch.ones(2, 64, dtype=torch.int64)
+    given = {"pixel_values": patches, "spatial_shapes": torch.tensor([[8, 8]] * 2)}
+    plain = model(**given, pixel_attention_mask=mask)
+    tdm.attach(model, tdm.TDM(1.0, (1,)))
+    found = model(**given, pixel_attention_mask=mask)
+    torch.testing.assert_close(found.pooler_output, plain.pooler_output, atol=1e-5, rtol=1e-5)
+    apart = find_vit(model).forward_features(images)
+    torch.testing.assert_close(apart, plain.last_hidden_state, atol=1e-5, rtol=1e-5)
+    tdm.attach(tdm.detach(model), tdm.WardTDM(0.5, (1, 2)))
+    found = model(**given, pixel_attention_mask=mask)
+    assert [len(image.unique(dim=0)) for image in found.last_hidden_state] == [16, 16]
+    mask[0, 60:] = 0
+    with pytest.raises(ReductionError, match="attention mask names patches"):
+        model(**given, pixel_attention_mask=mask)
 
 
 @torch.no_grad()

@@ -33,10 +33,13 @@ class Adapter(ABC):
         takes_rows: whether :meth:`attend` heeds ``rows``; then the last block of a pass that only
             gives logits computes no more than the head reads.
         in_place: whether the model runs itself, and only its blocks are changed.
+        collects: whether a model that runs itself keeps what its blocks return, and so wants all
+            patches of every one.
     """
 
     takes_rows: bool = False
     in_place: bool = False
+    collects: bool = False
 
     # The model
 
@@ -96,14 +99,18 @@ class Adapter(ABC):
         """
 
     def entering(
-        self, x: Tensor, info: ModelInfo, given: Mapping[str, Any] | None = None
+        self, vit: Any, x: Tensor, info: ModelInfo, given: Mapping[str, Any] | None = None
     ) -> Tokens:
         """Embedded tokens, B×T×C, as they enter the first block.
 
         Args:
+            vit: the model.
             x: the tokens.
             info: :meth:`info` of the model.
             given: by name, what a model that runs itself gives its blocks beside them.
+
+        Raises:
+            ValueError: if something is given that merged tokens cannot follow.
         """
         patches = x.shape[1] - info.prefix
         if patches != info.patches:
@@ -112,6 +119,10 @@ class Adapter(ABC):
         if info.pooling == "patches":
             size = torch.ones(x.shape[0], patches, device=x.device)
         return Tokens(x, info.prefix, info, size)
+
+    def returned(self, x: Tensor) -> Any:
+        """What a block of a model that runs itself returns, of tokens B×T×C."""
+        return x
 
     @abstractmethod
     def attend(

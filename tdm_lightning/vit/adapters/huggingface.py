@@ -1,13 +1,11 @@
-"""``transformers``: ViT, DeiT, ViT-MSN, ViT-MAE, I-JEPA, DINOv2 and v3, CLIP, SigLIP; of version
-5.20 on, whose layers and attentions these are. Nothing of it is imported: classes are known by
-their names.
+"""``transformers``: ViT, DeiT, ViT-MSN, ViT-MAE, I-JEPA, DINOv2 and v3, CLIP, SigLIP. Nothing of it
+is imported: classes are known by their names.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,17 +14,22 @@ from torch import Tensor, nn
 from tdm_lightning.core.info import ModelInfo
 from tdm_lightning.core.positions import Positions
 from tdm_lightning.core.tokens import Tokens
-from tdm_lightning.errors import UnsupportedModelError
+from tdm_lightning.errors import ReductionError, UnsupportedModelError
 from tdm_lightning.strategies.base import Requirements
-from tdm_lightning.vit.adapters.attention import Heads
 from tdm_lightning.vit.adapters.base import Size
-from tdm_lightning.vit.adapters.eva import rotation
+from tdm_lightning.vit.adapters.huggingface_layers import (
+    Bare,
+    BeforeAndAfter,
+    RotatedProjections,
+    Scaled,
+    SeparateProjections,
+)
 from tdm_lightning.vit.adapters.parts import (
     ATTENTIONS,
     BLOCKS,
     AttentionParts,
+    BlockParts,
     PartsAdapter,
-    PreNorm,
 )
 from tdm_lightning.vit.pooling import mean_over_patches
 
@@ -35,155 +38,23 @@ _OLD = "it is made as older versions of transformers make it; version 5.20 or ne
 IMPLEMENTATIONS = ("eager", "sdpa", None)
 
 
-class SeparateProjections(AttentionParts):
-    """Queries, keys and values of a layer each."""
-
-    plain = True
-    native = False  # its functions take other masks
-
-    def heads(self, attn: Any, h: Tensor, tokens: Tokens, index: int) -> Heads:
-        """See :class:`AttentionParts`."""
-        q, k, v = (_split(attn, layer(h)) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
-        return Heads(q, k, v, self.scale(attn), k)
-
-    def asked(self, attn: Any, h: Tensor, rows: int, tokens: Tokens, index: int) -> Heads:
-        """See :class:`AttentionParts`: no other queries are formed."""
-        q = _split(attn, attn.q_proj(h[:, :rows]))
-        k, v = (_split(attn, layer(h)) for layer in (attn.k_proj, attn.v_proj))
-        return Heads(q, k, v, self.scale(attn), k)
-
-    def queries_and_keys(self, attn: Any, h: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`AttentionParts`."""
-        return _split(attn, attn.q_proj(h)), _split(attn, attn.k_proj(h))
-
-    def weighted(self, attn: Any, weights: Tensor, h: Tensor) -> Tensor:
-        """See :class:`AttentionParts`."""
-        weights = nn.functional.dropout(weights, self.dropout(attn))
-        mixed = weights @ _split(attn, attn.v_proj(h))
-        return self.projected(attn, mixed.transpose(1, 2).flatten(2), h)
-
-    def scale(self, attn: Any) -> float:
-        """See :class:`AttentionParts`."""
-        return attn.scaling if hasattr(attn, "scaling") else attn.scale
-
-    def dropout(self, attn: Any) -> float:
-        """See :class:`AttentionParts`."""
-        if not attn.training:
-            return 0.0
-        return attn.attention_dropout if hasattr(attn, "attention_dropout") else attn.dropout
-
-    def projected(self, attn: Any, x: Tensor, h: Tensor) -> Tensor:
-        """See :class:`AttentionParts`."""
-        return attn.o_proj(x) if hasattr(attn, "o_proj") else attn.out_proj(x)
-
-
-class RotatedProjections(SeparateProjections):
-    """The same, queries and keys of patches rotated by their positions."""
-
-    plain = False
-
-    def heads(self, attn: Any, h: Tensor, tokens: Tokens, index: int) -> Heads:
-        """See :class:`AttentionParts`."""
-        found = super().heads(attn, h, tokens, index)
-        table = rotation(tokens, index)
-        if table is None:
-            return found
-        q, k = (_rotated(x, table) for x in (found.q, found.k))
-        return replace(found, q=q, k=k)
-
-    def asked(self, attn: Any, h: Tensor, rows: int, tokens: Tokens, index: int) -> Heads:
-        """See :class:`AttentionParts`."""
-        heads = self.heads(attn, h, tokens, index)
-        return replace(heads, q=heads.q[:, :, :rows])
-
-
-def _rotated(x: Tensor, table: Tensor) -> Tensor:
-    """Queries or keys B×H×T×d, those of the patches rotated by sines and cosines, N×2d."""
-    first = x.shape[2] - table.shape[-2]
-    sin, cos = table.chunk(2, dim=-1)
-    patches = x[:, :, first:]
-    low, high = patches.chunk(2, dim=-1)
-    turned = patches * cos + torch.cat((-high, low), dim=-1) * sin
-    return torch.cat((x[:, :, :first], turned), dim=2)
-
-
-def _split(attn: Any, x: Tensor) -> Tensor:
-    """B×T×C as B×H×T×d."""
-    return x.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
-
-
-class BeforeAndAfter(PreNorm):
-    """``ViTLayer`` and its kin: one dropout behind both halves."""
-
-    def attentions(self, block: Any) -> Sequence[nn.Module]:
-        """See :class:`BlockParts`."""
-        return [block.attention]
-
-    def norms(self, block: Any) -> tuple[nn.Module, nn.Module]:
-        """See :class:`PreNorm`."""
-        return block.layernorm_before, block.layernorm_after
-
-    def residual(self, block: Any, mixed: Tensor) -> Tensor:
-        """See :class:`PreNorm`."""
-        return block.dropout(mixed)
-
-    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
-        """See :class:`BlockParts`."""
-        return x + block.dropout(block.mlp(block.layernorm_after(x)))
-
-
-class Scaled(PreNorm):
-    """``Dinov2Layer``: layer scales, and one drop path behind both halves."""
-
-    def attentions(self, block: Any) -> Sequence[nn.Module]:
-        """See :class:`BlockParts`."""
-        return [block.attention]
-
-    def residual(self, block: Any, mixed: Tensor) -> Tensor:
-        """See :class:`PreNorm`."""
-        return block.drop_path(block.layer_scale1(mixed))
-
-    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
-        """See :class:`BlockParts`."""
-        return x + block.drop_path(block.layer_scale2(block.mlp(block.norm2(x))))
-
-
-class Bare(PreNorm):
-    """``CLIPEncoderLayer`` and ``SiglipEncoderLayer``: nothing but norms, attention and MLP."""
-
-    def attentions(self, block: Any) -> Sequence[nn.Module]:
-        """See :class:`BlockParts`."""
-        return [block.self_attn]
-
-    def norms(self, block: Any) -> tuple[nn.Module, nn.Module]:
-        """See :class:`PreNorm`."""
-        return block.layer_norm1, block.layer_norm2
-
-    def residual(self, block: Any, mixed: Tensor) -> Tensor:
-        """See :class:`PreNorm`."""
-        return mixed
-
-    def feed_forward(self, block: Any, x: Tensor) -> Tensor:
-        """See :class:`BlockParts`."""
-        return x + block.mlp(block.layer_norm2(x))
-
-
-#: Layers and attentions by the module of transformers and their names.
-_LAYERS = {
-    "vit.modeling_vit": ("ViTLayer", "ViTAttention", BeforeAndAfter()),
-    "deit.modeling_deit": ("DeiTLayer", "DeiTAttention", BeforeAndAfter()),
-    "vit_msn.modeling_vit_msn": ("ViTMSNLayer", "ViTMSNAttention", BeforeAndAfter()),
-    "ijepa.modeling_ijepa": ("IJepaLayer", "IJepaAttention", BeforeAndAfter()),
-    "dinov2.modeling_dinov2": ("Dinov2Layer", "Dinov2Attention", Scaled()),
-    "dinov2_with_registers.modeling_dinov2_with_registers": (
-        "Dinov2WithRegistersLayer",
-        "Dinov2WithRegistersAttention",
-        Scaled(),
-    ),
-    "dinov3_vit.modeling_dinov3_vit": ("DINOv3ViTLayer", "DINOv3ViTAttention", Scaled()),
-    "vit_mae.modeling_vit_mae": ("ViTMAELayer", "ViTMAEAttention", BeforeAndAfter()),
-    "clip.modeling_clip": ("CLIPEncoderLayer", "CLIPAttention", Bare()),
-    "siglip.modeling_siglip": ("SiglipEncoderLayer", "SiglipAttention", Bare()),
+_SEPARATE = SeparateProjections()
+#: By the module of transformers: its layer's name and parts, its attention's name and parts.
+LAYERS: dict[str, tuple[str, BlockParts, str, AttentionParts]] = {
+    f"{module}.modeling_{module}": (f"{name}Layer", layer, f"{name}Attention", attention)
+    for module, name, layer, attention in (
+        ("vit", "ViT", BeforeAndAfter(), _SEPARATE),
+        ("deit", "DeiT", BeforeAndAfter(), _SEPARATE),
+        ("vit_msn", "ViTMSN", BeforeAndAfter(), _SEPARATE),
+        ("vit_mae", "ViTMAE", BeforeAndAfter(), _SEPARATE),
+        ("ijepa", "IJepa", BeforeAndAfter(), _SEPARATE),
+        ("dinov2", "Dinov2", Scaled(), _SEPARATE),
+        ("dinov2_with_registers", "Dinov2WithRegisters", Scaled(), _SEPARATE),
+        ("dinov3_vit", "DINOv3ViT", Scaled(), RotatedProjections()),
+    )
+} | {
+    "clip.modeling_clip": ("CLIPEncoderLayer", Bare(), "CLIPAttention", _SEPARATE),
+    "siglip.modeling_siglip": ("SiglipEncoderLayer", Bare(), "SiglipAttention", _SEPARATE),
 }
 
 
@@ -238,17 +109,18 @@ class HuggingFaceAdapter(PartsAdapter):
         """See :meth:`Adapter.check`."""
         chosen = vit.config._attn_implementation
         if chosen not in IMPLEMENTATIONS:
-            raise UnsupportedModelError(
-                f"its attention is computed by {chosen!r}, which takes no bias of a key; choose"
-                " 'sdpa' or 'eager' with set_attn_implementation()"
-            )
+            raise UnsupportedModelError(_no_bias(chosen))
         for block in self.blocks(vit):
             _know(type(block))
         super().check(vit, requirements)
         for block in self.blocks(vit):
             for attn in BLOCKS[type(block)].attentions(block):
-                if not hasattr(attn, "q_proj"):
+                if self.projections(attn) is None:
                     raise UnsupportedModelError(_OLD)
+
+    def projections(self, attn: Any) -> Any:
+        """The projection to queries; ``None``: it is not where it is looked for."""
+        return getattr(attn, "q_proj", None)
 
     def embed(self, vit: Any, images: Tensor, info: ModelInfo) -> Tokens:
         """See :meth:`Adapter.embed`."""
@@ -257,22 +129,45 @@ class HuggingFaceAdapter(PartsAdapter):
             x = x[0]
         if hasattr(vit, "pre_layrnorm"):  # as transformers spells it
             x = vit.pre_layrnorm(x)
-        given = {}
+        return self.entering(vit, x, info, self.given(vit, images))
+
+    def given(self, vit: Any, images: Tensor) -> dict[str, Any]:
+        """What the model gives its layers beside tokens, by name."""
         if hasattr(vit, "rope_embeddings"):
-            given["position_embeddings"] = vit.rope_embeddings(images)
-        return self.entering(x, info, given)
+            return {"position_embeddings": vit.rope_embeddings(images)}
+        return {}
 
     def entering(
-        self, x: Tensor, info: ModelInfo, given: Mapping[str, Any] | None = None
+        self, vit: Any, x: Tensor, info: ModelInfo, given: Mapping[str, Any] | None = None
     ) -> Tokens:
         """See :meth:`Adapter.entering`; of what layers are given, the rotary tables are kept."""
-        tokens = super().entering(x, info)
-        positions = (given or {}).get("position_embeddings")
+        given = given or {}
+        self.check_given(vit, given)
+        tokens = super().entering(vit, x, info)
+        positions = given.get("position_embeddings")
         if positions is None:
             return tokens
         cos, sin = positions
         table = torch.cat((sin, cos), dim=-1)
         return tokens.replace(positions=Positions(rope=(table,) * info.depth))
+
+    def check_given(self, vit: Any, given: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` for what merged tokens cannot follow."""
+        if _hides(given.get("attention_mask")):
+            raise ReductionError(
+                "an attention mask names patches that may be merged by then; leave it out, or"
+                " detach()"
+            )
+        chosen = vit.config._attn_implementation
+        if chosen not in IMPLEMENTATIONS:
+            raise ReductionError(_no_bias(chosen))
+        capturing = sys.modules.get("transformers.utils.output_capturing")
+        wanted = capturing._active_collector.get() if capturing is not None else None
+        if given.get("output_attentions") or (wanted is not None and "attentions" in wanted):
+            raise ReductionError(
+                "attention maps are of merged tokens and are not given; leave output_attentions"
+                " out, or detach()"
+            )
 
     def norm(self, vit: Any, x: Tensor) -> Tensor:
         """See :meth:`Adapter.norm`."""
@@ -292,12 +187,28 @@ def _know(layer: type[nn.Module]) -> None:
     """Register a layer's class, and that of its attention, where they are known by their names."""
     for kind in layer.__mro__:
         library, _, module = kind.__module__.partition(".models.")
-        known = _LAYERS.get(module)
+        known = LAYERS.get(module)
         if library == "transformers" and known is not None and kind.__name__ == known[0]:
-            BLOCKS[kind] = known[2]
-            attention = getattr(sys.modules[kind.__module__], known[1])
-            rotates = known[1].startswith("DINOv3")
-            ATTENTIONS[attention] = RotatedProjections() if rotates else SeparateProjections()
+            BLOCKS[kind] = known[1]
+            ATTENTIONS[getattr(sys.modules[kind.__module__], known[2])] = known[3]
+
+
+def _no_bias(chosen: str) -> str:
+    return (
+        f"its attention is computed by {chosen!r}, which takes no bias of a key; choose 'sdpa' or"
+        " 'eager' with set_attn_implementation()"
+    )
+
+
+def _hides(mask: Tensor | None) -> bool:
+    """Whether a mask, boolean or to be added, hides a token; one whose values cannot be seen, while
+    a program is captured, is taken to.
+    """
+    if mask is None or mask.is_meta:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return not mask.all() if mask.dtype == torch.bool else bool((mask < -1e4).any())
 
 
 def _prefix(vit: Any) -> tuple[int, int]:

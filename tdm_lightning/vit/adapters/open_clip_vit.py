@@ -97,7 +97,7 @@ class OpenClipAdapter(PartsAdapter):
     def embed(self, vit: Any, images: Tensor, info: ModelInfo) -> Tokens:
         """See :meth:`Adapter.embed`."""
         check_shape(images, self.input_size(vit))
-        return self.entering(vit._embeds(images), info)  # some may be dropped at random
+        return self.entering(vit, vit._embeds(images), info)  # some may be dropped at random
 
     def norm(self, vit: Any, x: Tensor) -> Tensor:
         """See :meth:`Adapter.norm`; some models have it behind the pooling."""

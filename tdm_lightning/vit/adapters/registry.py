@@ -14,25 +14,33 @@ from tdm_lightning.vit.adapters.base import Adapter, Size
 
 _ADAPTERS: dict[type[nn.Module], Adapter] = {}
 
-_REGISTERS = "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
-#: Classes of libraries that are not imported here, by their full names: the file that has their
-#: adapter is imported when a model of theirs is met.
+#: Classes of libraries that are not imported here, by their full names: the file of this folder
+#: that has their adapter, and its name there. It is imported when a model of theirs is met.
 _LAZY = {
-    "open_clip.transformer.VisionTransformer": "open_clip_vit",
-    "torchvision.models.vision_transformer.VisionTransformer": "torchvision_vit",
-    "transformers.models.clip.modeling_clip.CLIPVisionModel": "huggingface",
-    "transformers.models.deit.modeling_deit.DeiTModel": "huggingface",
-    "transformers.models.dinov2.modeling_dinov2.Dinov2Backbone": "huggingface",
-    "transformers.models.dinov2.modeling_dinov2.Dinov2Model": "huggingface",
-    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTBackbone": "huggingface",
-    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel": "huggingface",
-    f"{_REGISTERS}.Dinov2WithRegistersBackbone": "huggingface",
-    f"{_REGISTERS}.Dinov2WithRegistersModel": "huggingface",
-    "transformers.models.ijepa.modeling_ijepa.IJepaModel": "huggingface",
-    "transformers.models.siglip.modeling_siglip.SiglipVisionModel": "huggingface",
-    "transformers.models.vit.modeling_vit.ViTModel": "huggingface",
-    "transformers.models.vit_mae.modeling_vit_mae.ViTMAEModel": "huggingface",
-    "transformers.models.vit_msn.modeling_vit_msn.ViTMSNModel": "huggingface",
+    "open_clip.transformer.VisionTransformer": "open_clip_vit.ADAPTER",
+    "torchvision.models.vision_transformer.VisionTransformer": "torchvision_vit.ADAPTER",
+} | {
+    f"transformers.models.{module}.{name}": f"huggingface{adapter}"
+    for module, names, adapter in (
+        ("beit.modeling_beit", "BeitModel", "_beit.BEIT"),
+        ("clip.modeling_clip", "CLIPVisionModel", ".ADAPTER"),
+        ("data2vec.modeling_data2vec_vision", "Data2VecVisionModel", "_beit.DATA2VEC"),
+        ("deit.modeling_deit", "DeiTModel", ".ADAPTER"),
+        ("dinov2.modeling_dinov2", "Dinov2Model Dinov2Backbone", ".ADAPTER"),
+        (
+            "dinov2_with_registers.modeling_dinov2_with_registers",
+            "Dinov2WithRegistersModel Dinov2WithRegistersBackbone",
+            ".ADAPTER",
+        ),
+        ("dinov3_vit.modeling_dinov3_vit", "DINOv3ViTModel DINOv3ViTBackbone", ".ADAPTER"),
+        ("ijepa.modeling_ijepa", "IJepaModel", ".ADAPTER"),
+        ("siglip.modeling_siglip", "SiglipVisionModel", ".ADAPTER"),
+        ("siglip2.modeling_siglip2", "Siglip2VisionModel", "_siglip2.ADAPTER"),
+        ("vit.modeling_vit", "ViTModel", ".ADAPTER"),
+        ("vit_mae.modeling_vit_mae", "ViTMAEModel", ".ADAPTER"),
+        ("vit_msn.modeling_vit_msn", "ViTMSNModel", ".ADAPTER"),
+    )
+    for name in names.split()
 }
 
 #: Methods by which a model runs. A subclass that has its own runs in a way that no adapter knows.
@@ -78,9 +86,10 @@ def find_adapter(vit: object) -> Adapter | None:
 def _registered(cls: type) -> type[nn.Module] | None:
     """The class itself, or the nearest one that it comes from, that has an adapter."""
     for kind in cls.__mro__:
-        file = _LAZY.get(f"{kind.__module__}.{kind.__qualname__}")
-        if file is not None and kind not in _ADAPTERS:
-            register_adapter(kind, import_module(f"{__package__}.{file}").ADAPTER)
+        found = _LAZY.get(f"{kind.__module__}.{kind.__qualname__}")
+        if found is not None and kind not in _ADAPTERS:
+            file, _, name = found.partition(".")
+            register_adapter(kind, getattr(import_module(f"{__package__}.{file}"), name))
         if kind in _ADAPTERS:
             return kind
     return None
