@@ -14,6 +14,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from tdm_lightning.sparsity.extract import Parts, kept_parts, shrink
 from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.vit import TokenReducedViT, attach
 from tdm_lightning.vit.adapters import input_size as model_input_size
-from tdm_lightning.vit.in_place import restore
+from tdm_lightning.vit.in_place import Encoder, as_function, restore
 
 #: Stages of a pass in which the timm model works; all others are the strategy's own.
 _BACKBONE = ("embed", "attention", "mlp", "head", "begin", "finish")
@@ -171,7 +172,7 @@ def _count(model: nn.Module, images: Tensor, logits_alone: bool = False) -> _Cou
                 for handle in handles:
                     handle.remove()
         else:
-            model(images)
+            as_function(model)(images)
             stages.watch("embed", -1)
     return stages
 
@@ -331,8 +332,9 @@ def image_costs(model: TokenReducedViT, images: Tensor) -> ImageCosts:
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Channels, height and width that a timm ViT was made for."""
-    return model_input_size(model.vit if isinstance(model, TokenReducedViT) else model)
+    """Channels, height and width that a ViT was made for."""
+    vit: Any = model.vit if isinstance(model, (TokenReducedViT, Encoder)) else model
+    return model_input_size(vit)
 
 
 def macs_with(

@@ -41,11 +41,11 @@ def compare(
     tell times. Ctrl-C ends the measurement, saves what there is, and exits with code 130.
 
     Args:
-        model: name of a ViT: timm's, ``torchvision:…`` or ``open_clip:…``.
+        model: name of a ViT: timm's, ``torchvision:…``, ``open_clip:…`` or ``hf:…``.
         model_kwargs: passed to ``timm.create_model``, such as ``img_size``.
-        strategies: the methods; ``None``: all of the poster's, and the diversity-only ones; with
-            ``match_gmacs`` those that have a setting to solve for, with another ``runtime`` those
-            that it takes.
+        strategies: the methods; ``None``: all of the poster's, and the diversity-only ones, that
+            the model takes; with ``match_gmacs`` those that have a setting to solve for, with
+            another ``runtime`` those that it takes.
         batch_sizes: images in a batch, one number or several (``--batch_sizes 1 32 256``);
             everything is measured at each of them.
         rounds: times that each method is timed, in turn with all others.
@@ -76,7 +76,7 @@ def compare(
             be written; nothing is measured then.
         SystemExit: after an interrupt.
     """
-    from tdm_lightning.compare import Plan, measure, posters_strategies, prepare
+    from tdm_lightning.compare import Plan, measure, prepare
     from tdm_lightning.compare.files import write
     from tdm_lightning.compare.table import rich_table
     from tdm_lightning.visualize.sheet import make_folder
@@ -99,10 +99,6 @@ def compare(
         )
     if data is not None and data.hparams.model is None:
         data = type(data)(**{**data.hparams, "model": model, "model_kwargs": model_kwargs})
-    if strategies is None:
-        strategies = posters_strategies(
-            adjustable=match_gmacs is not None, static=runtime != "eager"
-        )
     classes = {} if data is None else {"num_classes": data.num_classes}
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         comparison = prepare(

@@ -36,7 +36,7 @@ def export(
         weights: a checkpoint of ``tdm fit``, a folder that ``save_pretrained`` or ``tdm export
             --format hub`` wrote or a hub repository, which bring along what is not given of model
             and strategy; an official checkpoint; or ``true`` for timm's pretrained weights.
-        model: the name of a ViT: timm's, ``torchvision:…`` or ``open_clip:…``.
+        model: the name of a ViT: timm's, ``torchvision:…``, ``open_clip:…`` or ``hf:…``.
         model_kwargs: passed to ``timm.create_model``.
         strategy: the token-reduction method; ``None``: that of the weights, or TDM at 0.7.
         random_weights: export an untrained model all the same, to measure its speed.

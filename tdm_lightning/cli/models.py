@@ -11,7 +11,8 @@ from tdm_lightning.checkpoints import load_weights, open_weights
 from tdm_lightning.errors import FileError, SettingError
 from tdm_lightning.strategies import TDM, Strategy
 from tdm_lightning.strategies.stack import stacked
-from tdm_lightning.vit import TokenReducedViT, attach
+from tdm_lightning.vit import TokenReducedViT
+from tdm_lightning.vit.attach import reduced_vit
 from tdm_lightning.vit.create import create_vit
 
 
@@ -40,7 +41,7 @@ def choose_model(
     Args:
         weights: ``True`` for timm's pretrained ones, or what
             :func:`~tdm_lightning.checkpoints.open_weights` takes; otherwise they are random.
-        model: the name of a ViT: timm's, ``torchvision:…`` or ``open_clip:…``.
+        model: the name of a ViT: timm's, ``torchvision:…``, ``open_clip:…`` or ``hf:…``.
         model_kwargs: passed to ``timm.create_model``.
         strategy: the token-reduction method; ``None``: TDM at 0.7, or none where the weights say
             that they were trained without.
@@ -51,10 +52,10 @@ def choose_model(
     arguments = model_kwargs or {}
     vit = create_vit(model, pretrained=weights is True, **arguments)
     if not isinstance(weights, str):
-        return Chosen(attach(vit, strategy or TDM()).eval(), {"model_args": arguments})
+        return Chosen(reduced_vit(vit, strategy or TDM()).eval(), {"model_args": arguments})
     source = open_weights(weights)
     chosen = strategy or (TDM() if source.stored is None else Strategy())
-    reduced = attach(vit, chosen).eval()
+    reduced = reduced_vit(vit, chosen).eval()
     if source.stored is not None and _differs(chosen, source.stored.strategy):
         source = source.without_strategy()
     report = load_weights(reduced, source)

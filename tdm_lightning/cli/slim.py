@@ -46,7 +46,7 @@ def slim(
         weights: a checkpoint of ``tdm fit``, a folder that ``save_pretrained`` wrote or a hub
             repository, which bring along what is not given of the model (a strategy is left out);
             an official checkpoint; or ``true`` for timm's pretrained weights.
-        model: the name of a ViT: timm's, ``torchvision:…`` or ``open_clip:…``.
+        model: the name of a ViT: timm's, ``torchvision:…``, ``open_clip:…`` or ``hf:…``.
         model_kwargs: passed to ``timm.create_model``.
         data: images; those of the training split are used, prepared as for evaluation.
         bound: largest relative error of each block.

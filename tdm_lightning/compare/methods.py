@@ -31,8 +31,10 @@ from tdm_lightning.strategies import (
     ToMe,
     TopK,
 )
-from tdm_lightning.vit import attach
+from tdm_lightning.vit import attach, detach
+from tdm_lightning.vit.attach import reduced_vit
 from tdm_lightning.vit.create import create_vit
+from tdm_lightning.vit.in_place import as_function
 
 #: Arguments that make a method what it is in a table: shown even where they have their defaults.
 _KNOBS = ("keep_rate", "r", "masks")
@@ -62,6 +64,11 @@ class Method:
     trained: bool = False
     remark: str = ""
     extracted: bool = False
+
+    @property
+    def runs(self) -> nn.Module:
+        """The model as its users run it, on images alone."""
+        return as_function(self.model)
 
 
 def posters_strategies(adjustable: bool = False, static: bool = False) -> list[Strategy]:
@@ -105,7 +112,7 @@ def make_plain(name: str, arguments: Mapping[str, Any], weights: bool | str | No
         TypeError: if its tokens cannot be reduced.
     """
     vit = create_vit(name, weights is True, **arguments)
-    attach(vit, Strategy())  # refuses what cannot be reduced, before anything is measured
+    detach(attach(vit, Strategy()))  # refuses what cannot be reduced, before anything is measured
     if isinstance(weights, str):
         load_weights(vit, weights)
     return Method("plain", "", vit.eval(), trained=bool(weights))
@@ -140,7 +147,7 @@ def make_method(
         if match_gmacs is not None:
             strategy = at_budget(vit, strategy, match_gmacs)
             title, settings = describe(strategy)
-        model = attach(vit, strategy).eval()
+        model = reduced_vit(vit, strategy).eval()
     except (ValueError, TypeError) as error:
         kind = SettingTypeError if isinstance(error, TypeError) else SettingError
         raise kind(f"{title}({settings}) does not fit {name}: {error}") from error

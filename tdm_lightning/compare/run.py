@@ -16,7 +16,7 @@ from tdm_lightning.compare.environment import choose_device, choose_dtype, envir
 from tdm_lightning.compare.launches import counted, launches
 from tdm_lightning.compare.limit import FreeSlicing, model_method, token_counts
 from tdm_lightning.compare.memory import peak_bytes, saved_bytes
-from tdm_lightning.compare.methods import Method, make_method, make_plain
+from tdm_lightning.compare.methods import Method, make_method, make_plain, posters_strategies
 from tdm_lightning.compare.runtime import Run, check_runs, check_runtime, runner, runtime_name
 from tdm_lightning.compare.table import Quartiles, Row
 from tdm_lightning.compare.timing import Round, interleaved_rounds, own_share, seconds
@@ -226,7 +226,7 @@ class Comparison:
 
 def prepare(
     model: str,
-    strategies: Sequence[Strategy],
+    strategies: Sequence[Strategy] | None,
     plan: Plan,
     model_kwargs: dict[str, Any] | None = None,
     weights: bool | str | None = None,
@@ -237,8 +237,9 @@ def prepare(
     """Make the models and count what they cost; nothing is measured yet.
 
     Args:
-        model: name of a ViT: timm's, ``torchvision:…`` or ``open_clip:…``.
-        strategies: methods that are not attached yet.
+        model: name of a ViT: timm's, ``torchvision:…``, ``open_clip:…`` or ``hf:…``.
+        strategies: methods that are not attached yet; ``None``: :func:`posters_strategies`, but for
+            those that this model or the plan does not take.
         plan: how to measure.
         model_kwargs: for ``timm.create_model``.
         weights: file with weights for all of them.
@@ -258,10 +259,18 @@ def prepare(
     size, most = default_input_size(methods[0].model), max(plan.sizes)
     images = (torch.randn(most, *size) if data is None else _batch(data, most)).to(device, dtype)
     progress = progress or Progress(disable=True)
-    chosen = progress.track(strategies, description="models")
-    for strategy in chosen:
+    left_out, usual = [], strategies is None
+    if strategies is None:
+        adjustable, static = match_gmacs is not None, plan.runtime != "eager"
+        strategies = posters_strategies(adjustable, static)
+    for strategy in progress.track(strategies, description="models"):
         torch.manual_seed(plan.seed)  # whatever stands beside it, a method gets the same weights
-        methods.append(make_method(strategy, model, model_kwargs or {}, weights, match_gmacs))
+        try:
+            methods.append(make_method(strategy, model, model_kwargs or {}, weights, match_gmacs))
+        except (ValueError, TypeError) as error:
+            if not usual:
+                raise
+            left_out.append(str(error))
     for method in methods:
         check_runs(method.model.to(device, dtype), plan.runtime)
     if plan.limit:
@@ -302,6 +311,7 @@ def prepare(
             if match_gmacs is not None
             else {}
         ),
+        **({"left out": "; ".join(left_out)} if left_out else {}),
         **environment_facts(device),
     }
     per_image = {
@@ -333,7 +343,7 @@ def measure(
 
 def _measure(comparison: Comparison, data: ImageNetDataModule | None, progress: Progress) -> None:
     plan, batches = comparison.plan, comparison.batches
-    models = [method.model for method in comparison.methods]
+    models = [method.runs for method in comparison.methods]
     eager = plan.runtime == "eager"
     cells = [
         (index, images) for images in batches for index in range(len(models))
@@ -357,7 +367,8 @@ def _measure(comparison: Comparison, data: ImageNetDataModule | None, progress: 
     for samples in timed:
         comparison.rounds.append(samples)
     for index, images in progress.track(cells if eager else (), description="own time"):
-        comparison.own[index, len(images)] = own_share(models[index], images, plan.rounds)
+        model = comparison.methods[index].model
+        comparison.own[index, len(images)] = own_share(model, images, plan.rounds)
     if data is None:
         return
     data.setup("test")
@@ -369,7 +380,7 @@ def _measure(comparison: Comparison, data: ImageNetDataModule | None, progress: 
 
 def _runner(method: Method, runtime: str) -> Run:
     try:
-        return runner(method.model, runtime)
+        return runner(method.runs, runtime)
     except ValueError as error:
         raise SettingError(
             f"{method.name} cannot be timed with runtime={runtime}: {error}"

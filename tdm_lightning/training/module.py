@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from tdm_lightning.checkpoints import load_weights
 from tdm_lightning.core import Output
 from tdm_lightning.core.randomness import given_seed, reseed
-from tdm_lightning.errors import FileError, SettingError
+from tdm_lightning.errors import FileError, SettingError, UnsupportedModelError
 from tdm_lightning.flops import step_flops
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.strategies.stack import stacked
@@ -143,6 +143,11 @@ class TokenReductionClassifier(LightningModule):
             )
             model = create_vit(model, pretrained=hp.weights is True, **arguments)
         reduced = attach(model, strategy)
+        if not isinstance(reduced, TokenReducedViT):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} runs itself and has no classifier here: train it in"
+                " transformers' Trainer, as examples/huggingface.py does, or take timm's model"
+            )
         if hp.num_classes not in (None, reduced.num_classes):
             reduced.reset_classifier(hp.num_classes)
         if isinstance(hp.weights, str):

@@ -17,7 +17,7 @@ from tdm_lightning.ops import cluster_density_peaks
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.visualize.draw import Map, Mask, Picture, fill_groups, mask_patches, tint_groups
 from tdm_lightning.visualize.images import data_config, prepare, to_picture
-from tdm_lightning.vit import TokenReducedViT, attach
+from tdm_lightning.vit import TokenReducedViT
 from tdm_lightning.vit.adapters import grid_size
 
 Panels = dict[str, Image.Image]
@@ -123,7 +123,7 @@ def _schools(
     held, role = shown.assignment[0], shown.role[0]
     tokens = held[(held >= 0) & (role != Role.PARKED)].unique().numel()
     if tokens:
-        (features,) = attach(vit, Strategy()).forward_intermediates(
+        (features,) = TokenReducedViT(vit, Strategy()).forward_intermediates(
             batch, indices=[shown.index], output_fmt="NLC", intermediates_only=True, stop_early=True
         )
         label, _ = cluster_density_peaks(features, tokens)

@@ -81,6 +81,15 @@ def attach(
     return model
 
 
+def reduced_vit(vit: nn.Module, strategy: Strategy | Sequence[Strategy]) -> TokenReducedViT:
+    """As :func:`attach` for a ViT itself, but what tools take also of one that is reduced in its
+    place.
+    """
+    if find_adapter(vit) is None:
+        attach(vit, strategy)  # is told why not
+    return _reduced(vit, stacked(strategy))
+
+
 def _reduced(vit: nn.Module, strategy: Strategy) -> TokenReducedViT:
     if isinstance(vit, TokenReducedViT):
         raise SettingError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,17 +12,19 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
 from tdm_lightning.errors import FileError, SettingError
+from tdm_lightning.vit.find import find_vit
 
 
 def create_vit(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
     """A model of timm, or of the library that the name begins with.
 
     Args:
-        name: timm's name of the model, ``torchvision:vit_b_16``, or ``open_clip:ViT-B-32``, of
-            which it is the image tower.
+        name: timm's name of the model, ``torchvision:vit_b_16``, ``open_clip:ViT-B-32`` or
+            ``hf:facebook/dinov2-small``; of the latter two it is the image encoder.
         pretrained: take the library's pretrained weights; of open_clip a name says which,
             ``open_clip:ViT-B-32/openai``.
-        arguments: passed on, such as timm's ``img_size``.
+        arguments: passed on, such as timm's ``img_size``; for ``hf:`` settings of its
+            configuration, also of a kind of model alone: ``hf:dinov2``.
 
     Raises:
         ValueError: if the library has no model of that name, or not with these arguments, is not
@@ -34,10 +37,11 @@ def create_vit(name: str, pretrained: bool = False, **arguments: Any) -> nn.Modu
         return timm.create_model(name, pretrained=pretrained, **arguments)
     except SettingError:
         raise
-    except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        files = "pretrained weights" if pretrained else "files"
         raise FileError(
-            f"the pretrained weights of {name} cannot be downloaded: {error}. Check the connection,"
-            " or give the weights as a file"
+            f"the {files} of {name} cannot be had: {error}. Check the name and the connection, or"
+            " give the weights as a file"
         ) from error
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise SettingError(_reason(name, arguments, error)) from error
@@ -61,10 +65,34 @@ def _of_library(library: str, name: str, pretrained: bool, arguments: dict[str, 
                 f" 'open_clip:{name}/openai'"
             )
         return create_model(model, pretrained=tag if pretrained else None, **arguments).visual
+    if library == "hf":
+        return _of_transformers(name, pretrained, arguments)
     raise SettingError(
-        f"no models are made of {library!r}: names begin with 'torchvision:', 'open_clip:', or are"
-        " timm's"
+        f"no models are made of {library!r}: names begin with 'torchvision:', 'open_clip:', 'hf:',"
+        " or are timm's"
     )
+
+
+def _of_transformers(name: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Module:
+    """The image encoder of a model of transformers, by a hub name, a folder or a kind of model."""
+    try:
+        from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+    except ImportError as error:
+        raise SettingError(
+            "models of transformers need it: pip install 'tdm-lightning[huggingface]'"
+        ) from error
+    if pretrained:
+        return find_vit(AutoModel.from_pretrained(name, **arguments))
+    if name in CONFIG_MAPPING:
+        config = AutoConfig.for_model(name, **arguments)
+    elif "/" in name or Path(name).is_dir():
+        config = AutoConfig.from_pretrained(name, **arguments)
+    else:
+        raise SettingError(
+            f"transformers has no kind of model {name!r}{_near(name, list(CONFIG_MAPPING))}; give"
+            " one, such as 'hf:dinov2', a hub name, or a folder"
+        )
+    return find_vit(AutoModel.from_config(config))
 
 
 def _reason(name: str, arguments: dict[str, Any], error: Exception) -> str:
@@ -72,7 +100,10 @@ def _reason(name: str, arguments: dict[str, Any], error: Exception) -> str:
         return f"cannot make a {name!r} with {arguments}: {error}"
     base = name.partition(".")[0].rpartition("/")[2]
     if "/" not in name and not timm.is_model(base):
-        near = difflib.get_close_matches(base, timm.list_models(), 3, cutoff=0.6)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        return f"timm {timm.__version__} has no model {name!r}{hint}"
+        return f"timm {timm.__version__} has no model {name!r}{_near(base, timm.list_models())}"
     return f"timm {timm.__version__} cannot make a {name!r} with {arguments}: {error}"
+
+
+def _near(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 3, cutoff=0.6)
+    return f"; did you mean {', '.join(near)}?" if near else ""

@@ -5,7 +5,8 @@ the other, and everything around them stays as it is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +36,15 @@ class InPlaceViT(TokenReducedViT):
 
     def __init__(self, vit: nn.Module, strategy: Strategy) -> None:
         super().__init__(vit, strategy)
+        #: What the model is called with, in order.
+        self._arguments = [*inspect.signature(vit.forward).parameters]
         #: For each layer the tokens that enter it, and what the layer before showed of them.
         self._passing: list[tuple[Tokens, Tensor] | None] = [None] * len(self.hook_points)
+
+    def check_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` for an argument of the model that merged tokens cannot follow."""
+        arguments = dict(zip(self._arguments, args, strict=False))
+        self._adapter.check_arguments(self.vit, {**arguments, **kwargs})
 
     def run_layer(
         self, index: int, x: Tensor, given: Mapping[str, Any], listened: bool, again: bool
@@ -95,6 +103,24 @@ class InPlaceViT(TokenReducedViT):
         return torch.cat((tokens.x[:, : self.num_prefix_tokens], dense), dim=1)
 
 
+class Encoder(nn.Module):
+    """A model that runs itself as a function of images: its last features, B×T×C."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Its own pass, reduced or not."""
+        return adapter_for(self.vit).encode(self.vit, images)
+
+
+def as_function(model: nn.Module) -> nn.Module:
+    """A ViT, reduced or not, as a module that takes images, B×C×H×W, alone and gives a tensor."""
+    vit: Any = model.vit if isinstance(model, TokenReducedViT) else model
+    return Encoder(vit) if adapter_for(vit).in_place else model
+
+
 def reduce_in_place(vit: nn.Module, strategy: Strategy) -> InPlaceViT:
     """Let a model's layers reduce its tokens. The last one gives every patch the feature of the
     token that holds it (zero where it was dropped), in its place, so that whatever follows finds
@@ -114,6 +140,7 @@ def reduce_in_place(vit: nn.Module, strategy: Strategy) -> InPlaceViT:
     reduced = InPlaceViT(vit, strategy)
     vit.add_module(_STRATEGY, strategy)
     object.__setattr__(vit, _REDUCED, (reduced,))
+    vit.register_forward_pre_hook(_check_call, with_kwargs=True)
     for index, layer in enumerate(adapter_for(vit).blocks(vit)):
         object.__setattr__(layer, _LAYER, (reduced, index))
         layer.__class__ = _reduced_class(type(layer))  # type: ignore[arg-type]
@@ -125,6 +152,8 @@ def restore(vit: nn.Module) -> None:
     for layer in adapter_for(vit).blocks(vit):
         layer.__class__ = type(layer).__mro__[2]
         object.__delattr__(layer, _LAYER)
+    for number in [key for key, hook in vit._forward_pre_hooks.items() if hook is _check_call]:
+        del vit._forward_pre_hooks[number], vit._forward_pre_hooks_with_kwargs[number]
     delattr(vit, _STRATEGY)
     object.__delattr__(vit, _REDUCED)
 
@@ -133,6 +162,10 @@ def reduced_in_place(module: nn.Module) -> InPlaceViT | None:
     """The reduced model of one that :func:`reduce_in_place` changed; ``None``: it did not."""
     found = module.__dict__.get(_REDUCED)
     return None if found is None else found[0]
+
+
+def _check_call(vit: nn.Module, args: Any, kwargs: Any) -> None:
+    vit.__dict__[_REDUCED][0].check_call(args, kwargs)
 
 
 class _Reduced:

@@ -120,9 +120,18 @@ class Adapter(ABC):
             size = torch.ones(x.shape[0], patches, device=x.device)
         return Tokens(x, info.prefix, info, size)
 
+    def check_arguments(self, vit: Any, arguments: Mapping[str, Any]) -> None:  # noqa: B027
+        """Raise ``ValueError`` for an argument, by its name, that a model which runs itself is
+        called with and that merged tokens cannot follow.
+        """
+
     def returned(self, x: Tensor) -> Any:
         """What a block of a model that runs itself returns, of tokens B×T×C."""
         return x
+
+    def encode(self, vit: Any, images: Tensor) -> Tensor:
+        """The last features, B×T×C, that a model which runs itself makes of B×C×H×W."""
+        raise UnsupportedModelError(f"{type(vit).__name__} does not run by itself")
 
     @abstractmethod
     def attend(

@@ -34,6 +34,7 @@ from tdm_lightning.vit.adapters.parts import (
 from tdm_lightning.vit.pooling import mean_over_patches
 
 _OLD = "it is made as older versions of transformers make it; version 5.20 or newer is needed"
+_MASK = "an attention mask names patches that may be merged by then; leave it out, or detach()"
 #: Ways to compute attention that a bias of every key can be given to.
 IMPLEMENTATIONS = ("eager", "sdpa", None)
 
@@ -131,6 +132,10 @@ class HuggingFaceAdapter(PartsAdapter):
             x = vit.pre_layrnorm(x)
         return self.entering(vit, x, info, self.given(vit, images))
 
+    def encode(self, vit: Any, images: Tensor) -> Tensor:
+        """See :meth:`Adapter.encode`."""
+        return vit(pixel_values=images).last_hidden_state
+
     def given(self, vit: Any, images: Tensor) -> dict[str, Any]:
         """What the model gives its layers beside tokens, by name."""
         if hasattr(vit, "rope_embeddings"):
@@ -151,13 +156,17 @@ class HuggingFaceAdapter(PartsAdapter):
         table = torch.cat((sin, cos), dim=-1)
         return tokens.replace(positions=Positions(rope=(table,) * info.depth))
 
+    def check_arguments(self, vit: Any, arguments: Mapping[str, Any]) -> None:
+        """See :meth:`Adapter.check_arguments`. A mask is checked here, because layers are given one
+        that hides nothing while a program is captured.
+        """
+        if any(_hides(arguments.get(name)) for name in ("attention_mask", "pixel_attention_mask")):
+            raise ReductionError(_MASK)
+
     def check_given(self, vit: Any, given: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` for what merged tokens cannot follow."""
-        if _hides(given.get("attention_mask")):
-            raise ReductionError(
-                "an attention mask names patches that may be merged by then; leave it out, or"
-                " detach()"
-            )
+        if not torch.compiler.is_compiling() and _hides(given.get("attention_mask")):
+            raise ReductionError(_MASK)
         chosen = vit.config._attn_implementation
         if chosen not in IMPLEMENTATIONS:
             raise ReductionError(_no_bias(chosen))

@@ -28,14 +28,25 @@ class Siglip2Adapter(HuggingFaceAdapter):
 
     def embed(self, vit: Any, images: Tensor, info: ModelInfo) -> Tokens:
         """See :meth:`Adapter.embed`."""
+        pixels, shapes = self._patches(vit, images)
+        return self.entering(vit, vit.embeddings(pixels, shapes), info)
+
+    def encode(self, vit: Any, images: Tensor) -> Tensor:
+        """See :meth:`Adapter.encode`."""
+        pixels, shapes = self._patches(vit, images)
+        return vit(pixels, None, shapes).last_hidden_state
+
+    def _patches(self, vit: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches B×N×P of whole images and the shapes of their grids, B×2, as the model takes
+        them.
+        """
         check_shape(images, self.input_size(vit))
         patch = vit.config.patch_size
         # its processor puts the channels last within a patch
         pixels = F.pixel_unshuffle(images, patch).unflatten(1, (-1, patch * patch))
         pixels = pixels.permute(0, 3, 4, 2, 1).flatten(3).flatten(1, 2)
         shapes = torch.tensor([self.grid(vit, _size(images))], device=images.device)
-        x = vit.embeddings(pixels, shapes.expand(images.shape[0], -1))
-        return self.entering(vit, x, info)
+        return pixels, shapes.expand(images.shape[0], -1)
 
 
 def _size(images: Tensor) -> Size:
