@@ -23,6 +23,11 @@ COMMANDS = {
         "export",
         "Write a model for ONNX Runtime, torch.export or the hub.",
     ),
+    "models": (
+        "tdm_lightning.cli.listing",
+        "models",
+        "List the models that can be reduced, of every library.",
+    ),
     "rates": (
         "tdm_lightning.cli.rates",
         "rates",

@@ -18,6 +18,7 @@ from tdm_lightning.strategies.stack import stacked
 from tdm_lightning.vit.adapters import adapter_for, find_adapter, supported_classes
 from tdm_lightning.vit.find import find_vit, find_vits, replace_submodule
 from tdm_lightning.vit.in_place import reduce_in_place, restore
+from tdm_lightning.vit.refusals import why_refused
 from tdm_lightning.vit.wrapper import TokenReducedViT
 
 _ViT = VisionTransformer | Eva | Beit | VisionTransformerRelPos | NaFlexVit
@@ -167,18 +168,10 @@ def detach(model: nn.Module, path: str | None = None) -> nn.Module:
     return model
 
 
-def _reason(vit: Any) -> str:
+def _reason(vit: nn.Module) -> str:
     """Why a model of another class is refused."""
-    inner = {type(module).__name__ for module in vit.modules()}
-    if any("Window" in kind for kind in inner):
-        return "its attention runs in windows, which need every patch in its place"
-    if not hasattr(vit, "blocks"):
-        return (
-            "it has no sequence of transformer blocks (`blocks`); only Vision Transformers hold"
-            " tokens to reduce"
-        )
     known = ", ".join(kind.__name__ for kind in supported_classes())
-    return (
+    return why_refused(vit) or (
         f"it is none of the ViT classes that have an adapter: {known}; another class is added with"
         " register_adapter()"
     )

@@ -10,6 +10,7 @@ from tdm_lightning.vit.adapters import (  # noqa: F401 - each registers its clas
 from tdm_lightning.vit.adapters.base import Adapter
 from tdm_lightning.vit.adapters.registry import (
     adapter_for,
+    class_names,
     find_adapter,
     grid_size,
     input_size,
@@ -22,6 +23,7 @@ from tdm_lightning.vit.adapters.registry import (
 __all__ = [
     "Adapter",
     "adapter_for",
+    "class_names",
     "find_adapter",
     "grid_size",
     "input_size",

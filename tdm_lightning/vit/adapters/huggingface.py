@@ -134,7 +134,10 @@ class HuggingFaceAdapter(PartsAdapter):
 
     def encode(self, vit: Any, images: Tensor) -> Tensor:
         """See :meth:`Adapter.encode`."""
-        return vit(pixel_values=images).last_hidden_state
+        found = vit(pixel_values=images)
+        if hasattr(found, "feature_maps"):  # of a backbone, without its class token
+            return found.feature_maps[-1].flatten(2).transpose(1, 2)
+        return found.last_hidden_state
 
     def given(self, vit: Any, images: Tensor) -> dict[str, Any]:
         """What the model gives its layers beside tokens, by name."""

@@ -118,6 +118,14 @@ def adapter_for(vit: nn.Module) -> Adapter:
     )
 
 
+def class_names() -> list[str]:
+    """Full names of the model classes that have an adapter, those of libraries that are not
+    imported included.
+    """
+    made = {f"{kind.__module__}.{kind.__qualname__}" for kind in _ADAPTERS}
+    return sorted(made | _LAZY.keys())
+
+
 def supported_classes() -> tuple[type[nn.Module], ...]:
     """The model classes that have an adapter; subclasses that run in the same way are taken too."""
     return tuple(_ADAPTERS)
