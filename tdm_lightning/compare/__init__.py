@@ -2,5 +2,6 @@
 
 from tdm_lightning.compare.methods import Method, posters_strategies
 from tdm_lightning.compare.run import Comparison, Plan, measure, prepare
+from tdm_lightning.compare.timing import speedup
 
-__all__ = ["Comparison", "Method", "Plan", "measure", "posters_strategies", "prepare"]
+__all__ = ["Comparison", "Method", "Plan", "measure", "posters_strategies", "prepare", "speedup"]

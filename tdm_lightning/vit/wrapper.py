@@ -16,7 +16,7 @@ from tdm_lightning.core.reduction import Seen
 from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.core.trace import History, Trace
 from tdm_lightning.errors import SettingError
-from tdm_lightning.ops import unmerge
+from tdm_lightning.ops import first_members, gather_tokens, group_totals, unmerge
 from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.strategies.objective import TrainingObjective
 from tdm_lightning.vit.adapters import Adapter, adapter_for
@@ -243,6 +243,42 @@ class TokenReducedViT(TimmTools, nn.Module):
         return self.forward_intermediates(
             images, n, return_prefix_tokens, norm, output_fmt=shape, intermediates_only=True
         )
+
+    def forward_merged(
+        self, images: Tensor, index: int = -1, norm: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens that are left after a block, and their sizes: for a model that reads them in
+        place of all patches, such as a language model.
+
+        They stand in the order of their first patches, along the rows of the image; those that wait
+        outside the blocks are among them. No later block runs.
+
+        Args:
+            images: B×3×H×W.
+            index: the block, from 0; negative ones count from the last.
+            norm: apply the final norm.
+
+        Returns:
+            The tokens without prefix tokens, B×M×C, and how many patches each of them holds, B×M,
+            float32: 0 for a row that only pads an image with fewer tokens than others.
+
+        Raises:
+            ValueError: if there is no such block, or the images have the wrong shape.
+        """
+        depth = self._info.depth
+        if not -depth <= index < depth:
+            raise SettingError(f"index must be that of one of {depth} blocks, got {index}")
+        last = index % depth
+        _, _, (state,) = self._encode(images, trace=True, keep=frozenset({last}), last=last)
+        assert state.history is not None
+        x = state.full_batch(self.strategy.all_patches(state))
+        source, count = state.history.source, x.shape[1]
+        slot = torch.where(source < 0, count, source)
+        size = group_totals(torch.ones_like(slot, dtype=torch.float32), slot, count + 1)[:, :count]
+        first = first_members(source, count)
+        order = first.masked_fill(size == 0, source.shape[1]).argsort(dim=1, stable=True)
+        patches = gather_tokens(self._adapter.norm(self.vit, x) if norm else x, order)
+        return patches, size.gather(1, order)
 
     def _encode(
         self,

@@ -76,6 +76,13 @@ def test_rounds_are_interleaved_in_turning_order(monkeypatch):
     assert rounds[0][0].steps == ()
 
 
+def test_one_pass_against_another(monkeypatch):
+    times = {"plain": [9.0, 2.0, 8.0, 9.0], "reduced": [9.0, 1.0, 2.0, 3.0]}
+    monkeypatch.setattr(timing, "seconds", lambda model, *_: times[model].pop(0))
+    assert timing.speedup("plain", "reduced", torch.zeros(1, 1), rounds=3) == 3  # of 2, 4 and 3
+    assert times == {"plain": [], "reduced": []}
+
+
 def test_ratios_are_taken_within_each_round():
     plain, other = (methods.Method(name, "", nn.Linear(2, 2)) for name in ("plain", "other"))
     macs = {(0, 8): 100, (1, 8): 55, (0, 1): 100, (1, 1): 55}

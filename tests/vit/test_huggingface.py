@@ -150,6 +150,20 @@ def test_hidden_states_are_of_all_patches(attention, images):
         model(pixel_values=images, output_attentions=True)
 
 
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+@torch.no_grad()
+def test_merged_tokens_are_those_of_the_hidden_states(name, images):
+    model = tdm.attach(make(name), tdm.WardTDM(0.5, (1, 2)))
+    shown = model(pixel_values=images, output_hidden_states=True).hidden_states[-2]
+    patches, size = find_vit(model).forward_merged(images, -2)
+    assert patches.shape == (2, 16, 32)
+    assert size.sum(dim=1).tolist() == [64, 64]
+    first = shown.shape[1] - 64
+    for image in range(2):
+        alike = (patches[image].unsqueeze(1) - shown[image, first:]).abs().amax(dim=2) < 1e-4
+        assert alike.sum(dim=1).tolist() == size[image].tolist()
+
+
 @torch.no_grad()
 def test_backbones_give_maps_of_all_patches(images):
     config = transformers.Dinov2Config(**SHAPE, out_features=["stage2", "stage4"])
