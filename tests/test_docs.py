@@ -34,6 +34,7 @@ KEYS = (
     "tdm.TokenReduction(",
     "tdm.accelerate(",
     "AutoModelForImageClassification",
+    "forward_merged(",
 )
 
 
@@ -188,6 +189,14 @@ def test_a_fast_pass(reduced):
     names = {"tdm": tdm, "torch": torch, "model": reduced, "images": images}
     exec(block("tdm.accelerate("), names)
     torch.testing.assert_close(names["logits"], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_merged_tokens(reduced):
+    names = {"tdm": tdm, "model": torch.nn.ModuleList([reduced])}
+    names["images"] = torch.randn(2, 3, 96, 96)
+    exec(block("forward_merged("), names)
+    assert names["tokens"].shape == (2, 9, 64)
+    assert names["size"].sum(dim=1).tolist() == [36, 36]
 
 
 def test_a_triple_in_python_and_yaml(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import importlib
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,19 +17,24 @@ FOLDER = Path(__file__).parents[1] / "examples"
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "argv", ["example"])
     torch.manual_seed(0)
+    with torch.enable_grad():  # some turn it off
+        yield
 
 
 def test_there_is_none_without_a_test():
     assert {path.stem for path in FOLDER.glob("*.py")} == {
-        "clip_tower",
+        "dense",
         "fabric",
         "huggingface",
         "merger_of_your_own",
         "strategy_of_your_own",
         "plain_loop",
-        "segmentation",
+        "retrieval",
+        "vision_language",
         "vit_of_your_own",
+        "zero_shot",
     }
 
 
@@ -42,18 +48,59 @@ def test_loops(name):
     assert not any(point._forward_hooks for point in names["model"].hook_points)
 
 
-def test_segmentation():
-    names = runpy.run_path(str(FOLDER / "segmentation.py"))
-    assert names["features"].shape == (1, 64, 12, 18)
-    assert names["both"].sum() > 0.6 * names["either"].sum()
-    assert names["model"].trace(names["images"])[1].token_counts[-1] < 12 * 18
+# With models of real width and untrained weights: they agree with the unreduced model ----------
 
 
-def test_a_clip_style_tower():
-    names = runpy.run_path(str(FOLDER / "clip_tower.py"))
-    assert names["hits"].float().mean() > 0.2  # ten names: 0.1 by chance
-    trunk = names["clip"].visual.trunk
-    assert names["tdm"].detach(names["clip"]).visual.trunk is trunk.vit
+def share(found, wanted):
+    return (found == wanted).float().mean()
+
+
+def test_zero_shot_classification_at_real_width():
+    names = runpy.run_path(str(FOLDER / "zero_shot.py"))
+    assert share(names["chosen"], names["label"]) > 0.7  # six photographs: 0.17 by chance
+    assert share(names["again"], names["chosen"]) > 0.9
+    assert not torch.equal(names["after"], names["before"])
+    vit = names["clip"].visual
+    assert vit.trace(names["images"][:1])[1].token_counts[::3] == [138, 97, 68, 48]
+    assert type(names["plain"].visual) is type(vit.vit)
+
+
+def test_a_language_model_that_reads_merged_tokens_at_real_width(monkeypatch):
+    names = runpy.run_path(str(FOLDER / "vision_language.py"))
+    before, (unmerged, merged), photo = names["before"], names["ways"], names["photo"]
+    assert names["words"].shape == (1, 1 + 576 + 2 + 4)
+    vit = names["tdm"].find_vit(names["llava"])
+    tokens, size = vit.forward_merged(photo, -2)
+    assert tokens.shape == (1, 140, 384)
+    assert size.sum() == 576
+
+    def alike(read):
+        return torch.cosine_similarity(read(photo), before(photo)).item()
+
+    assert 0.99 < alike(unmerged) < 0.99999
+    assert 0.98 < alike(merged) < 0.99999
+    monkeypatch.setattr(vit, "forward_merged", lambda *_: (tokens, torch.ones_like(size)))
+    assert alike(merged) < 0.9  # sizes are what it takes
+
+
+def test_dense_heads_at_real_width():
+    names = runpy.run_path(str(FOLDER / "dense.py"))
+    assert names["features"].shape == names["dense"].shape == (576, 384)
+    assert torch.corrcoef(torch.stack((names["depth"], names["again"])))[0, 1] > 0.9
+    assert share(names["mask"], names["truth"]) > 0.95
+    assert share(names["same"], names["mask"]) > 0.95
+    assert not torch.equal(names["dense"], names["features"])
+
+
+def test_retrieval_at_real_width():
+    names = runpy.run_path(str(FOLDER / "retrieval.py"))
+    before, after, photo = names["before"], names["after"], names["photo"]
+    assert before.shape == after.shape == (24, 3)
+    assert share(photo[before[:, 0]], photo) > 0.6  # of 23 others three are right: 0.13 by chance
+    assert share(photo[after[:, 0]], photo) > 0.6
+    assert names["same"] > 0.8
+    counts = names["model"].trace(names["images"][:1])[1].token_counts
+    assert counts[::3] == [205, 164, 132, 106]
 
 
 def test_hugging_faces_trainer():
