@@ -79,8 +79,6 @@ def device_name(device: torch.device) -> str:
 
 def environment_facts(device: torch.device) -> dict[str, str]:
     """Device, threads, versions and the command line."""
-    program, *arguments = sys.argv
-    name = Path(program).name
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -91,5 +89,14 @@ def environment_facts(device: torch.device) -> dict[str, str]:
         "device": f"{device.type}: {device_name(device)}",
         "CPU threads": str(torch.get_num_threads()),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "command": shlex.join(["tdm" if name == "__main__.py" else name, *arguments]),
+        "command": shlex.join([*_program(), *sys.argv[1:]]),
     }
+
+
+def _program() -> list[str]:
+    """How this process was called, without its folder."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = "" if spec is None else spec.name.removesuffix(".__main__")
+    if module == "tdm_lightning":
+        return ["tdm"]
+    return ["python", "-m", module] if module else [Path(sys.argv[0]).name]
