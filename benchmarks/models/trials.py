@@ -51,7 +51,7 @@ def train(vit: nn.Module) -> None:
     for rate in (1.0, 0.5):
         model = reduced(vit, rate).train()
         as_function(model)(images()).square().mean().backward()
-        named = model.vit.named_parameters()
+        named = [*model.vit.named_parameters()]
         found.append({key for key, value in named if value.grad is not None})
         assert all(value.grad.isfinite().all() for _, value in named if value.grad is not None)
     assert found[0] == found[1] != set()
