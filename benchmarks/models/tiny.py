@@ -24,7 +24,10 @@ _HUGGING_FACE = {
 }
 #: Arguments that differ, by the class.
 _OTHER: dict[str, dict[str, Any]] = {
-    "NaFlexVit": {key: value for key, value in _TIMM.items() if key != "img_size"},
+    "NaFlexVit": {
+        **{key: value for key, value in _TIMM.items() if key != "img_size"},
+        "pretrained_cfg_overlay": {"input_size": (3, SIDE, SIDE)},
+    },
     "CLIPVisionModel": {"vision_config": _HUGGING_FACE, "text_config": {"num_hidden_layers": 1}},
     "SiglipVisionModel": {"vision_config": _HUGGING_FACE, "text_config": {"num_hidden_layers": 1}},
     "Siglip2VisionModel": {
