@@ -13,6 +13,7 @@ from tdm_lightning.callbacks.batches import batches_in_loader, first_images, is_
 from torch import Tensor, nn
 
 from tdm_lightning.core.checks import check_count
+from tdm_lightning.core.shards import whole
 from tdm_lightning.flops import ImageCosts, image_costs, mac_report
 from tdm_lightning.vit import TokenReducedViT
 from tdm_lightning.vit.adapters import grid_size, model_info
@@ -78,11 +79,13 @@ class FLOPsMonitor(Callback):
         if is_adaptive(vit):
             if is_sampled(batch_idx, batches_in_loader(trainer, dataloader_idx), self.max_batches):
                 images = first_images(batch)
-                self._costs.append(cost(vit, images=images))
-                self._images.append(image_costs(vit, images[: self.max_images]))
+                with whole(vit):
+                    self._costs.append(cost(vit, images=images))
+                    self._images.append(image_costs(vit, images[: self.max_images]))
         elif not self._costs:
             shape = first_images(batch).shape[1:]
-            self._costs.append(cost(vit, input_size=(shape[0], shape[1], shape[2])))
+            with whole(vit):
+                self._costs.append(cost(vit, input_size=(shape[0], shape[1], shape[2])))
             self._print_once(pl_module, vit)
 
     on_validation_batch_start = on_test_batch_start = on_train_batch_start

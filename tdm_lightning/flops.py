@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tdm_lightning.core.shards import is_sharded
 from tdm_lightning.errors import SettingError
 from tdm_lightning.ops.linear import check_not_quantized
 from tdm_lightning.sparsity.extract import Parts, kept_parts, shrink
@@ -148,10 +149,17 @@ def _on_meta(model: nn.Module) -> nn.Module:
     copied.
     """
     tensors: dict[int, object] = {
-        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()
+        id(p): nn.Parameter(_without_storage(p), requires_grad=False) for p in model.parameters()
     }
     tensors |= {id(b): b.to("meta") for b in model.buffers()}
     return copy.deepcopy(model, tensors)
+
+
+def _without_storage(weight: Tensor) -> Tensor:
+    """On meta; a shard as the whole that it belongs to."""
+    if is_sharded(weight):
+        return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+    return weight.detach().to("meta")
 
 
 @torch.no_grad()

@@ -94,6 +94,7 @@ class TokenReductionCLI(LightningCLI):
 
 def _hyperparameters(path: Path) -> dict[str, Any]:
     """A checkpoint's hyperparameters under the names of the options; nothing in it is run."""
+    path = path / "meta.pt" if path.is_dir() else path  # a folder of shards, by FSDP2
     if not path.is_file():
         raise FileError(f"there is no checkpoint {str(path)!r}, which --ckpt_path names")
     content = read_file(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 
 from lightning.pytorch import Trainer
@@ -11,6 +12,30 @@ from torch.utils.data import DataLoader
 
 from tdm_lightning.data.images import SharedEpoch
 from tdm_lightning.data.sampling import TrainingSampler
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands among its images.
+
+    Attributes:
+        images: in a batch of all processes together.
+        processes: how many there are.
+        begun: some batches are behind it.
+        within: some of the epoch's are, and some are not.
+    """
+
+    images: int
+    processes: int
+    begun: bool
+    within: bool
+
+    @classmethod
+    def of(cls, trainer: Trainer | None, batch_size: int, processes: int) -> Standing:
+        """Of a Trainer; ``None``: at the start."""
+        epoch, batches = (0, 0) if trainer is None else trainer_position(trainer)
+        within = batches > 0 and trainer is not None and not trainer.is_last_batch
+        return cls(batch_size * processes, processes, bool(epoch or batches), within)
 
 
 class ImageLoader(DataLoader):

@@ -4,18 +4,20 @@ timm model.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
 import datasets
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 
 from tdm_lightning.core.checks import check_count
 from tdm_lightning.core.randomness import run_seed
 from tdm_lightning.data.images import CorruptImages, ImageDataset, ImageStream, RowReader, collate
 from tdm_lightning.data.labels import check_classes, check_columns, class_names
-from tdm_lightning.data.loader import ImageLoader
+from tdm_lightning.data.loader import ImageLoader, Standing
 from tdm_lightning.data.rows import Rows, choose_split, encoded, features_of, hold_out
 from tdm_lightning.data.sampling import (
     RepeatedAugmentation,
@@ -323,6 +325,38 @@ class ImageNetDataModule(LightningDataModule):
     def predict_dataloader(self) -> ImageLoader:
         """The test images without their labels: all labels are -1."""
         return self._loader("predict", self.eval_transform())
+
+    # Going on
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many images the processes take at a time, and whether an epoch is under way."""
+        return asdict(self._standing())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that batches mean the same images as before, in a run that goes on.
+
+        Raises:
+            ValueError: if the processes' batches together hold another number of images.
+        """
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        before, now = Standing(**state_dict), self._standing()
+        if before.begun and before.images != now.images:
+            raise DataError(
+                f"the checkpoint counts batches of {before.images} images"
+                f" ({before.processes} × {before.images // before.processes}), and here they hold"
+                f" {now.images} ({now.processes} × {now.images // now.processes}): set"
+                f" data.batch_size so that the processes together take {before.images}"
+            )
+        if before.within and self.hparams.streaming and before.processes != now.processes:
+            rank_zero_warn(
+                f"{before.processes} processes began this epoch of a stream and {now.processes} go"
+                " on with it: until it ends some images come twice and others not at all"
+            )
+
+    def _standing(self) -> Standing:
+        _, processes = self._rank_and_world_size()
+        return Standing.of(self.trainer, self.hparams.batch_size, processes)
 
     def _loader(self, stage: str, transform: Transform) -> ImageLoader:
         rows = self._open(stage)

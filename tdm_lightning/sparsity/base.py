@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tdm_lightning.core.configurable import Configurable
 from tdm_lightning.core.reduction import Seen
+from tdm_lightning.core.shards import local, local_part
 from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import SettingError
 from tdm_lightning.sparsity.exchange import draw
@@ -75,7 +76,8 @@ class Sparsity(nn.Module, Configurable):
     def enforce(self, vit: Any) -> None:
         """Set the inactive weights to zero."""
         for weight, mask in self.masked(vit):
-            weight.masked_fill_(~mask.to(weight.device), 0)
+            inactive = local_part(~mask.to(weight.device).expand_as(weight), weight)
+            local(weight).masked_fill_(inactive, 0)
         self.in_force.fill_(True)
 
     @torch.no_grad()

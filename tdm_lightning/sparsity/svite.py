@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from tdm_lightning.core.checks import check_count, check_fraction
 from tdm_lightning.core.info import ModelInfo
 from tdm_lightning.core.reduction import Seen
+from tdm_lightning.core.shards import whole
 from tdm_lightning.core.tokens import Tokens
 from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.schedules import SearchSpace
@@ -130,7 +131,8 @@ class SViTE(Strategy, TrainingObjective):
         if (
             exchanging and not self._exchanging
         ):  # once, where gradients of several batches accumulate
-            self.masks.probe(vit, self._generator(step + 1))
+            with whole(vit, write=True):
+                self.masks.probe(vit, self._generator(step + 1))
         self._exchanging = exchanging
 
     def begin(self, tokens: Tokens) -> Tokens:
@@ -162,7 +164,8 @@ class SViTE(Strategy, TrainingObjective):
         self.masks.enforce(model.vit)
         if self._exchanges_after(step, total_steps):
             rate = death_rate(step, total_steps, self.death_rate, self.final_death_rate)
-            self.masks.exchange(model.vit, rate, self._generator(step))
+            with whole(model.vit, write=True):
+                self.masks.exchange(model.vit, rate, self._generator(step))
             self.masks.enforce(model.vit)
 
     def _exchanges_after(self, step: int, total_steps: int) -> bool:

@@ -13,6 +13,7 @@ from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -25,6 +26,7 @@ from tdm_lightning.flops import step_flops
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.strategies.stack import stacked
 from tdm_lightning.training.recipe import drop_odd, freeze, make_cosine, make_criterion
+from tdm_lightning.training.sharding import check_strategy, shard
 from tdm_lightning.vit import TokenReducedViT, attach
 from tdm_lightning.vit.create import create_vit
 
@@ -249,9 +251,17 @@ class TokenReductionClassifier(LightningModule):
         return self.model(images)
 
     def setup(self, stage: str) -> None:
-        """Make the teacher before a checkpoint is restored over the starting weights."""
+        """Make the teacher before a checkpoint is restored over the starting weights, and before
+        the parameters are sharded.
+        """
+        check_strategy(self.trainer)
         if stage == "fit" and self.model.strategy.requires().teacher and not self._teacher:
             self._teacher = (self.configure_teacher(),)
+
+    def configure_model(self) -> None:
+        """Shard the parameters under ``ModelParallelStrategy`` (FSDP2); otherwise nothing."""
+        if self.device_mesh is not None:
+            shard(self, self.device_mesh)
 
     def on_train_start(self) -> None:
         """Follow a learning rate that was found since the optimizer was made; keep the ViT in eval
@@ -271,6 +281,8 @@ class TokenReductionClassifier(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Give a seeded run this step's random numbers; tell the strategy where training stands."""
+        if isinstance(self, FSDPModule):
+            self.reshard()  # after a validation
         seed = given_seed()
         if seed is not None:
             reseed(seed, self.global_rank, self.current_epoch, batch_idx)
@@ -347,6 +359,15 @@ class TokenReductionClassifier(LightningModule):
             raise FileError(_mismatch_message(self, state_dict)) from error
 
     # Evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        """Hold sharded parameters whole while evaluating, so that processes with unequally many
+        images need not wait for each other.
+        """
+        if isinstance(self, FSDPModule):
+            self.unshard()
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and accuracy of a batch."""
