@@ -35,13 +35,14 @@ def local_part(whole: Tensor, weight: Any) -> Tensor:
 
 @contextmanager
 def whole(module: nn.Module, write: bool = False) -> Iterator[None]:
-    """Inside, the sharded weights of a module and their gradients are whole on every process.
+    """Inside, the sharded weights of a module are whole on every process.
 
     All processes must enter. Costs nothing where no weight is sharded.
 
     Args:
         module: the model, or a part of it.
-        write: keep what is written to the weights inside; every process must write the same.
+        write: gather gradients too, and keep what is written to the weights; every process must
+            write the same.
     """
     held = [
         (part, name, weight)
@@ -50,7 +51,7 @@ def whole(module: nn.Module, write: bool = False) -> Iterator[None]:
         if is_sharded(weight)
     ]
     for part, name, weight in held:
-        setattr(part, name, _gathered(weight))
+        setattr(part, name, _gathered(weight, write))
     try:
         yield
     finally:
@@ -62,8 +63,8 @@ def whole(module: nn.Module, write: bool = False) -> Iterator[None]:
             setattr(part, name, weight)
 
 
-def _gathered(weight: Any) -> nn.Parameter:
+def _gathered(weight: Any, gradient: bool) -> nn.Parameter:
     full = nn.Parameter(weight.detach().full_tensor(), weight.requires_grad)
-    if weight.grad is not None:
+    if gradient and weight.grad is not None:
         full.grad = weight.grad.full_tensor()
     return full

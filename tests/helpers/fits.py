@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 
 from tdm_lightning import TokenReductionClassifier
 from tdm_lightning.cli import main
-from tdm_lightning.core.shards import whole
+from tdm_lightning.core.shards import local, whole
 from tests.helpers.nodes import on_nodes
 
 IMAGES, JOINT = 24, 8  # in the set; in a batch of all processes together
@@ -77,6 +77,8 @@ class Notes(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.losses[trainer.current_epoch, batch_idx] = outputs["loss"].item()
         self.masks.append(masks_of(module))
+        parameters = list(module.model.parameters())
+        self.share = sum(map(local_size, parameters)) / sum(map(torch.numel, parameters))
 
     def on_fit_end(self, trainer, module):
         with whole(module):
@@ -89,6 +91,7 @@ class Notes(Callback):
             "seen": self.seen,
             "rates": self.rates,
             "masks": self.masks,
+            "share": self.share,
             "weights": weights,
             "teacher": dict(teacher),
             "stage": None if stage is None else tuple(stage),
@@ -98,16 +101,20 @@ class Notes(Callback):
         torch.save(found, f"{self.name}_{trainer.global_rank}of{trainer.world_size}.pt")
 
 
+def local_size(weight):
+    return local(weight.detach()).numel()
+
+
 def masks_of(module):
     return {
         name: value.clone() for name, value in module.model.named_buffers() if ".masks." in name
     }
 
 
-def arguments(folder, images, case, nodes, joint=JOINT, **trainer):
+def arguments(folder, images, case, nodes, joint=JOINT, kept="kept", **trainer):
     """Of `tdm fit` in its quickstart form, as small as it goes; the layer stays in the folder."""
     strategy, callbacks, model = CASES[case]
-    keep = {"dirpath": "kept", "every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
+    keep = {"dirpath": kept, "every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
     keep = {
         "class_path": "ModelCheckpoint",
         "init_args": {**keep, "auto_insert_metric_name": False},
