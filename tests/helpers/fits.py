@@ -69,10 +69,15 @@ class Notes(Callback):
 
     def __init__(self, name):
         self.name, self.losses, self.seen, self.rates, self.masks = name, {}, [], [], []
+        self.judged = []
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        self.seen += [(trainer.current_epoch, hash(image.numpy().tobytes())) for image in batch[0]]
+        self.seen += [(trainer.current_epoch, key) for key in map(key_of, batch[0])]
         self.rates.append(module.model.strategy.current_keep_rate)
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        if not trainer.sanity_checking:
+            self.judged += [(trainer.current_epoch, key) for key in map(key_of, batch[0])]
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.losses[trainer.current_epoch, batch_idx] = outputs["loss"].item()
@@ -89,6 +94,7 @@ class Notes(Callback):
         found = {
             "losses": self.losses,
             "seen": self.seen,
+            "judged": self.judged,
             "rates": self.rates,
             "masks": self.masks,
             "share": self.share,
@@ -99,6 +105,10 @@ class Notes(Callback):
             "step": trainer.global_step,
         }
         torch.save(found, f"{self.name}_{trainer.global_rank}of{trainer.world_size}.pt")
+
+
+def key_of(image):
+    return hash(image.numpy().tobytes())
 
 
 def local_size(weight):
@@ -153,6 +163,16 @@ def arguments(folder, images, case, nodes, joint=JOINT, kept="kept", **trainer):
     return ["fit", "--config=quickstart", "--config=small.yaml", *shape]
 
 
+def sharded(processes, folders=False, split=1):
+    """Settings of the Trainer for FSDP2."""
+    settings = {
+        "data_parallel_size": processes,
+        "tensor_parallel_size": split,
+        "save_distributed_checkpoint": folders,
+    }
+    return {"strategy": {"class_path": "ModelParallelStrategy", "init_args": settings}}
+
+
 def fit(name, args):
     class Noted(TokenReductionClassifier):
         def configure_callbacks(self):
@@ -190,5 +210,5 @@ def means(ranks):
     }
 
 
-def seen_in(ranks, epoch):
-    return sorted(image for rank in ranks for at, image in rank["seen"] if at == epoch)
+def seen_in(ranks, epoch, what="seen"):
+    return sorted(image for rank in ranks for at, image in rank[what] if at == epoch)

@@ -22,10 +22,11 @@ from tests.helpers.fits import (
     fit,
     means,
     seen_in,
+    sharded,
     start,
     train,
 )
-from tests.helpers.localsets import make_arrow
+from tests.helpers.localsets import make_arrow, make_table
 from tests.helpers.nodes import free_port, needs_fork, on_nodes
 
 pytestmark = [pytest.mark.slow, needs_fork]
@@ -123,6 +124,26 @@ def test_another_joint_batch_is_refused(tmp_path, images, runs, step):
         on_nodes(
             tmp_path, partial(fit, "run", [*args, f"--ckpt_path={folder}/kept/{step}.ckpt"]), 1
         )
+
+
+@pytest.mark.usefixtures("no_wait_for_parquet")
+@pytest.mark.parametrize("kind", ["ddp", "FSDP2"])
+@pytest.mark.parametrize("case", ["TDM", "SViTE, heads and units"])
+def test_a_stream_of_unequal_shards(tmp_path, case, kind):
+    sizes, table = (1, 2, 17, 7), make_table(3, 9, 24)
+    for split in ("train", "validation"):
+        for index in range(len(sizes)):
+            shard = table.select(range(sum(sizes[:index]), sum(sizes[: index + 1])))
+            shard.to_parquet(tmp_path / f"{split}-{index}.parquet")
+    settings = sharded(2) if kind == "FSDP2" else {}
+    stream = ["--data.streaming=true", "--trainer.limit_train_batches=3"]
+    both = train(tmp_path, str(tmp_path), case, 2, *stream, **settings)
+    assert [rank["step"] for rank in both] == [EPOCHS * 3] * 2
+    for epoch in range(EPOCHS):
+        judged = [len(seen_in([rank], epoch, "judged")) for rank in both]
+        assert sum(judged) == len(set(seen_in(both, epoch, "judged"))) == sum(sizes)
+        assert judged[0] != judged[1]
+    assert_same(both[0]["weights"], both[1]["weights"])
 
 
 def test_torchrun(tmp_path, images):

@@ -21,6 +21,7 @@ from tests.helpers.fits import (
     assert_same,
     fit,
     means,
+    sharded,
     start,
     train,
 )
@@ -28,15 +29,6 @@ from tests.helpers.localsets import make_arrow
 from tests.helpers.nodes import needs_fork, on_nodes
 
 pytestmark = [pytest.mark.slow, needs_fork]
-
-
-def sharded(processes, folders=False, split=1):
-    settings = {
-        "data_parallel_size": processes,
-        "tensor_parallel_size": split,
-        "save_distributed_checkpoint": folders,
-    }
-    return {"strategy": {"class_path": "ModelParallelStrategy", "init_args": settings}}
 
 
 @pytest.fixture(scope="module")
