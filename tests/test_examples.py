@@ -1,12 +1,17 @@
 """The example programs run as they stand and print sensible figures."""
 
 import importlib
+import os
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from datasets import Dataset
 
 from tdm_lightning.cli import main
 
@@ -25,6 +30,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 def test_there_is_none_without_a_test():
     assert {path.stem for path in FOLDER.glob("*.py")} == {
+        "bulk_inference",
         "dense",
         "fabric",
         "huggingface",
@@ -121,6 +127,44 @@ def test_hugging_faces_trainer():
     metrics = trainer.evaluate(names["data"][:8])
     for index, score in enumerate(recorder.compute()):
         assert metrics[f"eval_diversity/block_{index:02d}"] == pytest.approx(score.item(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_bulk_inference(tmp_path):
+    program = [sys.executable, str(FOLDER / "bulk_inference.py")]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    speed, agreement = (float(number) for number in re.findall(r"\d+\.\d+|\d+", done.stdout))
+    assert speed > 0
+    assert agreement > 0.995  # near ties, where batches of other sizes round otherwise
+    rows = Dataset.from_parquet(str(tmp_path / "predictions.parquet"), cache_dir=str(tmp_path))
+    assert len(rows) == 1797
+    assert set(rows["rank"]) == {0, 1}
+    assert set(rows["label"]) <= set(range(10))
+
+
+def test_the_script_for_slurm(tmp_path, monkeypatch, capsys):
+    script = FOLDER / "train.sbatch"
+    assert script.read_text().startswith("#!/bin/bash\n")
+    stub = tmp_path / "srun"
+    stub.write_text('#!/bin/bash\nprintf "%s\\n" "$@" > given\n')
+    stub.chmod(0o755)
+    given = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_ID": "77"}
+    environment = {**given, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-n", script], check=True)
+    more = ["--model.strategy.keep_rate", "0.5"]
+    subprocess.run(["bash", script, *more], env=environment, check=True)
+    tdm, *arguments = (tmp_path / "given").read_text().splitlines()
+    assert tdm == "tdm"
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--print_config"])
+    assert end.value.code == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    trainer, processes = settings["trainer"], 2 * 8
+    assert (trainer["num_nodes"], trainer["devices"]) == (2, "8")
+    assert trainer["default_root_dir"] == "runs/tdm-77"
+    assert settings["data"]["batch_size"] * processes == 1024
+    assert settings["model"]["strategy"]["init_args"]["keep_rate"] == 0.5
 
 
 # One file, no edit elsewhere: through fit, test and export by name ----------------------------

@@ -1,4 +1,6 @@
-"""Several machines on the loopback: a process each, with the environment that torchrun gives."""
+"""Several machines on the loopback: a process each, with the environment that torchrun or SLURM
+gives.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,27 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def torchrun(rank: int, nodes: int) -> dict[str, str]:
+    """What it tells the process of a node."""
+    known = {"WORLD_SIZE": nodes, "RANK": rank, "GROUP_RANK": rank, "LOCAL_RANK": 0}
+    known |= {"LOCAL_WORLD_SIZE": 1}
+    return {"TORCHELASTIC_RUN_ID": "test", **{name: str(value) for name, value in known.items()}}
+
+
+def slurm(rank: int, nodes: int) -> dict[str, str]:
+    """What ``srun`` tells it in a job of a task per node."""
+    known = {"NTASKS": nodes, "NTASKS_PER_NODE": 1, "NNODES": nodes, "JOB_ID": 77}
+    known |= {"PROCID": rank, "NODEID": rank, "LOCALID": 0}
+    names = {"SLURM_JOB_NAME": "tdm", "SLURM_JOB_NODELIST": "127.0.0.1"}
+    return names | {f"SLURM_{name}": str(value) for name, value in known.items()}
+
+
 def on_nodes(
-    folder: Path, function: Callable[[], None], nodes: int = 2, seconds: int = 240
+    folder: Path,
+    function: Callable[[], object],
+    nodes: int = 2,
+    seconds: int = 240,
+    environment: Callable[[int, int], dict[str, str]] = torchrun,
 ) -> None:
     """Call a function in a process on each node, in a folder; raise what went wrong there.
 
@@ -36,7 +57,7 @@ def on_nodes(
     port = free_port()
     context = torch.multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=_node, args=(folder, function, rank, nodes, port))
+        context.Process(target=_node, args=(folder, function, rank, environment(rank, nodes), port))
         for rank in range(nodes)
     ]
     for process in processes:
@@ -53,17 +74,10 @@ def on_nodes(
     assert [process.exitcode for process in processes] == [0] * nodes
 
 
-def _node(folder: Path, function: Callable[[], None], rank: int, nodes: int, port: int) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(nodes),
-        "RANK": str(rank),
-        "GROUP_RANK": str(rank),
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-        "TORCHELASTIC_RUN_ID": "test",
-    }
+def _node(
+    folder: Path, function: Callable[[], object], rank: int, environment: dict[str, str], port: int
+) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
     os.chdir(folder)
     torch.set_num_threads(1)
     try:

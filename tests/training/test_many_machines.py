@@ -2,6 +2,8 @@
 its own; and going on with another number of processes.
 """
 
+import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -9,6 +11,8 @@ from functools import partial
 import pytest
 import torch
 
+from tdm_lightning import TokenReductionClassifier
+from tdm_lightning.cli import main
 from tests.helpers.fits import (
     BATCHES,
     CASES,
@@ -27,7 +31,7 @@ from tests.helpers.fits import (
     train,
 )
 from tests.helpers.localsets import make_arrow, make_table
-from tests.helpers.nodes import free_port, needs_fork, on_nodes
+from tests.helpers.nodes import free_port, needs_fork, on_nodes, slurm
 
 pytestmark = [pytest.mark.slow, needs_fork]
 
@@ -144,6 +148,30 @@ def test_a_stream_of_unequal_shards(tmp_path, case, kind):
         assert sum(judged) == len(set(seen_in(both, epoch, "judged"))) == sum(sizes)
         assert judged[0] != judged[1]
     assert_same(both[0]["weights"], both[1]["weights"])
+
+
+def test_a_job_of_slurm_that_is_requeued_goes_on(tmp_path, images, runs, monkeypatch):
+    class Signalled(TokenReductionClassifier):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if self.trainer.global_step == 4:
+                signal.raise_signal(signal.SIGUSR1)  # what SLURM sends before the time is up
+                self.trainer.strategy.barrier()
+                os._exit(0)  # and then it ends the job
+
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    args = [*arguments(tmp_path, images, "TDM", 2), "--trainer.default_root_dir=job"]
+    on_nodes(tmp_path, partial(main, args, model_class=Signalled), environment=slurm)
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    assert [path.name for path in (tmp_path / "job").glob("*.ckpt")] == ["hpc_ckpt_1.ckpt"]
+    on_nodes(tmp_path, partial(fit, "again", args), environment=slurm)
+    again = [torch.load(tmp_path / f"again_{rank}of2.pt") for rank in range(2)]
+    _, whole = runs("TDM", 2)
+    for ours, theirs in zip(again, whole, strict=True):
+        assert ours["losses"] == {key: theirs["losses"][key] for key in [(1, 1), (1, 2)]}
+        assert_same(ours["weights"], theirs["weights"])
 
 
 def test_torchrun(tmp_path, images):
