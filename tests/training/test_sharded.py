@@ -96,12 +96,13 @@ MONITORS = [
 
 @pytest.mark.parametrize("case", ["TDM", "SViTE, heads and units", "IARED2"])
 def test_monitors_and_evaluation(tmp_path, images, case):
-    settings = {"callbacks": MONITORS, "default_root_dir": "out", **sharded(2)}
+    settings = {"callbacks": MONITORS, "default_root_dir": "out"}
     args = arguments(tmp_path, images, case, 2, **settings)
+    addon = ["--config=addons/fsdp2", "--trainer.strategy.data_parallel_size=2"]
     saved = f"--model.weights={tmp_path / 'model.ckpt'}"
 
     def run():
-        cli = main([*args, "--trainer.precision=bf16-mixed"])
+        cli = main([*args, *addon])
         trainer, module = cli.trainer, cli.model
         (fitted,) = trainer.validate(module, cli.datamodule, verbose=False)
         trainer.save_checkpoint("model.ckpt")
