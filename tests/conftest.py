@@ -26,10 +26,10 @@ settings.load_profile("repeatable")
 torch.set_num_threads(1)
 
 
-#: What takes long: whole benchmarks, programs of exporters, kernels in the interpreter, models of
-#: real width.
+#: What takes long: whole benchmarks, programs of exporters, kernels in the interpreter, browsers,
+#: models of real width.
 _SLOW_FOLDERS = ("benchmarks", "export", "ops/kernels")
-_SLOW_NAMES = ("export", "compile", "onnx", "real_width")
+_SLOW_NAMES = ("export", "compile", "onnx", "browser", "real_width")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

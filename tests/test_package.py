@@ -23,6 +23,7 @@ EXPECTED = {
     "tdm_lightning/callbacks/__init__.py",
     "tdm_lightning/configs/quickstart.yaml",
     "tdm_lightning/configs/strategies/tdm.yaml",
+    "tdm_lightning/visualize/page.html",
 }
 
 

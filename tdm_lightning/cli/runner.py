@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
 from tdm_lightning.cli.configs import with_named_configs
 from tdm_lightning.cli.mistakes import unwrapped
 from tdm_lightning.cli.stored import differences, fill_in, option_value
-
-#: A whole number, or a list of them.
-_NUMBERS = r"\d+|\[\d+(,\d+)*\]"
 
 
 def run_function(
@@ -40,7 +37,9 @@ def run_function(
     for key in files:
         parser.add_argument(key, nargs="+", help="one or more files")
     parser.add_function_arguments(function, skip=set(files), as_group=False)
-    arguments = with_named_configs(_listed([_underscored(argument) for argument in arguments]))
+    words = _words(function)
+    arguments = _listed([_underscored(argument) for argument in arguments], words)
+    arguments = with_named_configs(arguments)
     parsed = _with_stored(title, parser, list(parameters), arguments)
     with unwrapped():
         settings = parser.instantiate_classes(parsed).as_dict()
@@ -74,15 +73,30 @@ def _with_stored(
     return settings
 
 
-def _listed(arguments: list[str]) -> list[str]:
-    """Whole numbers that follow an option as one list: ``--sizes 1 32`` is ``--sizes=[1,32]``."""
+def _words(function: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
+    """The words that an option takes, by its flag, where it takes a list of them."""
+    given = {key: kind for key, kind in function.__annotations__.items() if key != "return"}
+    names = vars(sys.modules[function.__module__])
+    found = {}
+    for name, kind in get_type_hints(SimpleNamespace(__annotations__=given), names).items():
+        for option in get_args(kind):
+            if get_origin(option) is list and get_origin(item := get_args(option)[0]) is Literal:
+                found[f"--{name}"] = get_args(item)
+    return found
+
+
+def _listed(arguments: list[str], words: Mapping[str, Sequence[str]]) -> list[str]:
+    """Whole numbers, or an option's words, that follow it as one list: ``--sizes 1 32`` is
+    ``--sizes=[1,32]``.
+    """
     found: list[str] = []
     for argument in arguments:
         name, equals, value = found[-1].partition("=") if found else ("", "", "")
-        if argument.isdecimal() and name.startswith("--") and not equals:
-            found[-1] = f"{name}={argument}"
-        elif argument.isdecimal() and name.startswith("--") and re.fullmatch(_NUMBERS, value):
-            found[-1] = f"{name}=[{value.strip('[]')},{argument}]"
+        items = [*value.strip("[]").split(","), argument] if equals else [argument]
+        if name.startswith("--") and all(
+            item.isdecimal() or item in words.get(name, ()) for item in items
+        ):
+            found[-1] = f"{name}=[{','.join(items)}]" if equals else f"{name}={argument}"
         else:
             found.append(argument)
     return found

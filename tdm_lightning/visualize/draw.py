@@ -7,6 +7,7 @@ ties the two sizes together but that the map covers the whole picture.
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,11 @@ def mask_patches(picture: Picture, masked: Mask) -> Picture:
     return np.where(upsample(masked, picture.shape[:2])[..., None], BLANK, picture)
 
 
+def darken_patches(picture: Picture, masked: Mask) -> Picture:
+    """Some patches at a quarter of their light; arguments as :func:`mask_patches`."""
+    return np.where(upsample(masked, picture.shape[:2])[..., None], picture // 4, picture)
+
+
 def tint_groups(picture: Picture, group: Map, strength: float = 0.6) -> Picture:
     """Lay one colour over each group, on the picture in grey, with borders between groups.
 
@@ -54,16 +60,23 @@ def tint_groups(picture: Picture, group: Map, strength: float = 0.6) -> Picture:
     return outline(mixed, group, np.ones_like(group, dtype=bool))
 
 
-def fill_groups(picture: Picture, group: Map, pale: Mask | None = None) -> Picture:
+def fill_groups(
+    picture: Picture,
+    group: Map,
+    pale: Mask | None = None,
+    gone: Callable[[Picture, Mask], Picture] = mask_patches,
+) -> Picture:
     """Show what a token set has kept of a picture.
 
     Patches that share a token are filled with the mean colour of all of them and bordered in white;
-    a patch alone in its token shows the picture; dropped patches are blank.
+    a patch alone in its token shows the picture; dropped patches are blank, or what ``gone`` makes
+    of them.
 
     Args:
         picture: H×W×3.
         group: the token that holds each patch, h×w; -1 where it was dropped.
         pale: patches to fade, h×w: those that wait outside the blocks.
+        gone: how dropped patches are drawn.
     """
     size = picture.shape[:2]
     labels, compact = np.unique(group, return_inverse=True)
@@ -81,8 +94,7 @@ def fill_groups(picture: Picture, group: Map, pale: Mask | None = None) -> Pictu
     if pale is not None and pale.any():
         faded = (out.astype(np.uint16) + 2 * np.array(WHITE, dtype=np.uint16)) // 3
         out = np.where(upsample(pale, size)[..., None], faded.astype(np.uint8), out)
-    out = mask_patches(out, group < 0)
-    return outline(out, group, merged)
+    return outline(gone(out, group < 0), group, merged)
 
 
 def outline(picture: Picture, group: Map, bordered: Mask) -> Picture:

@@ -15,7 +15,7 @@ from tdm_lightning.core import LayerTrace, Role, Trace
 from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.ops import cluster_density_peaks
 from tdm_lightning.strategies import Strategy
-from tdm_lightning.visualize.draw import Map, Mask, Picture, fill_groups, mask_patches, tint_groups
+from tdm_lightning.visualize.draw import Mask, Picture, fill_groups, mask_patches, tint_groups
 from tdm_lightning.visualize.images import data_config, prepare, to_picture
 from tdm_lightning.vit import TokenReducedViT
 from tdm_lightning.vit.adapters import grid_size
@@ -53,9 +53,26 @@ def panels(model: TokenReducedViT, image: Tensor | Image.Image, layer: int = -1)
         TypeError: if the model is not reduced.
         ValueError: if the image does not fit the model, or there is no such layer.
     """
+    picture, batch, trace, grid = look(model, image)
+    drawn = {"original": Image.fromarray(picture)}
+    if trace.layers:
+        with _evaluating(model):
+            drawn |= _schools(model.vit, batch, trace, picture, grid, layer)
+    return drawn | strip(picture, trace, grid)
+
+
+def look(
+    model: TokenReducedViT, image: Tensor | Image.Image
+) -> tuple[Picture, Tensor, Trace, tuple[int, int]]:
+    """Run a model on one image; arguments and errors as :func:`panels`.
+
+    Returns:
+        The image as a picture, as the model's batch of one, what became of its patches, and the
+        rows and columns of these.
+    """
     if not isinstance(model, TokenReducedViT):
         raise SettingTypeError(
-            f"panels() draws what attach() returned, got a {type(model).__name__}"
+            f"only what attach() returned can be drawn, got a {type(model).__name__}"
         )
     config = data_config(model)
     if isinstance(image, Image.Image):
@@ -65,12 +82,7 @@ def panels(model: TokenReducedViT, image: Tensor | Image.Image, layer: int = -1)
     batch = image.unsqueeze(0).to(next(model.parameters()))  # device and dtype
     with _evaluating(model):
         _, trace = model.trace(batch)
-        vit: Any = model.vit
-        grid = grid_size(vit, (batch.shape[-2], batch.shape[-1]))
-        drawn = {"original": Image.fromarray(picture)}
-        if trace.layers:
-            drawn |= _schools(vit, batch, trace, picture, grid, layer)
-    return drawn | strip(picture, trace, grid)
+    return picture, batch, trace, grid_size(model.vit, (batch.shape[-2], batch.shape[-1]))
 
 
 def strip(picture: Picture, trace: Trace, grid: tuple[int, int]) -> Panels:
@@ -94,7 +106,9 @@ def draw_layer(picture: Picture, layer: LayerTrace, grid: tuple[int, int]) -> Pi
     """The accumulated reduction after one layer, for the first image of its trace; see
     :func:`panels`.
     """
-    return fill_groups(picture, _map(layer.assignment, grid), _map(layer.role, grid) == Role.PARKED)
+    return fill_groups(
+        picture, patch_map(layer.assignment, grid), patch_map(layer.role, grid) == Role.PARKED
+    )
 
 
 def inattentive(trace: Trace, layer: int, grid: tuple[int, int]) -> Mask:
@@ -102,7 +116,7 @@ def inattentive(trace: Trace, layer: int, grid: tuple[int, int]) -> Mask:
 
     Clustered and dropped patches stay so; parked ones may come back.
     """
-    roles = [_map(seen.role, grid) for seen in trace.layers]
+    roles = [patch_map(seen.role, grid) for seen in trace.layers]
     until = roles[: range(len(roles))[layer] + 1]
     return np.any([np.isin(role, (Role.CLUSTERED, Role.DROPPED)) for role in until], axis=0) | (
         until[-1] == Role.PARKED
@@ -127,13 +141,13 @@ def _schools(
             batch, indices=[shown.index], output_fmt="NLC", intermediates_only=True, stop_early=True
         )
         label, _ = cluster_density_peaks(features, tokens)
-        drawn["diversity"] = tint_groups(picture, _map(label, grid))
+        drawn["diversity"] = tint_groups(picture, patch_map(label, grid))
     drawn["reduced"] = draw_layer(picture, shown, grid)
     return {name: Image.fromarray(pixels) for name, pixels in drawn.items()}
 
 
-def _map(values: Tensor, grid: tuple[int, int]) -> Map:
-    """The first image's B×N0 as h×w."""
+def patch_map(values: Tensor, grid: tuple[int, int]) -> Any:
+    """The first image's B×N0 as an array h×w."""
     return values[0].reshape(grid).cpu().numpy()
 
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tdm_lightning.errors import SettingError
 from tdm_lightning.visualize.draw import WHITE
-from tdm_lightning.visualize.images import SIDE, open_image
+from tdm_lightning.visualize.images import SIDE
 from tdm_lightning.visualize.panels import Panels, panels
 from tdm_lightning.vit import TokenReducedViT
 
@@ -40,9 +40,9 @@ def arrange(
     written: list[tuple[int, int, str]] = []
     y, right, before = gap, 0, None
     for row in rows:
-        scaled = {name: _scaled(panel, side) for name, panel in row.items()}
+        sized = {name: scaled(panel, side) for name, panel in row.items()}
         x, top = gap, y + (line if list(row) != before else 0)
-        for name, panel in scaled.items():
+        for name, panel in sized.items():
             if top > y:
                 written.append(
                     (x + panel.width // 2, y + line // 2, (titles or {}).get(name, name))
@@ -50,7 +50,7 @@ def arrange(
             placed.append((x, top, panel))
             x += panel.width + gap
         right, before = max(right, x), list(row)
-        y = top + max(panel.height for panel in scaled.values()) + gap
+        y = top + max(panel.height for panel in sized.values()) + gap
     sheet = Image.new("RGB", (right, y), WHITE)
     for x, top, panel in placed:
         sheet.paste(panel, (x, top))
@@ -79,68 +79,29 @@ def save_panels(
     Raises:
         ValueError: if the file cannot be written, or there is nothing to write.
     """
-    path = Path(path)
-    sheet = arrange(rows, side, titles)
+    return save_sheet(path, arrange(rows, side, titles), colours)
+
+
+def save_sheet(path: str | Path, sheet: Image.Image, colours: int | None = None) -> Path:
+    """Write a picture as a small PNG; arguments and errors as :func:`save_panels`."""
     data = io.BytesIO()
     (sheet.quantize(colours) if colours else sheet).save(data, "PNG", optimize=True)
+    return write_bytes(path, data.getvalue())
+
+
+def write_bytes(path: str | Path, data: bytes) -> Path:
+    """Write a file; its folder is made if need be.
+
+    Raises:
+        ValueError: if it cannot be written.
+    """
+    path = Path(path)
     make_folder(path.parent)
     try:
-        path.write_bytes(data.getvalue())
+        path.write_bytes(data)
     except OSError as error:
         raise SettingError(f"cannot write {str(path)!r}: {error}") from error
     return path
-
-
-def visualize_images(
-    paths: Sequence[str | Path],
-    model: TokenReducedViT,
-    out_dir: str | Path = "panels",
-    layer: int = -1,
-    side: int = SIDE,
-    together: bool = False,
-) -> list[Path]:
-    """Draw :func:`~tdm_lightning.visualize.panels` of image files, each to a PNG: the schools in a
-    row, the layers below.
-
-    Images go through timm's evaluation transform for the model. Everything is checked before
-    anything is written.
-
-    Args:
-        paths: image files.
-        model: a reduced model.
-        out_dir: folder for the PNGs, named after the images: ``cat.jpg`` → ``cat_panels.png``.
-        layer: see :func:`~tdm_lightning.visualize.panels`.
-        side: pixels of each panel's shorter side.
-        together: write one ``panels.png`` instead, with the schools of each image in a row.
-
-    Returns:
-        The files written, in the order of ``paths``.
-
-    Raises:
-        TypeError: if the model is not reduced.
-        ValueError: if no image is given, one cannot be read, or the folder cannot be written.
-    """
-    if not paths:
-        raise SettingError("no image to draw: give the path of at least one")
-    for path in paths:
-        open_image(path)
-    folder = make_folder(out_dir)
-    if together:
-        return [
-            save_schools(
-                folder / "panels.png", [open_image(path) for path in paths], model, layer, side
-            )
-        ]
-    names = _distinct([Path(path).stem for path in paths])
-    return [
-        save_panels(
-            folder / f"{name}_panels.png",
-            split_rows(panels(model, open_image(path), layer)),
-            side,
-            titles(model),
-        )
-        for name, path in zip(names, paths, strict=True)
-    ]
 
 
 def save_schools(
@@ -192,17 +153,8 @@ def make_folder(path: str | Path) -> Path:
     return folder
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Files of one name from several folders must not overwrite each other."""
-    seen: dict[str, int] = {}
-    numbered = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        numbered.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
-    return numbered
-
-
-def _scaled(panel: Image.Image, side: int) -> Image.Image:
+def scaled(panel: Image.Image, side: int) -> Image.Image:
+    """A picture with a shorter side of so many pixels."""
     factor = side / min(panel.size)
     size = (round(panel.width * factor), round(panel.height * factor))
     return panel if size == panel.size else panel.resize(size, Image.Resampling.LANCZOS)
