@@ -14,6 +14,7 @@ from tdm_lightning.callbacks.output import check_folder, output_folder
 
 from tdm_lightning.core.checks import check_choice, check_count
 from tdm_lightning.metrics import DiversityRecorder, DiversityScore, Norm
+from tdm_lightning.visualize.plots import BLUE, new_figure, save
 from tdm_lightning.vit.find import find_vit
 
 _STAGES = ("train", "val", "test")
@@ -150,16 +151,12 @@ class DiversityMonitor(Callback):
 
 def plot_scores(path: Path, scores: Sequence[float], stage: str, normalized: bool = False) -> None:
     """Write a curve of the score over the blocks."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(range(len(scores)), scores, marker="o")
+    figure, (axes,) = new_figure([f"Patch tokens, {stage}"], width=5, height=3.2)
+    axes.plot(range(len(scores)), scores, marker="o", color=BLUE)
     axes.set_xlabel("after block (from 0)")
     axes.set_ylabel("diversity per entry" if normalized else "diversity score")
-    axes.set_title(f"Patch tokens, {stage}")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    save(figure, path)

@@ -52,10 +52,10 @@ def fidelity(
     from benchmarks.fidelity.photographs import crops as crops_of
     from benchmarks.fidelity.photographs import photographs
     from benchmarks.fidelity.run import DRAWS, RATES, measured, training_free
-    from benchmarks.study.figures import save
     from tdm_lightning.checkpoints import load_weights
     from tdm_lightning.strategies import WardTDM
     from tdm_lightning.visualize.images import data_config
+    from tdm_lightning.visualize.plots import save
     from tdm_lightning.visualize.sheet import make_folder, save_schools
     from tdm_lightning.vit import attach
     from tdm_lightning.vit.create import create_vit

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.fidelity.measure import Fidelity, mean_and_error
 from tdm_lightning.core.tables import append_csv, markdown, read_csv
+from tdm_lightning.visualize.plots import label_beside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,24 +71,26 @@ def text(found: Sequence[Fidelity]) -> str:
 
 def figure(found: Sequence[Fidelity]) -> Figure:
     """Both kinds against the multiply-accumulates."""
-    from benchmarks.study.figures import STYLES, errorbar, legend, panels
+    from benchmarks.study.figures import STYLES, axis_at_right, end_labels, errorbar, panels
 
-    drawn, axes = panels([f"distortion of the {title}" for title in KINDS.values()], height=4.2)
+    drawn, axes = panels([f"distortion of the {title}" for title in KINDS.values()])
     for axis, kind in zip(axes, KINDS, strict=True):
-        for method, style in STYLES.items():
-            points = []
+        shown = {}
+        for method in STYLES:
+            shown[method] = []
             for rate in sorted({one.rate for one in found}):
                 chosen = [o for o in found if (o.method, o.rate) == (method, rate)]
                 means = [100 * fmean(getattr(one, kind)) for one in chosen]
                 if means:
                     mean = fmean(means)
                     spread = mean - min(means), max(means) - mean
-                    points.append((chosen[0].gmacs, mean, *spread))
-            errorbar(axis, points, method, style)
+                    shown[method].append((chosen[0].gmacs, mean, *spread))
+            errorbar(axis, shown[method], method)
         axis.set_yscale("log")
+        axis_at_right(axis)
         axis.set_xlabel("GMACs per image, everything counted")
         axis.set_ylabel("100·(1 − cosine)")
-    legend(drawn, axes)
+        label_beside(axis, end_labels(shown, -math.inf, "left"), "left")
     return drawn
 
 

@@ -4,67 +4,83 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.study.results import WHEN, Result
 from benchmarks.study.tables import TITLES, mean_accuracy, methods_of, rates_of, runs
 from tdm_lightning.compare.table import Quartiles
+from tdm_lightning.visualize.plots import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    Label,
+    label_beside,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Colour, marker and line: red tones merge for diversity among what is important, blue ones keep
-#: what is important, green ones merge whatever is alike.
+#: Colour, marker and line. A colour for each kind: vermilion and orange merge for diversity among
+#: what is important, blue keeps what is important, green merges whatever is alike, sky image by
+#: image, purple weighs several things, grey chooses by chance.
 STYLES: dict[str, tuple[str, str, str]] = {
-    "WardTDM": ("#9b2226", "o", "-"),
-    "WardTDM (6 blocks)": ("#ae2012", "d", "--"),
-    "WardTDM (12 blocks)": ("#bb3e03", "s", ":"),
-    "TDM": ("#e5989b", "o", "-"),
-    "TDM (4 blocks)": ("#c9184a", "o", "--"),
-    "TDM (6 blocks)": ("#ff758f", "o", ":"),
-    "DyViT+TDM": ("#f4a261", "s", "--"),
-    "EViT": ("#1d4e89", "v", "-"),
-    "DyViT": ("#6fa8dc", "s", "-"),
-    "Evo-ViT": ("#674ea7", "P", "-"),
-    "SPViT": ("#0b5394", "<", "--"),
-    "SPViT+TDM": ("#d98880", "<", "--"),
-    "PS-ViT": ("#9fc5e8", "h", "--"),
-    "DPC-KNN": ("#38761d", "X", "-"),
-    "ToMe": ("#7fb069", "*", "-"),
-    "ToMe (rate)": ("#588157", "*", "--"),
-    "PiToMe": ("#2a9d8f", "^", "-"),
-    "MCTF": ("#457b9d", "s", "-"),
-    "DiffRate": ("#8d99ae", "D", "-"),
-    "ToFu": ("#b5838d", "v", "-"),
-    "MaMe": ("#6a994e", "<", "-"),
-    "MPM": ("#bc6c25", ">", "-"),
-    "Random": ("#7f7f7f", "p", ":"),
-    "Random (12 blocks)": ("#a0a0a0", "P", ":"),
+    "WardTDM": (VERMILION, "o", "-"),
+    "WardTDM (6 blocks)": (VERMILION, "d", "--"),
+    "WardTDM (12 blocks)": (VERMILION, "s", ":"),
+    "TDM": (ORANGE, "o", "-"),
+    "TDM (4 blocks)": (ORANGE, "d", "--"),
+    "TDM (6 blocks)": (ORANGE, "s", ":"),
+    "DyViT+TDM": (ORANGE, "^", "--"),
+    "EViT": (BLUE, "v", "-"),
+    "TopK": (BLUE, "^", "--"),
+    "DyViT": (BLUE, "s", "--"),
+    "Evo-ViT": (BLUE, "P", "-."),
+    "SPViT": (BLUE, "<", ":"),
+    "SPViT+TDM": (ORANGE, "<", "-."),
+    "PS-ViT": (BLUE, "h", "-."),
+    "DPC-KNN": (GREEN, "X", ":"),
+    "ToMe": (GREEN, "*", "-"),
+    "ToMe (rate)": (GREEN, "*", "--"),
+    "PiToMe": (GREEN, "^", "-."),
+    "MCTF": (PURPLE, "s", "-"),
+    "DiffRate": (PURPLE, "D", "--"),
+    "ToFu": (PURPLE, "v", ":"),
+    "MaMe": (SKY, "<", "-"),
+    "MPM": (SKY, ">", "--"),
+    "Random": (GREY, "p", ":"),
+    "Random (12 blocks)": (GREY, "P", "--"),
 }
-_WIDTH = 10.0
+#: Inches of a panel, its labels beside it.
+_WIDTH, _HEIGHT = 6.6, 4.8
 #: So many points below the plain model end a panel; what lies lower would press all else together.
 _REACH = 20.0
+#: Points x, y and how far their spread reaches below and above, by method.
+Points = dict[str, list[tuple[float, float, float, float]]]
 
 
 def accuracy_against_gmacs(results: Sequence[Result]) -> Figure:
     """Accuracy against multiply-accumulates, without and after fine-tuning."""
-    shown = [name for name in WHEN if any(name in result.accuracy for result in results)]
-    figure, axes = panels([TITLES[name] for name in shown], height=4.2)
+    shown = _when(results)
+    figure, axes = panels([TITLES[name] for name in shown])
     for axis, when in zip(axes, shown, strict=True):
-        for method, style in _drawn(results):
-            points = [
-                (next(iter(found.values())).gmacs, *_spread(found.values(), when))
+        found = {
+            method: [
+                (next(iter(cell.values())).gmacs, *_spread(cell.values(), when))
                 for rate in rates_of(results)
-                if (found := runs(results, method, rate, when))
+                if (cell := runs(results, method, rate, when))
             ]
-            errorbar(axis, points, method, style)
-        _plain_line(axis, results, when)
-        _end_at(axis, 100 * mean_accuracy(results, "Plain", 1.0, when) - _REACH)
+            for method in _drawn(results)
+        }
         axis.set_xlabel("GMACs per image, everything counted")
-        axis.set_ylabel("top-1 accuracy (%)")
-    legend(figure, axes)
+        _accuracies(axis, results, when, found, side="left")
     return figure
 
 
@@ -74,22 +90,20 @@ def accuracy_against_time(
     """Accuracy against measured speed, as a multiple of the plain model's, without and after
     fine-tuning.
     """
-    when = [name for name in WHEN if any(name in result.accuracy for result in results)]
-    figure, axes = panels([f"{TITLES[name]}" for name in when], height=4.2)
-    for axis, name in zip(axes, when, strict=True):
-        for method, style in _drawn(results):
-            points = [
-                (times[method, rate].median, *_spread(found.values(), name))
+    shown = _when(results)
+    figure, axes = panels([TITLES[name] for name in shown])
+    for axis, when in zip(axes, shown, strict=True):
+        found = {
+            method: [
+                (times[method, rate].median, *_spread(cell.values(), when))
                 for rate in rates_of(results)
-                if (method, rate) in times and (found := runs(results, method, rate, name))
+                if (method, rate) in times and (cell := runs(results, method, rate, when))
             ]
-            errorbar(axis, points, method, style)
-        _plain_line(axis, results, name)
-        _end_at(axis, 100 * mean_accuracy(results, "Plain", 1.0, name) - _REACH)
+            for method in _drawn(results)
+        }
         axis.axvline(1, color="0.7", linewidth=0.8, zorder=1)
         axis.set_xlabel("images/s as a multiple of the plain model's, measured")
-        axis.set_ylabel("top-1 accuracy (%)")
-    legend(figure, axes)
+        _accuracies(axis, results, when, found, side="right")
     return figure
 
 
@@ -97,30 +111,40 @@ def accuracy_per_keep_rate(results: Sequence[Result]) -> Figure:
     """What the plain model's accuracy loses at the budget of each of TDM's keep rates, after
     fine-tuning.
     """
-    figure, (axis,) = panels(("",), height=4.2, width=7.5)
+    figure, (axis,) = panels([""], width=8.5)
     rates = rates_of(results)
     plain = mean_accuracy(results, "Plain", 1.0, "after")
     base = 0.0 if math.isnan(plain) else 100 * plain
+    end = -_REACH if base else math.nan
     drawn = _drawn(results)
-    for number, (method, style) in enumerate(drawn):
-        shift = 0.6 * (
-            (number + 0.5) / len(drawn) - 0.5
-        )  # side by side, so that none hides another
-        points = []
+    found: Points = {}
+    for number, method in enumerate(drawn):
+        # Side by side, so that none hides another.
+        shift = 0.6 * ((number + 0.5) / len(drawn) - 0.5)
+        found[method] = []
         for place, rate in enumerate(rates):
-            if found := runs(results, method, rate, "after"):
-                mean, below, above = _spread(found.values(), "after")
-                points.append((place + shift, mean - base, below, above))
-        errorbar(axis, points, method, style, line=False)
+            if cell := runs(results, method, rate, "after"):
+                mean, below, above = _spread(cell.values(), "after")
+                found[method].append((place + shift, mean - base, below, above))
+        errorbar(axis, found[method], method, line=False)
     for place in range(len(rates) - 1):
         axis.axvline(place + 0.5, color="0.85", linewidth=0.8, zorder=0)
-    axis.axhline(0, color="black", linestyle="--", linewidth=1, zorder=1, label="Plain")
-    _end_at(axis, -_REACH if base else math.nan)
+    axis.axhline(0, color="black", linestyle="--", linewidth=1, zorder=1)
     axis.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+    axis.set_xlim(-0.5, len(rates) - 0.5)
     axis.set_xlabel("TDM's keep rate; every method at its GMACs")
     axis.set_ylabel("accuracy against the plain model (points)" if base else "top-1 accuracy (%)")
     axis.grid(axis="x", visible=False)
-    legend(figure, [axis])
+    if base:
+        _end_at(axis, found, end)
+        _name_below(axis, found, end, len(rates) - 1)
+    last = {
+        method: points[-1:]
+        for method, points in found.items()
+        if points and round(points[-1][0]) == len(rates) - 1
+    }
+    labels = end_labels(last, end, "right")
+    label_beside(axis, [*labels, Label(len(rates) - 0.5, 0, "Plain", BLACK)] if base else labels)
     return figure
 
 
@@ -129,32 +153,26 @@ def diversity_beside_accuracy(results: Sequence[Result], rate: float) -> Figure:
     keep rate.
     """
     figure, (left, right) = panels(
-        (f"diversity at the budget of keep rate {rate:g}", "accuracy there, after fine-tuning"),
-        height=4.2,
+        [f"diversity at the budget of keep rate {rate:g}", "accuracy there, after fine-tuning"]
     )
-    drawn = [
-        (method, style) for method, style in _drawn(results) if runs(results, method, rate, "after")
-    ]
-    plain = runs(results, "Plain", 1.0, "after")
-    for result in plain.values():
-        left.plot(_per_token(result), color="black", linestyle="--", linewidth=1.2, label="Plain")
-    for method, (colour, marker, line) in drawn:
-        result = next(iter(runs(results, method, rate, "after").values()))
-        left.plot(
-            _per_token(result),
-            color=colour,
-            marker=marker,
-            linestyle=line,
-            markersize=5,
-            linewidth=1.4,
-            label=method,
-        )
+    drawn = [method for method in _drawn(results) if runs(results, method, rate, "after")]
+    labels = []
+    for result in runs(results, "Plain", 1.0, "after").values():
+        scores = _per_token(result)
+        left.plot(scores, color=BLACK, linestyle="--", linewidth=1.2)
+        labels = [Label(len(scores) - 1, scores[-1], "Plain", BLACK)]  # one for all seeds
+    for method in drawn:
+        scores = _per_token(next(iter(runs(results, method, rate, "after").values())))
+        errorbar(left, [(x, y, 0, 0) for x, y in enumerate(scores)], method)
+        labels.append(Label(len(scores) - 1, scores[-1], method, STYLES[method][0]))
     left.set_xlabel("after block (from 0)")
     left.set_ylabel("diversity score ÷ number of tokens")
     left.set_ylim(bottom=0)
-    order = sorted(drawn, key=lambda item: mean_accuracy(results, item[0], rate, "after"))
+    label_beside(left, [label for label in labels if not math.isnan(label.y)])
+    order = sorted(drawn, key=lambda method: mean_accuracy(results, method, rate, "after"))
     end = 100 * mean_accuracy(results, "Plain", 1.0, "after") - _REACH
-    for place, (method, (colour, marker, _)) in enumerate(order):
+    for place, method in enumerate(order):
+        colour, marker, _ = STYLES[method]
         mean, below, above = _spread(runs(results, method, rate, "after").values(), "after")
         if mean < end:  # off the scale: its value stands at the edge
             right.annotate(
@@ -163,7 +181,6 @@ def diversity_beside_accuracy(results: Sequence[Result], rate: float) -> Figure:
                 xytext=(4, -3),
                 textcoords="offset points",
                 fontsize=8,
-                color=colour,
             )
             continue
         right.errorbar(
@@ -182,58 +199,39 @@ def diversity_beside_accuracy(results: Sequence[Result], rate: float) -> Figure:
             textcoords="offset points",
             ha="center",
             fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},  # before the plain line
         )
-    right.set_yticks(range(len(order)), [method for method, _ in order])
+    right.set_yticks(range(len(order)), order)
     right.set_ylim(-0.6, len(order) - 0.3)
-    _plain_line(right, results, "after", vertical=True)
-    if not math.isnan(end):
-        right.set_xlim(left=end)
+    plain = mean_accuracy(results, "Plain", 1.0, "after")
+    if not math.isnan(plain):
+        right.axvline(100 * plain, color="black", linestyle="--", linewidth=1, zorder=1)
+        lowest = 100 * mean_accuracy(results, order[0], rate, "after")
+        room = 0.15 * min(_REACH, 100 * plain - lowest)  # for the values over the points
+        right.set_xlim(max(end, lowest - room), 100 * plain + room)
+        right.annotate(
+            "Plain",
+            (100 * plain, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(-3, 4),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+        )
     right.set_xlabel("top-1 accuracy (%)")
-    legend(figure, [left])
     return figure
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG file; gives its path."""
-    figure.savefig(path, dpi=150)
-    return path
+def panels(titles: Sequence[str], width: float = _WIDTH) -> tuple[Figure, list[Axes]]:
+    """A figure with panels of so many inches side by side."""
+    return new_figure(titles, width * len(titles), _HEIGHT)
 
 
-def panels(
-    titles: Sequence[str], height: float, width: float = _WIDTH
-) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = [figure.add_subplot(1, len(titles), place + 1) for place in range(len(titles))]
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _drawn(results: Sequence[Result]) -> list[tuple[str, tuple[str, str, str]]]:
-    """Methods with their styles, in the styles' order."""
-    present = set(methods_of(results))
-    return [(method, style) for method, style in STYLES.items() if method in present]
-
-
-def _spread(found: Any, when: str) -> tuple[float, float, float]:
-    """Mean in percent over seeds, and how far the lowest and the highest lie from it."""
-    values = [100 * result.accuracy[when] for result in found]
-    mean = sum(values) / len(values)
-    return mean, mean - min(values), max(values) - mean
-
-
-def errorbar(
-    axis: Axes, points: Sequence[Any], label: str, style: tuple[str, str, str], line: bool = True
-) -> None:
+def errorbar(axis: Axes, points: Sequence[Any], method: str, line: bool = True) -> None:
     """Draw points (x, y, below, above) of one method."""
     if not points:
         return
-    colour, marker, dashes = style
+    colour, marker, dashes = STYLES[method]
     x, y, below, above = zip(*sorted(points), strict=True)
     axis.errorbar(
         x,
@@ -248,59 +246,111 @@ def errorbar(
         markeredgewidth=0.5,
         elinewidth=1,
         capsize=2,
-        label=label,
-        zorder=4 if label == "WardTDM" else 3,
+        zorder=4 if method == "WardTDM" else 3,
     )
 
 
-def _end_at(axis: Axes, end: float) -> None:
-    """End a panel from below, with the values of what lies lower at its edge; NaN: leave it as it
-    is.
+def end_labels(found: Points, end: float, side: Literal["left", "right"]) -> list[Label]:
+    """The name of each method for the point at one side; its value too where that lies below the
+    end of the panel.
     """
-    if math.isnan(end):
-        return
-    left, right = axis.get_xlim()
-    written: list[float] = []
-    for drawn in axis.containers:
-        line, *_ = drawn
-        for x, y in zip(*line.get_data(), strict=True):
-            if y < end:
-                beside = sum(
-                    abs(x - other) < 0.06 * (right - left) for other in written
-                )  # one above the other
-                offset = (0, 4 + 11 * beside)
-                label = axis.annotate(
-                    f"↓ {y:.1f}",
-                    (x, end),
-                    xytext=offset,
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=8,
-                )
-                label.set_color(line.get_color())
-                written.append(x)
-    axis.set_ylim(bottom=end)
+    labels = []
+    for method, points in found.items():
+        if points:
+            line = [(x, y) for x, y, *_ in sorted(points, reverse=side == "right")]
+            x, y = line[0]
+            text = method if not y < end else f"{method} {_below(y)}"
+            labels.append(Label(_leaves(line, end) if y < end else x, y, text, STYLES[method][0]))
+    return labels
 
 
-def _plain_line(axis: Axes, results: Sequence[Result], when: str, vertical: bool = False) -> None:
-    plain = mean_accuracy(results, "Plain", 1.0, when)
+def _leaves(line: Sequence[tuple[float, float]], end: float) -> float:
+    """Where a line whose first point lies below the end of the panel leaves it; where it never is
+    in it, its first point's place.
+    """
+    for (x, y), (inner, above) in pairwise(line):
+        if above >= end:
+            return x + (inner - x) * (end - y) / (above - y)
+    return line[0][0]
+
+
+def _below(y: float) -> str:
+    return f"↓ {y:.1f}".replace("-", "−")
+
+
+def axis_at_right(axis: Axes) -> None:
+    """The vertical axis on the right, so that labels can stand on the left."""
+    axis.yaxis.tick_right()
+    axis.yaxis.set_label_position("right")
+    axis.spines["left"].set_visible(False)
+    axis.spines["right"].set_visible(True)
+
+
+def _accuracies(
+    axis: Axes, results: Sequence[Result], when: str, found: Points, side: Literal["left", "right"]
+) -> None:
+    for method, points in found.items():
+        errorbar(axis, points, method)
+    axis.set_ylabel("top-1 accuracy (%)")
+    if side == "left":
+        axis_at_right(axis)
+    low, high = axis.get_xlim()
+    if high - low < 0.2 * high:  # one budget alone: what differs by a hundredth lies close together
+        axis.set_xlim(low - 0.1 * high, high + 0.1 * high)
+    plain, labels = 100 * mean_accuracy(results, "Plain", 1.0, when), []
     if not math.isnan(plain):
-        draw = axis.axvline if vertical else axis.axhline
-        draw(100 * plain, color="black", linestyle="--", linewidth=1, zorder=1, label="Plain")
+        axis.axhline(plain, color="black", linestyle="--", linewidth=1, zorder=1)
+        _end_at(axis, found, plain - _REACH)
+        edge = axis.get_xlim()[0 if side == "left" else 1]
+        labels.append(Label(edge, plain, "Plain", BLACK))
+    label_beside(axis, [*labels, *end_labels(found, plain - _REACH, side)], side)
+
+
+def _end_at(axis: Axes, found: Points, end: float) -> None:
+    """End a panel from below if anything lies lower."""
+    if any(y < end for points in found.values() for _, y, *_ in points):
+        axis.set_ylim(bottom=end)
+
+
+def _name_below(axis: Axes, found: Points, end: float, before: int) -> None:
+    """Names and values at the lower edge, one above the other, of what lies below it in the
+    columns before the last.
+    """
+    for column in range(before):
+        names = [
+            f"{method} {_below(y)}"
+            for method, points in found.items()
+            for x, y, *_ in points
+            if round(x) == column and y < end
+        ]
+        for number, name in enumerate(names):
+            axis.annotate(
+                name,
+                (column, end),
+                xytext=(0, 4 + 11 * number),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
+
+
+def _when(results: Sequence[Result]) -> list[str]:
+    return [name for name in WHEN if any(name in result.accuracy for result in results)]
+
+
+def _drawn(results: Sequence[Result]) -> list[str]:
+    """Methods in the styles' order."""
+    present = set(methods_of(results))
+    return [method for method in STYLES if method in present]
+
+
+def _spread(found: Any, when: str) -> tuple[float, float, float]:
+    """Mean in percent over seeds, and how far the lowest and the highest lie from it."""
+    values = [100 * result.accuracy[when] for result in found]
+    mean = sum(values) / len(values)
+    return mean, mean - min(values), max(values) - mean
 
 
 def _per_token(result: Result) -> list[float]:
     found = zip(result.diversity["after"], result.tokens, strict=True)
     return [score / count if count else math.nan for score, count in found]
-
-
-def legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend for all panels, beside them."""
-    entries = {
-        label: handle
-        for axis in axes
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        list(entries.values()), list(entries), loc="outside right upper", fontsize=8, frameon=False
-    )

@@ -11,6 +11,7 @@ from benchmarks.study.plan import METHODS
 from benchmarks.study.results import WHEN, Result, collect, read
 from benchmarks.study.times import read_times
 from tdm_lightning.errors import SettingError
+from tdm_lightning.visualize.plots import save
 
 #: The keep rate of the figure with the diversity scores.
 _DIVERSITY_RATE = 0.5
@@ -71,19 +72,15 @@ def _grid(folder: Path, grid: list[Result]) -> list[Path]:
         for table in (tables.accuracy_table, tables.difference_table)
     ]
     written = [_text(folder / "grid.md", [*parts, tables.remarks(grid)])]
-    written.append(figures.save(figures.accuracy_against_gmacs(grid), folder / "accuracy.png"))
+    written.append(save(figures.accuracy_against_gmacs(grid), folder / "accuracy.png"))
     if times := read_times(folder / "times.csv"):
-        written.append(
-            figures.save(figures.accuracy_against_time(grid, times), folder / "time.png")
-        )
+        written.append(save(figures.accuracy_against_time(grid, times), folder / "time.png"))
     if "after" in when:
-        written.append(
-            figures.save(figures.accuracy_per_keep_rate(grid), folder / "keep_rates.png")
-        )
+        written.append(save(figures.accuracy_per_keep_rate(grid), folder / "keep_rates.png"))
         rates = tables.rates_of(grid)
         rate = min(rates, key=lambda rate: abs(rate - _DIVERSITY_RATE))
         written.append(
-            figures.save(figures.diversity_beside_accuracy(grid, rate), folder / "diversity.png")
+            save(figures.diversity_beside_accuracy(grid, rate), folder / "diversity.png")
         )
     return written
 

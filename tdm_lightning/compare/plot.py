@@ -5,39 +5,47 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tdm_lightning.compare.table import Row
+from tdm_lightning.visualize.plots import (
+    BLACK,
+    COLOURS,
+    GREY,
+    Label,
+    label_beside,
+    new_figure,
+    save,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _MARKERS = "osD^vP*X<>ph"
+#: Inches of a panel, the names beside it.
+_WIDTH, _HEIGHT = 7.0, 4.8
 
 
 def draw(path: str | Path, rows: Sequence[Row], title: str) -> None:
     """Speed-up over the plain model against GMACs, with quartiles, beside the curve of speed
-    proportional to work; a panel for each batch size.
+    proportional to work; a panel for each batch size, names beside it.
 
     Args:
         path: of the PNG file.
-        rows: at each batch size the plain model first; methods without times are only named.
+        rows: at each batch size the plain model first; methods without times are left out.
         title: what was measured.
     """
     sizes = list(dict.fromkeys(row.batch for row in rows))
-    figure, panels = _panels(len(sizes), title)
+    title = f"{title}\ndashed: as multiply-accumulates predict"
+    figure, panels = new_figure([""] * len(sizes), _WIDTH * len(sizes), _HEIGHT, title)
     for axes, size in zip(panels, sizes, strict=True):
         shown = [row for row in rows if row.batch == size]
         plain = shown[0].plain_macs / 1e9
         least = min(row.macs for row in shown) / 1e9
         low, high = least - 0.1 * (plain - least), plain * 1.03
         steps = [low + (high - low) * step / 200 for step in range(201)]
-        axes.plot(
-            steps,
-            [plain / x for x in steps],
-            color="0.6",
-            linestyle="--",
-            linewidth=1,
-            label="as MACs predict",
-            zorder=1,
-        )
+        curve = [plain / x for x in steps]
+        axes.plot(steps, curve, color=GREY, linestyle="--", linewidth=1, zorder=1)
         for index, row in enumerate(shown):
             speed = row.speedup
             axes.errorbar(
@@ -46,13 +54,14 @@ def draw(path: str | Path, rows: Sequence[Row], title: str) -> None:
                 yerr=[[speed.median - speed.q1], [speed.q3 - speed.median]],
                 capsize=3,
                 elinewidth=1,
-                zorder=2 + index,
-                **_point(index, row),
+                zorder=3 + index,
+                **_point(index),
             )
         axes.set_xlim(low, high)
         axes.set_xlabel("GMACs per image")
         axes.set_ylabel(f"throughput at batch {size}, × plain model")
-    _save(figure, panels, path)
+        _name(axes, [(row.macs / 1e9, row.speedup.median, i, row) for i, row in enumerate(shown)])
+    save(figure, path)
 
 
 def draw_accuracy(path: str | Path, rows: Sequence[Row], title: str) -> None:
@@ -66,14 +75,15 @@ def draw_accuracy(path: str | Path, rows: Sequence[Row], title: str) -> None:
     """
     size = max(row.batch for row in rows)
     shown = [(i, r) for i, r in enumerate(row for row in rows if row.batch == size) if rated(r)]
-    figure, panels = _panels(2, title)
+    figure, panels = new_figure([""] * 2, 2 * _WIDTH, _HEIGHT, title)
     for axes, across in zip(panels, (_gmacs, _throughput), strict=True):
         for index, row in shown:
-            axes.errorbar(across(row), 100 * row.top1, **_point(index, row))
+            axes.errorbar(across(row), 100 * row.top1, **_point(index))
         axes.set_ylabel("top-1 (%)")
+        _name(axes, [(across(row), 100 * row.top1, index, row) for index, row in shown])
     panels[0].set_xlabel("GMACs per image")
     panels[1].set_xlabel(f"images per second, measured at batch {size}")
-    _save(figure, panels, path)
+    save(figure, path)
 
 
 def rated(row: Row) -> bool:
@@ -89,33 +99,28 @@ def _throughput(row: Row) -> float:
     return row.throughput.median
 
 
-def _panels(count: int, title: str) -> tuple[Any, Sequence[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.6 + 4.8 * count, 4.6), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    return figure, figure.subplots(1, count, squeeze=False)[0]
+def _colour(index: int) -> str:
+    return BLACK if index == 0 else COLOURS[(index - 1) % len(COLOURS)]
 
 
-def _point(index: int, row: Row) -> dict[str, Any]:
-    import matplotlib as mpl
-
+def _point(index: int) -> dict[str, Any]:
     return {
         "fmt": _MARKERS[index % len(_MARKERS)],
-        "color": "black" if index == 0 else mpl.colormaps["tab10"]((index - 1) % 10),
-        "label": row.method if not row.settings else f"{row.method} ({row.settings})",
+        "color": _colour(index),
         "markersize": 7,
         "markeredgecolor": "white",
         "markeredgewidth": 0.6,
     }
 
 
-def _save(figure: Any, panels: Sequence[Any], path: str | Path) -> None:
+def _name(axes: Axes, points: Sequence[tuple[float, float, int, Row]]) -> None:
+    """Write methods and settings beside the panel."""
     from matplotlib.ticker import MaxNLocator
 
-    for axes in panels:
-        axes.xaxis.set_major_locator(MaxNLocator(8))
-        axes.grid(alpha=0.3)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
-    figure.savefig(path)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    labels = []
+    for x, y, index, row in points:
+        if not math.isnan(y):
+            name = row.method if not row.settings else f"{row.method} ({row.settings})"
+            labels.append(Label(x, y, name, _colour(index)))
+    label_beside(axes, labels)
