@@ -160,15 +160,15 @@ def diversity_beside_accuracy(results: Sequence[Result], rate: float) -> Figure:
     for result in runs(results, "Plain", 1.0, "after").values():
         scores = _per_token(result)
         left.plot(scores, color=BLACK, linestyle="--", linewidth=1.2)
-        labels = [Label(len(scores) - 1, scores[-1], "Plain", BLACK)]  # one for all seeds
+        labels = [Label(*_last(scores), "Plain", BLACK)]  # one for all seeds
     for method in drawn:
         scores = _per_token(next(iter(runs(results, method, rate, "after").values())))
         errorbar(left, [(x, y, 0, 0) for x, y in enumerate(scores)], method)
-        labels.append(Label(len(scores) - 1, scores[-1], method, STYLES[method][0]))
+        labels.append(Label(*_last(scores), method, STYLES[method][0]))
     left.set_xlabel("after block (from 0)")
     left.set_ylabel("diversity score ÷ number of tokens")
     left.set_ylim(bottom=0)
-    label_beside(left, [label for label in labels if not math.isnan(label.y)])
+    label_beside(left, labels)
     order = sorted(drawn, key=lambda method: mean_accuracy(results, method, rate, "after"))
     end = 100 * mean_accuracy(results, "Plain", 1.0, "after") - _REACH
     for place, method in enumerate(order):
@@ -349,6 +349,11 @@ def _spread(found: Any, when: str) -> tuple[float, float, float]:
     values = [100 * result.accuracy[when] for result in found]
     mean = sum(values) / len(values)
     return mean, mean - min(values), max(values) - mean
+
+
+def _last(scores: Sequence[float]) -> tuple[int, float]:
+    """The last block that has a score, and the score: after PS-ViT's last no patch is left."""
+    return [(block, score) for block, score in enumerate(scores) if not math.isnan(score)][-1]
 
 
 def _per_token(result: Result) -> list[float]:

@@ -6,8 +6,8 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
+from tdm_lightning.cli.progress import bars, say_where
 from tdm_lightning.data import ImageNetDataModule
 from tdm_lightning.errors import SettingError
 from tdm_lightning.strategies import Strategy
@@ -100,7 +100,7 @@ def compare(
     if data is not None and data.hparams.model is None:
         data = type(data)(**{**data.hparams, "model": model, "model_kwargs": model_kwargs})
     classes = {} if data is None else {"num_classes": data.num_classes}
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+    with bars() as progress:
         comparison = prepare(
             model,
             strategies,
@@ -120,7 +120,6 @@ def compare(
     console.print(rich_table(comparison.rows()))
     for remark in comparison.remarks():
         console.print(remark, markup=False, highlight=False)
-    for path in written:
-        console.print(str(path), markup=False, highlight=False)
+    say_where(written)
     if comparison.interrupted:
         raise SystemExit(130)  # as a shell reports a program that Ctrl-C ended

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tdm_lightning.cli.models import Chosen, check_trained, choose_model
+from tdm_lightning.cli.progress import bars
 from tdm_lightning.strategies import Strategy
 
 _ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "hub": ""}
@@ -64,7 +65,8 @@ def export(
         logging.ERROR
     )  # a line for each step that it cannot simplify
     write = {"onnx": export_onnx, "pt2": export_program}[format]
-    written = write(chosen.model, path, _opened(chosen.model, images))
+    with bars() as progress:
+        written = write(chosen.model, path, _opened(chosen.model, images), progress=progress)
     runtime = {"onnx": "ONNX Runtime", "pt2": "torch"}[format]
     difference, count, ties = written.agreement
     size = written.size / 1e6

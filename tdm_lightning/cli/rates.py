@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from tdm_lightning.cli.models import check_trained, load_vit
+from tdm_lightning.cli.progress import bars, say_where
 from tdm_lightning.data import ImageNetDataModule
 from tdm_lightning.errors import SettingError
 from tdm_lightning.mergers import Merger, WardMerger
@@ -62,10 +63,11 @@ def rates(
     """
     from tdm_lightning.compare.environment import choose_device
     from tdm_lightning.importance import ClassAttention
-    from tdm_lightning.rates import learn_counts
+    from tdm_lightning.rates import learn_counts, most_steps
     from tdm_lightning.slimming.images import take_images
     from tdm_lightning.strategies import TokenReduction
     from tdm_lightning.visualize.sheet import make_folder
+    from tdm_lightning.vit.adapters import model_info
 
     if match_gmacs is None:
         raise SettingError("rates are learned for a budget: give --match_gmacs NUMBER")
@@ -86,12 +88,20 @@ def rates(
     own = WardMerger() if merger is None else merger
     importance = ClassAttention() if "importance" in own.requires() else None
 
-    def report(best: Learned) -> None:
-        print(f"{best.tried} tried, {best.loss:.4g}: {best.counts}", file=sys.stderr)
+    method = TokenReduction(importance, None, own)
+    least = math.inf
+    with bars() as progress:
+        blocks = len(layers) if layers else model_info(vit).depth
+        task = progress.add_task("settings", total=most_steps(blocks, sweeps))
 
-    found = learn_counts(
-        vit, TokenReduction(importance, None, own), batches, match_gmacs, layers, sweeps, report
-    )
+        def report(best: Learned) -> None:
+            nonlocal least
+            progress.update(task, advance=1, description=f"{best.tried} settings tried")
+            if best.loss < least:
+                least = best.loss
+                progress.console.print(f"distortion {least:.4g}: {best.counts}", soft_wrap=True)
+
+        found = learn_counts(vit, method, batches, match_gmacs, layers, sweeps, report)
     text = yaml.safe_dump({"model": {"strategy": found.strategy.config()}}, sort_keys=False)
     path.write_text(
         f"# {found.gmacs:.4g} GMACs; distortion {found.loss:.4g}, of a constant rate"
@@ -100,5 +110,5 @@ def rates(
     )
     print(f"tokens after each block: {found.counts}")
     print(f"distortion {found.loss:.4g}; a constant rate in these blocks: {found.start:.4g}")
-    print(path)
+    say_where([path])
     return found

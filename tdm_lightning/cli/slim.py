@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from tdm_lightning.cli.models import check_trained, load_vit
+from tdm_lightning.cli.progress import bars, say_where
 from tdm_lightning.data import ImageNetDataModule
 from tdm_lightning.errors import SettingError
 
@@ -96,7 +96,7 @@ def slim(
         counts = _counts_within(vit, match_gmacs)
     data.setup("fit")
     vit = vit.to(compute_device)
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+    with bars() as progress:
         task = progress.add_task("blocks", total=len(vit.blocks) - 1)  # type: ignore[arg-type]
 
         def on_block(block: Any) -> None:
@@ -114,8 +114,7 @@ def slim(
     write_csv(slimmed, folder / "slim.csv")
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(rich_table(slimmed))
-    for name in ("slim.safetensors", "slim.csv"):
-        console.print(str(folder / name), markup=False, highlight=False)
+    say_where(folder / name for name in ("slim.safetensors", "slim.csv"))
     return slimmed
 
 

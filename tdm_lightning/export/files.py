@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from tdm_lightning.errors import SettingError
@@ -58,6 +59,7 @@ def export_onnx(
     path: str | Path,
     images: Tensor | None = None,
     input_size: tuple[int, int, int] | None = None,
+    progress: Progress | None = None,
 ) -> Exported:
     """Write an ONNX file for batches of any size, in float32, and compare it with the model in ONNX
     Runtime.
@@ -70,6 +72,7 @@ def export_onnx(
         images: B×C×H×W, to compare on beside random ones.
         input_size: channels, height and width of the images that the file takes; the model's own by
             default.
+        progress: where to show a bar.
 
     Raises:
         ValueError: if a package is missing, the number of tokens depends on the image, linear
@@ -85,7 +88,7 @@ def export_onnx(
             session.run(["logits"], {"images": images.numpy()})[0]
         )
 
-    return _exported(model, Path(path), images, input_size, save_onnx, load)
+    return _exported(model, Path(path), images, input_size, save_onnx, load, progress)
 
 
 def write_onnx(model: nn.Module, path: str | Path) -> None:
@@ -104,6 +107,7 @@ def export_program(
     path: str | Path,
     images: Tensor | None = None,
     input_size: tuple[int, int, int] | None = None,
+    progress: Progress | None = None,
 ) -> Exported:
     """Write a program of ``torch.export`` (``.pt2``): ``torch.export.load(path).module()(images)``
     runs it with torch alone.
@@ -115,7 +119,7 @@ def export_program(
     def load(path: Path) -> Callable[[Tensor], Tensor]:
         return torch.export.load(path).module()
 
-    return _exported(model, Path(path), images, input_size, torch.export.save, load)
+    return _exported(model, Path(path), images, input_size, torch.export.save, load, progress)
 
 
 def check_static(model: nn.Module) -> None:
@@ -165,11 +169,17 @@ def _exported(
     input_size: tuple[int, int, int] | None,
     write: Writer,
     load: Callable[[Path], Callable[[Tensor], Tensor]],
+    progress: Progress | None,
 ) -> Exported:
     shape = input_size or default_input_size(model)
+    progress = progress or Progress(disable=True)
+    task = progress.add_task("write", total=None)
     frozen = _write(model, path, shape, write)
+    progress.update(task, total=1, completed=1)
+    batches = list(_batches(shape, images))
     try:
-        agreement = compare_logits(frozen, load(path), _batches(shape, images))
+        compared = progress.track(batches, description="compare")
+        agreement = compare_logits(frozen, load(path), compared)
     except Exception:
         for file in _files(path):
             file.unlink()

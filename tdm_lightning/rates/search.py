@@ -74,7 +74,8 @@ def learn_counts(
         gmacs: the budget in 10⁹ multiply-accumulates per image, everything counted.
         layers: the blocks that may reduce, from 0; ``None``: all.
         sweeps: most times to go through the blocks; ends early where nothing is gained.
-        done: called with the best so far, after each block.
+        done: called with the best so far after each step, of which there are at most
+            :func:`most_steps`.
 
     Returns:
         The best setting found. The same arguments give the same.
@@ -115,19 +116,24 @@ def learn_counts(
         for block, factor in ((b, f) for b in chosen for f in _FACTORS):
             trial = [s * (factor if b == block else 1.0) for b, s in enumerate(shares)]
             found = _at_budget(trial, info.patches, cost, gmacs) if any(trial) else None
-            if found is None or tuple(found) in seen or not _meets(_or_nan(exact, found), gmacs):
-                continue
-            seen.add(tuple(found))
-            reached = loss(found)
-            best = replace(best, tried=len(seen))
-            if reached < best.loss:
-                shares = trial
-                best = Learned(at(found), found, reached, start, exact(found), len(seen))
+            new = found is not None and tuple(found) not in seen
+            if found is not None and new and _meets(_or_nan(exact, found), gmacs):
+                seen.add(tuple(found))
+                reached = loss(found)
+                best = replace(best, tried=len(seen))
+                if reached < best.loss:
+                    shares = trial
+                    best = Learned(at(found), found, reached, start, exact(found), len(seen))
             if done is not None:
                 done(best)
         if best.loss >= before:
             break
     return best
+
+
+def most_steps(blocks: int, sweeps: int) -> int:
+    """The steps of a search over so many blocks that does not end early."""
+    return sweeps * blocks * len(_FACTORS)
 
 
 def _with_counts(strategy: TokenReduction, counts: list[int]) -> TokenReduction:
