@@ -35,6 +35,7 @@ KEYS = (
     "tdm.accelerate(",
     "AutoModelForImageClassification",
     "forward_merged(",
+    "story = tell(",
 )
 
 
@@ -230,6 +231,14 @@ def test_a_model_is_registered(monkeypatch):
 # The pages themselves ---------------------------------------------------------------------------
 
 
+def test_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vit = timm.create_model("test_vit", img_size=96)
+    names = {"model": tdm.attach(vit, tdm.ToMe(4)), "image": torch.randn(3, 96, 96)}
+    exec(block("story = tell("), names)
+    assert {path.name for path in tmp_path.iterdir()} == {"cat.gif", "cat.html"}
+
+
 def test_every_block_of_python_is_tried_above():
     assert [sum(key in code for key in KEYS) for _, code in blocks("python")] == [1] * len(KEYS)
 
@@ -264,6 +273,14 @@ def commands(verb):
             if line.startswith(f"tdm {verb} ") and "…" not in line and "path/to" not in line:
                 arguments = shlex.split(line, comments=True)[1:]
                 yield pytest.param(arguments, id=f"{page}: {' '.join(arguments)}")
+
+
+@pytest.mark.parametrize("arguments", [*commands("visualize")])
+def test_commands_to_draw_are_understood(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--print_config"])
+    assert end.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["images"] in (["cat.jpg"], ["astronaut.png"])
 
 
 @pytest.mark.parametrize("arguments", [*commands("fit")])

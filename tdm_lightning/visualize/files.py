@@ -114,7 +114,9 @@ def visualize_methods(
         stories = [tell(model, image, title) for title, model in methods]
         target = folder / f"{name}_methods"
         if "png" in formats:
-            written.append(save_sheet(folder / f"{name}_methods.png", contact_sheet(stories)))
+            written.append(
+                save_sheet(folder / f"{name}_methods.png", contact_sheet(stories), colours=256)
+            )
         written += _told(stories, target, name, formats)
     return written
 

@@ -42,6 +42,7 @@ def test_results_are_a_path_a_line(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'a.md'}\nb.csv\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweeps", [1, 2])
 def test_a_search_for_rates_takes_no_more_steps_than_it_says(sweeps):
     size = {"img_size": 16, "patch_size": 2, "in_chans": 1, "embed_dim": 16, "depth": 3}
