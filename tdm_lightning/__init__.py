@@ -1,84 +1,85 @@
 """Token reduction for timm Vision Transformers: TDM's token merger and the prune schedules it
 stacks on.
 
-The names here need only torch and timm. :class:`TokenReductionClassifier` and
-:class:`ImageNetDataModule` bring in Lightning and Hugging Face ``datasets`` when they are first
-touched.
+Importing the package imports nothing: a name brings in the room that defines it when it is first
+touched. Most need only torch and timm; :class:`TokenReductionClassifier` and
+:class:`ImageNetDataModule` bring in Lightning and Hugging Face ``datasets``.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tdm_lightning import checkpoints, errors, export, flops, hub, metrics, sparsity
-from tdm_lightning.budget import solve_keep_rate
-from tdm_lightning.core import ModelInfo, Output, Reduction, Role, Seen, Tokens, Trace
-from tdm_lightning.importance import Chance, ClassAttention, Importance, ReceivedAttention
-from tdm_lightning.mergers import (
-    Cluster,
-    CriteriaMerger,
-    Drop,
-    EnergyMerger,
-    Fuse,
-    FusingMerger,
-    Merger,
-    PairMerger,
-    RankMerger,
-    TokenMerger,
-    WardMerger,
-)
-from tdm_lightning.ops import kernels
-from tdm_lightning.schedules import (
-    CountPerBlock,
-    FewerPerBlock,
-    RateAtBlocks,
-    Schedule,
-    SharePerBlock,
-)
-from tdm_lightning.sparsity import Structured, SViTE, Unstructured
-from tdm_lightning.strategies import (
-    DPCKNN,
-    IARED2,
-    MCTF,
-    MPM,
-    TDM,
-    AViT,
-    DiffRate,
-    Distillation,
-    DyViT,
-    EViT,
-    EvoViT,
-    MaMe,
-    PiToMe,
-    PSViT,
-    Random,
-    Requirements,
-    SPViT,
-    Stack,
-    Strategy,
-    ToFu,
-    TokenReduction,
-    ToMe,
-    TopK,
-    TrainingObjective,
-    WardTDM,
-)
 from tdm_lightning.version import __version__
-from tdm_lightning.vit import (
-    Accelerated,
-    Adapter,
-    TokenReducedViT,
-    accelerate,
-    attach,
-    detach,
-    find_vit,
-    linear_patches,
-    register_adapter,
-)
 
 if TYPE_CHECKING:
+    from tdm_lightning import checkpoints, errors, export, flops, hub, metrics, sparsity
+    from tdm_lightning.budget import solve_keep_rate
+    from tdm_lightning.core import ModelInfo, Output, Reduction, Role, Seen, Tokens, Trace
     from tdm_lightning.data import ImageNetDataModule
+    from tdm_lightning.importance import Chance, ClassAttention, Importance, ReceivedAttention
+    from tdm_lightning.mergers import (
+        Cluster,
+        CriteriaMerger,
+        Drop,
+        EnergyMerger,
+        Fuse,
+        FusingMerger,
+        Merger,
+        PairMerger,
+        RankMerger,
+        TokenMerger,
+        WardMerger,
+    )
+    from tdm_lightning.ops import kernels
+    from tdm_lightning.schedules import (
+        CountPerBlock,
+        FewerPerBlock,
+        RateAtBlocks,
+        Schedule,
+        SharePerBlock,
+    )
+    from tdm_lightning.sparsity import Structured, SViTE, Unstructured
+    from tdm_lightning.strategies import (
+        DPCKNN,
+        IARED2,
+        MCTF,
+        MPM,
+        TDM,
+        AViT,
+        DiffRate,
+        Distillation,
+        DyViT,
+        EViT,
+        EvoViT,
+        MaMe,
+        PiToMe,
+        PSViT,
+        Random,
+        Requirements,
+        SPViT,
+        Stack,
+        Strategy,
+        ToFu,
+        TokenReduction,
+        ToMe,
+        TopK,
+        TrainingObjective,
+        WardTDM,
+    )
     from tdm_lightning.training import TokenReductionClassifier
+    from tdm_lightning.vit import (
+        Accelerated,
+        Adapter,
+        TokenReducedViT,
+        accelerate,
+        attach,
+        detach,
+        find_vit,
+        linear_patches,
+        register_adapter,
+    )
 
 
 __all__ = [
@@ -160,15 +161,36 @@ __all__ = [
     "sparsity",
 ]
 
-_LAZY = {
-    "TokenReductionClassifier": "tdm_lightning.training",
-    "ImageNetDataModule": "tdm_lightning.data",
-}
+
+#: Where the public names are defined, from the ground floor up.
+_ROOMS = (
+    "core",
+    "ops",
+    "importance",
+    "mergers",
+    "schedules",
+    "strategies",
+    "sparsity",
+    "vit",
+    "budget",
+    "training",
+    "data",
+)
+
+#: What is reached as an attribute of the package: the rooms, and modules without a public name.
+_MODULES = (*_ROOMS, "checkpoints", "errors", "export", "flops", "hub", "metrics")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    for room in _ROOMS if name in __all__ else ():
+        module = import_module(f"{__name__}.{room}")
+        if hasattr(module, name):
+            globals()[name] = found = getattr(module, name)
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    return getattr(import_module(_LAZY[name]), name)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -7,6 +7,9 @@ its traceback.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class TokenReductionError(Exception):
     """Something that a user can mend; the message says what was wrong, expected, and how."""
@@ -34,3 +37,21 @@ class DataError(TokenReductionError, ValueError):
 
 class ReductionError(TokenReductionError, ValueError):
     """A merger or strategy, perhaps a user's own, gave back tokens that cannot be."""
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
+    """The end of a message about an unknown name: those that are spelt nearly so, or nothing.
+
+    Args:
+        name: what was given.
+        known: what there is.
+        most: how many to name.
+
+    >>> did_you_mean("EVit", ["EViT", "DyViT", "TopK"], most=1)
+    '; did you mean EViT?'
+    >>> did_you_mean("warp", ["EViT"])
+    ''
+    """
+    spelt = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), spelt, most, cutoff=0.7)
+    return f"; did you mean {' or '.join(spelt[one] for one in near)}?" if near else ""

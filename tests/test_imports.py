@@ -11,17 +11,70 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tdm_lightning"
 
 
-def test_the_numeric_core_needs_neither_lightning_nor_datasets_and_other_names_bring_them():
-    code = (
-        "import sys, tdm_lightning as tdm; tdm.TDM; tdm.checkpoints; tdm.flops; tdm.metrics;"
-        " tdm.solve_keep_rate; print(*sys.modules); tdm.TokenReductionClassifier;"
-        " print(*sys.modules)"
-    )
+#: What takes long to import and few need.
+HEAVY = {
+    "datasets",
+    "jsonargparse",
+    "lightning",
+    "matplotlib",
+    "onnx",
+    "pandas",
+    "pytorch_lightning",
+    "torchao",
+    "torchmetrics",
+    "transformers",
+}
+
+
+def imported(code):
+    """The modules that a program has imported, at each ``show()``."""
+    code = f"import sys; show = lambda: print('>', *sys.modules)\n{code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    core, all_names = (set(line.split()) for line in done.stdout.splitlines())
-    assert "tdm_lightning" in core
-    assert not core & {"lightning", "pytorch_lightning", "datasets", "jsonargparse"}
-    assert "lightning" in all_names
+    return [set(line.split()) for line in done.stdout.splitlines() if line.startswith(">")]
+
+
+def test_the_numeric_core_needs_neither_lightning_nor_datasets():
+    package, core = imported(
+        "import tdm_lightning as tdm; show()\n"
+        "from tdm_lightning.strategies import Strategy\n"
+        "Strategy.from_config({'class_path': 'SViTE'})  # a class of a room that is not open yet\n"
+        "tdm.TDM, tdm.SViTE, tdm.attach, tdm.accelerate, tdm.kernels, tdm.checkpoints, tdm.flops\n"
+        "tdm.solve_keep_rate, tdm.hub, tdm.export; show()"
+    )
+    assert not package & {*HEAVY, "numpy", "timm", "torch"}
+    assert {"tdm_lightning.vit", "torch"} <= core
+    assert not core & HEAVY
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        "--help",
+        "frobnicate",
+        "fit --model.lrr=3",
+        "fit --config quickstrat",
+        "export --modle=a",
+    ],
+)
+def test_usage_errors_wait_for_nothing(arguments):
+    (modules,) = imported(
+        f"sys.argv = ['tdm', *{arguments.split()}]\n"
+        "from tdm_lightning.cli import entry\n"
+        "try:\n    entry()\nexcept SystemExit:\n    pass\nshow()"
+    )
+    assert "tdm_lightning.cli.app" in modules
+    assert not modules & {*HEAVY, "numpy", "timm", "torch"}
+
+
+def test_names_come_however_they_are_asked_for():
+    import tdm_lightning
+
+    namespace = {}
+    exec("from tdm_lightning import *", namespace)
+    assert namespace.keys() >= set(tdm_lightning.__all__)
+    assert set(dir(tdm_lightning)) >= {*tdm_lightning.__all__, "mergers", "strategies", "vit"}
+    assert tdm_lightning.mergers.Drop is tdm_lightning.Drop
 
 
 def test_unknown_names():

@@ -9,10 +9,15 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from tdm_lightning.cli.configs import named_configs, with_named_configs
-from tdm_lightning.cli.runner import run_function
-from tdm_lightning.core.plugins import load_plugins
-from tdm_lightning.errors import TokenReductionError
+from tdm_lightning.cli.configs import named_configs, with_current_configs, with_named_configs
+from tdm_lightning.cli.mistakes import UsageError
+from tdm_lightning.cli.options import (
+    check_options,
+    function_options,
+    trainer_options,
+    underscored,
+)
+from tdm_lightning.errors import TokenReductionError, did_you_mean
 
 #: Our own commands: name → (module, function, summary). Imported when called, so that help stays
 #: quick.
@@ -93,23 +98,56 @@ def main(
 
         print(f"tdm-lightning {__version__}")
         return None
-    if command not in _TRAINER and command not in COMMANDS and not command.startswith("-"):
-        known = ", ".join([*_TRAINER, *COMMANDS])
-        _stop("", f"unknown command {command!r}; the commands are {known}")
+    known = [*_TRAINER, *COMMANDS]
+    # LightningCLI also takes a configuration of several commands in front of the command.
+    in_front = command.startswith("-") and set(_TRAINER) & set(arguments)
+    if command not in known and not in_front:
+        hint = did_you_mean(command, known, most=1) or f"; the commands are {', '.join(known)}"
+        _stop("", f"unknown command {command!r}{hint}")
     _refuse_renamed(command, arguments)
-    load_plugins()
     try:
         if command in COMMANDS:
-            module, name, summary = COMMANDS[command]
-            function = getattr(import_module(module), name)
-            return run_function(f"tdm {command}", summary, function, arguments[1:])
-        from tdm_lightning.cli.trainer import run
-
-        return run(with_named_configs(arguments), model_class, datamodule_class)
+            return _run_own(command, arguments[1:])
+        return _run_trainer(command, arguments, model_class, datamodule_class)
     except TokenReductionError as error:
-        if args is not None:
+        if args is not None and not isinstance(error, UsageError):
             raise
         _stop(command, str(error), error)
+
+
+def _run_own(command: str, arguments: list[str]) -> Any:
+    module, name, summary = COMMANDS[command]
+    given = with_named_configs(underscored(arguments))
+    check_options(given, function_options(module, name))
+    _know_classes()
+    from tdm_lightning.cli.runner import run_function
+
+    function = getattr(import_module(module), name)
+    return run_function(f"tdm {command}", summary, function, arguments)
+
+
+def _run_trainer(
+    command: str,
+    arguments: list[str],
+    model_class: type | None,
+    datamodule_class: type | None,
+) -> Any:
+    arguments = with_named_configs(arguments)
+    if command in _TRAINER and model_class is None and datamodule_class is None:
+        check_options(arguments, trainer_options(command))
+    _know_classes()
+    from tdm_lightning.cli.trainer import run
+
+    return run(with_current_configs(arguments), model_class, datamodule_class)
+
+
+def _know_classes() -> None:
+    """Import what short names of classes may mean. Not above: usage errors are told without it."""
+    from tdm_lightning.core.configurable import Configurable
+    from tdm_lightning.core.plugins import load_plugins
+
+    Configurable.known()
+    load_plugins()
 
 
 def entry() -> None:

@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
-from tdm_lightning.cli.configs import with_named_configs
-from tdm_lightning.cli.mistakes import unwrapped
+from tdm_lightning.cli.configs import with_current_configs, with_named_configs
+from tdm_lightning.cli.mistakes import translated, unwrapped
+from tdm_lightning.cli.options import underscored
 from tdm_lightning.cli.stored import differences, fill_in, option_value
 
 
@@ -29,7 +30,7 @@ def run_function(
         function: what to call.
         arguments: of the command line.
     """
-    parser = ArgumentParser(prog=title, description=summary)
+    parser = ArgumentParser(prog=title, description=summary, exit_on_error=False)
     parser.add_argument("--config", action="config", help="file with any of the settings below")
     parameters = signature(function).parameters
     # Arguments without a default are lists of files, given without a flag.
@@ -37,9 +38,8 @@ def run_function(
     for key in files:
         parser.add_argument(key, nargs="+", help="one or more files")
     parser.add_function_arguments(function, skip=set(files), as_group=False)
-    words = _words(function)
-    arguments = _listed([_underscored(argument) for argument in arguments], words)
-    arguments = with_named_configs(arguments)
+    arguments = _listed(underscored(arguments), _words(function))
+    arguments = with_current_configs(with_named_configs(arguments))
     parsed = _with_stored(title, parser, list(parameters), arguments)
     with unwrapped():
         settings = parser.instantiate_classes(parsed).as_dict()
@@ -50,7 +50,8 @@ def _with_stored(
     title: str, parser: ArgumentParser, parameters: list[str], arguments: list[str]
 ) -> Namespace:
     def parse() -> Namespace:
-        return parser.parse_args(arguments)
+        with translated(lambda: parser.get_defaults(skip_validation=True).keys()):
+            return parser.parse_args(arguments)
 
     weights = option_value(arguments, "weights", "") if "weights" in parameters else None
     if weights is None or weights.lower() in ("true", "false"):
@@ -100,11 +101,3 @@ def _listed(arguments: list[str], words: Mapping[str, Sequence[str]]) -> list[st
         else:
             found.append(argument)
     return found
-
-
-def _underscored(argument: str) -> str:
-    """An option's name as our functions spell it: ``--match-gmacs=3`` is ``--match_gmacs=3``."""
-    name, equals, value = argument.partition("=")
-    if not name.startswith("--"):
-        return argument
-    return "--" + name[2:].replace("-", "_") + equals + value

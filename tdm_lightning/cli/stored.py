@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from tdm_lightning.cli.configs import given_values, read_config
 from tdm_lightning.core.configurable import is_known, modern
 from tdm_lightning.errors import FileError
 
@@ -27,10 +27,9 @@ def option_value(arguments: Sequence[str], name: str, variable: str) -> str | No
         variable: of the environment.
     """
     found = os.environ.get(variable)
-    for path in _values(arguments, "config"):
-        content = _mapping(path)
-        found = content.get(name, found)
-    for value in _values(arguments, name):
+    for config in given_values(arguments, "config"):
+        found = read_config(config).get(name, found)
+    for value in given_values(arguments, name):
         found = value
     return None if found in (None, "null", "") else str(found)
 
@@ -89,24 +88,6 @@ def differences(settings: Namespace, stored: Mapping[str, Any]) -> list[str]:
             if parsed.get(key) != there.get(key)
         ]
     return found
-
-
-def _values(arguments: Sequence[str], name: str) -> Iterator[str]:
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        if before == f"--{name}" or (name == "config" and before == "-c"):
-            yield argument
-        elif argument.startswith(f"--{name}="):
-            yield argument.partition("=")[2]
-
-
-def _mapping(config: str) -> Mapping[str, Any]:
-    """A configuration: a file, or YAML itself."""
-    try:
-        text = Path(config).read_text(encoding="utf-8") if Path(config).is_file() else config
-        content = yaml.safe_load(text)
-    except (OSError, yaml.YAMLError):  # the parser says what is wrong with it
-        return {}
-    return content if isinstance(content, Mapping) else {}
 
 
 def _plain(value: Any) -> Any:

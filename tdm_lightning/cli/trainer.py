@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import tdm_lightning.callbacks  # noqa: F401 - makes callbacks known by their short names
 from tdm_lightning.checkpoints import read_file
-from tdm_lightning.cli.mistakes import unwrapped
+from tdm_lightning.cli.mistakes import translated, unwrapped
 from tdm_lightning.cli.predictions import PredictionTable
 from tdm_lightning.cli.stored import checkpoint_file, differences, fill_in
 from tdm_lightning.data import ImageNetDataModule
@@ -50,12 +50,17 @@ class TokenReductionCLI(LightningCLI):
         command = args[0] if args else ""
         if command == "predict":  # they are written batch by batch
             self._subcommand_parsers[command].set_defaults({"return_predictions": False})
+        own = self._subcommand_parsers.get(command, parser)
+
+        def names() -> Iterable[str]:
+            return own.get_defaults(skip_validation=True).keys()
+
         path = checkpoint_file(args, f"PL_{command.upper()}__CKPT_PATH")
         if command not in self.subcommands() or path is None:
-            self.config = parser.parse_args(args)
+            with translated(names):
+                self.config = parser.parse_args(args)
             return
         stored = _hyperparameters(path)
-        own = self._subcommand_parsers[command]
         known = own.get_defaults(skip_validation=True)
         if unknown := sorted(name for name in stored if name not in known):
             raise SettingError(
@@ -64,7 +69,8 @@ class TokenReductionCLI(LightningCLI):
             )
 
         def parse() -> Namespace:
-            self.config = parser.parse_args(args)
+            with translated(names):
+                self.config = parser.parse_args(args)
             return self.config[command]
 
         settings = fill_in(own, parse, stored, "model.strategy")
@@ -138,7 +144,7 @@ def _cli(
         save_config_kwargs={"overwrite": True},
         trainer_defaults={},
         seed_everything_default=0,
-        parser_kwargs={"default_env": True, "prog": "tdm"},
+        parser_kwargs={"default_env": True, "prog": "tdm", "exit_on_error": False},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )

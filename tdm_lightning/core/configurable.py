@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
 from tdm_lightning.errors import SettingError
@@ -13,6 +14,9 @@ T = TypeVar("T", bound="Configurable")
 
 #: Classes of this library are stored under its own name, whichever module they live in.
 _LIBRARY = "tdm_lightning"
+
+#: The topmost room that defines some: importing it imports the others. By name, as this is below.
+_HIGHEST = f"{_LIBRARY}.sparsity"
 
 
 def stored_name(cls: type) -> str:
@@ -56,7 +60,8 @@ class Configurable:
 
     @classmethod
     def known(cls) -> dict[str, type[Configurable]]:
-        """The imported subclasses by their import paths."""
+        """This library's subclasses and those imported from elsewhere, by their import paths."""
+        import_module(_HIGHEST)
         registry = Configurable._registry.items()
         return {path: known for path, known in registry if issubclass(known, cls)}
 
