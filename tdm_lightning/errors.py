@@ -47,11 +47,12 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
         known: what there is.
         most: how many to name.
 
-    >>> did_you_mean("EVit", ["EViT", "DyViT", "TopK"], most=1)
+    >>> did_you_mean("EVit", ["EViT", "DyViT", "TopK"])
     '; did you mean EViT?'
     >>> did_you_mean("warp", ["EViT"])
     ''
     """
     spelt = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(name.lower(), spelt, most, cutoff=0.7)
+    same = [name.lower()] if name.lower() in spelt else []
+    near = same or difflib.get_close_matches(name.lower(), spelt, most, cutoff=0.7)
     return f"; did you mean {' or '.join(spelt[one] for one in near)}?" if near else ""

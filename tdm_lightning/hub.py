@@ -34,7 +34,7 @@ from tdm_lightning.checkpoints.folder import (
     read_weights,
 )
 from tdm_lightning.core.configurable import arguments_line
-from tdm_lightning.errors import FileError, SettingError
+from tdm_lightning.errors import FileError, SettingError, TokenReductionError
 from tdm_lightning.flops import mac_report
 from tdm_lightning.strategies.base import Strategy
 from tdm_lightning.version import __version__
@@ -100,9 +100,6 @@ class Hub:
             created = api.create_repo(repo_id, private=private, exist_ok=True)
             commit.setdefault("commit_message", "Push model using tdm-lightning")
             return api.upload_folder(repo_id=created.repo_id, folder_path=folder, **commit)
-
-
-TokenReducedViT.sharing = Hub()
 
 
 def model_card(
@@ -180,7 +177,7 @@ def _build(config: Mapping[str, Any], origin: str) -> TokenReducedViT:
         raise FileError(f"the model of {origin} cannot be made: {error}") from error
     try:
         strategy = Strategy.from_config(own["strategy"])
-    except (TypeError, ValueError) as error:
+    except TokenReductionError as error:
         raise FileError(f"the strategy of {origin} cannot be built: {error}") from error
     return attach(vit.to(getattr(torch, own["dtype"])), strategy)
 

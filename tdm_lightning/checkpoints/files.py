@@ -53,7 +53,7 @@ def read_file(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         ) from error
     except (SafetensorError, EOFError, RuntimeError) as error:
         raise FileError(
-            f"{path} is not a readable checkpoint; is the download complete? ({error})"
+            f"{path} is not a readable checkpoint: it is cut off or damaged; get it once more"
         ) from error
     if not isinstance(content, Mapping):
         raise FileError(

@@ -10,6 +10,8 @@ from importlib import import_module
 from inspect import signature
 from textwrap import dedent
 
+import yaml
+
 from tdm_lightning.errors import SettingError, TokenReductionError, did_you_mean
 
 
@@ -124,9 +126,9 @@ def _value(text: str, key: str = "", owner: str = "") -> str:
     if found := re.match(r'Parser key "(.+?)":\s*?\n(.*)', text, re.DOTALL):
         return _value(found[2], f"{key}.{found[1]}" if key else found[1], owner)
     if found := re.match(r"Option '(.+?)' is not accepted", text):
-        known = signature(_class(owner)).parameters
+        takes = signature(_class(owner)).parameters
         name = found[1].rpartition(".")[2]
-        hint = did_you_mean(name, known, most=1) or f"; it takes {', '.join(known) or 'nothing'}"
+        hint = did_you_mean(name, takes, most=1) or f"; it takes {', '.join(takes) or 'nothing'}"
         return f"{key}: {_short(owner)} has no argument {name!r}{hint}"
     for first, body in _items(text):
         if found := re.match("Problem with given class_path '(.+?)':", first):
@@ -135,15 +137,29 @@ def _value(text: str, key: str = "", owner: str = "") -> str:
             kind, known = _subclasses(text)
             hint = did_you_mean(found[1], known) or f"; known are {', '.join(known)}"
             return f"{key}: there is no {kind} {found[1]!r}{hint if known else ''}"
-        if found := re.match("Import path does not correspond to a subclass of (.*)", first):
-            return f"{key} must be a {found[1]}, got {_given(text)}"
-    kinds = [_kind(kind) for kind in re.findall(r"Expected a (.+?)(?:\.? Got value|$)", text, re.M)]
-    kinds = list(dict.fromkeys(kind for kind in kinds if not kind.startswith("path but")))
+        if found := re.match(r"(?:Import path .*|Not a valid) subclass of (\w+)", first):
+            return f"{key} must be a {found[1]} by its class_path, got {_given(text)}"
+    kinds = re.findall(r"Expected a (?!path but)(.+?)(?:\.? Got value|$)", text, re.M)
     if not kinds:
         return " ".join(f"{key}: {text}".removeprefix(": ").split())
-    return f"{key}{' of ' + _short(owner) if owner else ''} must be {' or '.join(kinds)}, got" + (
-        f" {_given(text)}"
-    )
+    words = list(dict.fromkeys(word for kind in kinds for word in _kind(kind)))
+    expected = " or ".join(words) if len(words) < 4 else f"one of {', '.join(words)}"
+    if own := _own_words(owner, key.rpartition(".")[2], _given(text)):
+        return f"{key.rpartition('.')[0]}: {own}"
+    return f"{key}{' of ' + _short(owner) if owner else ''} must be {expected}, got {_given(text)}"
+
+
+def _own_words(owner: str, name: str, value: str) -> str | None:
+    """What a class of this library itself says of an argument, which tells its range too."""
+    if not owner.startswith("tdm_lightning."):
+        return None
+    try:
+        _class(owner)(**{name: yaml.safe_load(value)})
+    except TokenReductionError as error:
+        return str(error)
+    except (TypeError, yaml.YAMLError):  # another argument is missing, or the value is cut off
+        pass
+    return None
 
 
 def _items(text: str) -> Iterator[tuple[str, str]]:
@@ -167,18 +183,18 @@ def _given(text: str) -> str:
     return nested[1] if nested else value
 
 
-def _kind(text: str) -> str:
-    """A type as a user calls it.
+def _kind(text: str) -> list[str]:
+    """A type as a user calls it, or the values that it has.
 
     >>> _kind("<class 'int'>"), _kind("typing.Literal['a', 'b']")
-    ('a whole number', "'a' or 'b'")
+    (['a whole number'], ['a', 'b'])
     """
     if found := re.match(r"typing.Literal\[(.*)\]$", text):
-        return " or ".join(found[1].split(", "))
+        return [value.strip("'") for value in found[1].split(", ")]
     if found := re.match(r"tuple with (\d+) elements", text):
-        return f"a list of {found[1]}"
+        return [f"a list of {found[1]}"]
     name = re.sub(r"<class '(.*)'>", r"\1", text).rpartition(".")[2]
-    return _WORDS.get(name, f"a {name}")
+    return [_WORDS.get(name, f"a {name}")]
 
 
 def _class(path: str) -> type:
@@ -194,10 +210,9 @@ def _subclasses(text: str) -> tuple[str, list[str]]:
     if found is None:
         return "class", []
     kind = _class(found[1])
-    known, seen = [kind], set()
-    for one in known:
-        known += [below for below in one.__subclasses__() if below not in seen]
-        seen.add(one)
+    known = [kind]
+    for one in known:  # grows meanwhile
+        known += one.__subclasses__()
     return kind.__name__, sorted({one.__name__ for one in known[1:] if one.__name__[0] != "_"})
 
 

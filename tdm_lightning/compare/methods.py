@@ -12,7 +12,7 @@ from torch import nn
 from tdm_lightning.budget import at_budget
 from tdm_lightning.checkpoints import load_weights
 from tdm_lightning.core.configurable import Configurable, arguments_line
-from tdm_lightning.errors import SettingError, SettingTypeError
+from tdm_lightning.errors import SettingError, SettingTypeError, TokenReductionError
 from tdm_lightning.mergers import TokenMerger
 from tdm_lightning.sparsity import SViTE
 from tdm_lightning.sparsity.extract import as_extracted
@@ -148,7 +148,7 @@ def make_method(
             strategy = at_budget(vit, strategy, match_gmacs)
             title, settings = describe(strategy)
         model = reduced_vit(vit, strategy).eval()
-    except (ValueError, TypeError) as error:
+    except TokenReductionError as error:  # what else a user's own strategy raises is a bug in it
         kind = SettingTypeError if isinstance(error, TypeError) else SettingError
         raise kind(f"{title}({settings}) does not fit {name}: {error}") from error
     trained, remark = _load(model, weights) if isinstance(weights, str) else (bool(weights), "")
@@ -159,7 +159,7 @@ def _load(model: nn.Module, weights: str) -> tuple[bool, str]:
     """Load a file; whether it held all weights, and if not, what was wrong."""
     try:
         untouched = load_weights(model, weights).untouched
-    except ValueError as error:
+    except TokenReductionError as error:
         return False, " ".join(str(error).split())
     if untouched:
         others = f" and {len(untouched) - 1} others" if len(untouched) > 1 else ""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
-from tdm_lightning.errors import SettingError
+from tdm_lightning.errors import SettingError, SettingTypeError, did_you_mean
 
 T = TypeVar("T", bound="Configurable")
 
@@ -72,11 +72,15 @@ class Configurable:
         Raises:
             ValueError: if the class is not an imported subclass of this one, or several bear its
                 short name.
-            TypeError: if an argument is unknown.
+            TypeError: if an argument is unknown or missing.
         """
         found = cls._find(config["class_path"])
         given = without_retired(found, config.get("init_args") or {})
         arguments = {name: _built(value) for name, value in given.items()}
+        try:
+            inspect.signature(found).bind(**arguments)
+        except TypeError as error:
+            raise SettingTypeError(f"{found.__name__} cannot be made so: {error}") from None
         return found(**arguments)  # type: ignore[return-value]
 
     @classmethod
@@ -97,9 +101,10 @@ class Configurable:
                 f" {', '.join(sorted(found))}"
             )
         names = sorted(one.__name__ for one in known.values())
+        hint = did_you_mean(path.rpartition(".")[2], names) or f"; known are {', '.join(names)}."
         raise SettingError(
-            f"{path!r} is not a known {cls.__name__}; known are {', '.join(names)}. If it is your"
-            " own class, import its module before loading."
+            f"{path!r} is not a known {cls.__name__}{hint} If it is your own class, import its"
+            " module before loading."
         )
 
 

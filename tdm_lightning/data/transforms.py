@@ -13,7 +13,7 @@ from timm.data.auto_augment import posterize
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
-from tdm_lightning.errors import DataError
+from tdm_lightning.errors import DataError, did_you_mean
 
 Transform = Callable[[Image], Tensor]
 _MODES = {1: "L", 3: "RGB"}
@@ -61,10 +61,8 @@ def _pretrained_cfg(model: str) -> dict[str, Any]:
         return dict(timm.create_model(model).pretrained_cfg)  # type: ignore[arg-type]
     cfg = get_pretrained_cfg(model)
     if cfg is None:
-        near = ", ".join(timm.list_models(f"*{model.split('_')[0]}*")[:5])
-        raise DataError(
-            f"timm has no model {model!r}" + (f"; similar names: {near}, …" if near else "")
-        )
+        hint = did_you_mean(model, timm.list_models())
+        raise DataError(f"timm {timm.__version__} has no model {model!r}{hint}")
     return cfg.to_dict()
 
 

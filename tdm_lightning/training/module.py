@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -21,7 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from tdm_lightning.checkpoints import load_weights
 from tdm_lightning.core import Output
 from tdm_lightning.core.randomness import given_seed, reseed
-from tdm_lightning.errors import FileError, SettingError, UnsupportedModelError
+from tdm_lightning.errors import FileError, SettingError, UnsupportedModelError, did_you_mean
 from tdm_lightning.flops import step_flops
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.strategies.stack import stacked
@@ -106,6 +106,10 @@ class TokenReductionClassifier(LightningModule):
         train_in_eval_mode: bool = False,
     ) -> None:
         super().__init__()
+        optimizers = [str(name) for name in list_optimizers()]
+        if optimizer.lower().rpartition("_")[2] not in optimizers:  # lookahead_NAME too
+            hint = did_you_mean(optimizer, optimizers)
+            raise SettingError(f"timm has no optimizer {optimizer!r}{hint}")
         if isinstance(strategy, Mapping):  # the stored form, from a checkpoint's hyperparameters
             strategy = Strategy.from_config(strategy)
         strategy = None if strategy is None else stacked(strategy)

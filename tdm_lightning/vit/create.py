@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torchvision
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
-from tdm_lightning.errors import FileError, SettingError
+from tdm_lightning.errors import FileError, SettingError, did_you_mean
 from tdm_lightning.vit.find import find_vit
 
 
@@ -89,7 +88,7 @@ def _of_transformers(name: str, pretrained: bool, arguments: dict[str, Any]) -> 
         config = AutoConfig.from_pretrained(name, **arguments)
     else:
         raise SettingError(
-            f"transformers has no kind of model {name!r}{_near(name, list(CONFIG_MAPPING))}; give"
+            f"transformers has no kind of model {name!r}{did_you_mean(name, list(CONFIG_MAPPING))}; give"
             " one, such as 'hf:dinov2', a hub name, or a folder"
         )
     return find_vit(AutoModel.from_config(config))
@@ -100,10 +99,6 @@ def _reason(name: str, arguments: dict[str, Any], error: Exception) -> str:
         return f"cannot make a {name!r} with {arguments}: {error}"
     base = name.partition(".")[0].rpartition("/")[2]
     if "/" not in name and not timm.is_model(base):
-        return f"timm {timm.__version__} has no model {name!r}{_near(base, timm.list_models())}"
+        hint = did_you_mean(base, timm.list_models())
+        return f"timm {timm.__version__} has no model {name!r}{hint}"
     return f"timm {timm.__version__} cannot make a {name!r} with {arguments}: {error}"
-
-
-def _near(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 3, cutoff=0.6)
-    return f"; did you mean {', '.join(near)}?" if near else ""

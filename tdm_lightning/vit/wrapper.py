@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from timm.models._features import feature_take_indices
@@ -53,9 +54,6 @@ class TokenReducedViT(TimmTools, nn.Module):
             B×T×C, and which of them are no padding. Register forward hooks here: the blocks' own
             hooks do not fire, because their halves are run one by one.
     """
-
-    #: Saves, loads and uploads reduced models; put here by :mod:`tdm_lightning.hub`, two floors up.
-    sharing: ClassVar[Any] = None
 
     def __init__(self, vit: Any, strategy: Strategy) -> None:
         super().__init__()
@@ -393,7 +391,7 @@ class TokenReducedViT(TimmTools, nn.Module):
                 arguments.
             OSError: if the folder cannot be written.
         """
-        self.sharing.save(self, save_directory, config, license, repo_id)
+        _sharing().save(self, save_directory, config, license, repo_id)
 
     @classmethod
     def from_pretrained(
@@ -422,7 +420,7 @@ class TokenReducedViT(TimmTools, nn.Module):
                 a newer version of this library, for another model, or name a strategy that is not
                 imported.
         """
-        return cls.sharing.load(
+        return _sharing().load(
             pretrained_model_name_or_path,
             force_download=force_download,
             token=token,
@@ -454,7 +452,12 @@ class TokenReducedViT(TimmTools, nn.Module):
         Returns:
             The address of the commit.
         """
-        return self.sharing.push(self, repo_id, config, license, private, token, **commit)
+        return _sharing().push(self, repo_id, config, license, private, token, **commit)
+
+
+def _sharing() -> Any:
+    """What saves, loads and uploads reduced models: by its name, as it stands two floors up."""
+    return import_module("tdm_lightning.hub").Hub()
 
 
 def _listened(module: nn.Module) -> bool:

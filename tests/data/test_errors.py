@@ -324,7 +324,7 @@ def test_a_stream_skips_and_names_the_file(tmp_path: Path) -> None:
             {"streaming": True, "repeated_augmentation": 3},
             "repeated_augmentation picks images by index",
         ),
-        ({"model": "test_vot"}, "timm has no model 'test_vot'; similar names: test_"),
+        ({"model": "test_vot"}, r"timm \S+ has no model 'test_vot'; did you mean test_vit"),
         ({"model_kwargs": {"in_chans": 4}}, "3 or 1 channels, but in_chans is 4"),
     ],
 )
