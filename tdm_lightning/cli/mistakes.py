@@ -108,7 +108,8 @@ def explain(message: str, names: Iterable[str] = ()) -> str:
     if found := re.search(r"does not accept option '(.+?)'", message):
         return unknown_option(found[1], names)
     if found := re.match(r"argument (\S+) --> (\S+): ", message):
-        return f"{found[2]} follows from {found[1]}, and cannot be set by itself"
+        source = re.sub(r".*\((.*)\)", r"\1", found[1])  # a function of it
+        return f"{found[2]} follows from {source} and cannot be set by itself"
     if found := re.match(r"argument (\S+): expected", message):
         return f"{found[1]} needs a value"
     return _value(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import tdm_lightning.callbacks  # noqa: F401 - makes callbacks known by their short names
-from tdm_lightning.checkpoints import read_file
+from tdm_lightning.checkpoints import open_weights, read_file
 from tdm_lightning.cli.mistakes import translated, unwrapped
 from tdm_lightning.cli.predictions import PredictionTable
 from tdm_lightning.cli.stored import checkpoint_file, differences, fill_in
@@ -30,7 +31,7 @@ _MODEL = ("model.model", "model.model_kwargs", "model.global_pool", "model.strat
 
 class TokenReductionCLI(LightningCLI):
     """Links data and model: the classes flow to the model, the model's name and arguments to the
-    transforms.
+    transforms. Who predicts may have no labels: then the classes are those of the training.
 
     A checkpoint's hyperparameters fill in what is not given; Lightning's own command line reads
     them over it (Lightning-AI/pytorch-lightning#20801).
@@ -40,8 +41,8 @@ class TokenReductionCLI(LightningCLI):
         """See ``LightningCLI``."""
         parser.link_arguments("model.model", "data.model", compute_fn=_name)
         parser.link_arguments("model.model_kwargs", "data.model_kwargs")
-        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
-        parser.link_arguments("data.label_names", "model.label_names", apply_on="instantiate")
+        for name, compute in (("num_classes", self._classes), ("label_names", self._names)):
+            parser.link_arguments("data", f"model.{name}", compute, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """See ``LightningCLI``. The order is command line, configurations, environment, checkpoint,
@@ -78,6 +79,32 @@ class TokenReductionCLI(LightningCLI):
         if found := differences(settings, compared):
             text = "; ".join(found).replace("in the file", f"in {path.name}")
             print(f"tdm {command}: {text}", file=sys.stderr)
+
+    def _classes(self, data: ImageNetDataModule) -> int | None:
+        """Number of the model's classes: the data's; to predict, those that it was trained for,
+        and without labels or weights those that timm's model has.
+        """
+        if self.subcommand != "predict" or data.hparams.num_classes is not None:
+            return data.num_classes
+        stored = self._trained_for.get("num_classes")
+        return data.num_classes if stored is None and data.has_classes else stored
+
+    def _names(self, data: ImageNetDataModule) -> list[str] | None:
+        """What they are called."""
+        if self.subcommand != "predict":
+            return data.label_names
+        stored = self._trained_for.get("label_names")
+        return data.label_names if stored is None and data.has_classes else stored
+
+    @cached_property
+    def _trained_for(self) -> Mapping[str, Any]:
+        """The classes that the checkpoint or the weights say."""
+        settings = self.config[self.subcommand]
+        weights = settings.get("ckpt_path") or settings["model"].get("weights")
+        if not isinstance(weights, str) or not Path(weights).exists():
+            return {}
+        stored = open_weights(weights).stored
+        return {} if stored is None else {**stored.model_kwargs, "label_names": stored.label_names}
 
     def _parse_ckpt_path(self) -> None:
         """Done by :meth:`parse_arguments`."""

@@ -171,6 +171,10 @@ class ImageDataset(SharedEpoch, Dataset[Sample | None]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def file(self, index: int) -> str | None:
+        """The path that the set has for an image, if any."""
+        return _path(self.rows[index][self.reader.image_column])
+
     def __getitem__(self, index: int) -> Sample | None:
         if self.seed is None:
             return self._sample(index)
@@ -284,9 +288,14 @@ class ImageStream(SharedEpoch, IterableDataset[Sample]):
             return None
 
 
-def _path_note(value: Any) -> str:
+def _path(value: Any) -> str | None:
     path = value.get("path") if isinstance(value, Mapping) else value
-    return f", {path}," if isinstance(path, str) else ""
+    return path if isinstance(path, str) else None
+
+
+def _path_note(value: Any) -> str:
+    path = _path(value)
+    return f", {path}," if path else ""
 
 
 def collate(samples: Sequence[Sample | None]) -> tuple[Tensor, Tensor] | None:

@@ -26,9 +26,10 @@ def check_columns(features: Features, image_column: str, label_column: str | Non
     """
     for column, kind in ((image_column, "image"), (label_column, "label")):
         if column is not None and column not in features:
+            without = "; images without labels can only be predicted" if kind == "label" else ""
             raise DataError(
                 f"the data set has no {kind} column {column!r}; "
-                f"its columns are {', '.join(map(repr, features))}: set {kind}_column"
+                f"its columns are {', '.join(map(repr, features))}: set {kind}_column{without}"
             )
     image = features[image_column]
     raw = isinstance(image, dict) and {"bytes", "path"} & set(image)

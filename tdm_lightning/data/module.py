@@ -71,7 +71,8 @@ class ImageNetDataModule(LightningDataModule):
         train_split: name of the split to train on.
         val_split: name of the split to validate on; ``None``: no validation.
         test_split: name of the split to test and predict on; ``None``: the validation split, as is
-            usual for ImageNet, whose test images have no labels.
+            usual for ImageNet, whose test images have no labels. Images in a folder without
+            subfolders have no labels: they can be predicted.
         val_holdout: share of the training images, stratified, to validate on in place of
             ``val_split``; 0: none.
         streaming: read while training, without preparing a copy first; shuffles in a buffer, uses
@@ -162,7 +163,7 @@ class ImageNetDataModule(LightningDataModule):
         if eval_batch_size is not None:
             check_count(eval_batch_size, "eval_batch_size")
         if num_classes is not None:
-            check_count(num_classes, "num_classes")
+            check_count(num_classes, "num_classes", least=2)
         if not 0 <= val_holdout < 1:
             raise DataError(
                 f"val_holdout must lie in [0, 1), a share of the training images, got {val_holdout}"
@@ -204,12 +205,18 @@ class ImageNetDataModule(LightningDataModule):
         """Number of classes, known before there is a trainer.
 
         Raises:
-            ValueError: if it is not given and the data does not tell, or as :meth:`setup`.
+            ValueError: if it is not given and the data does not tell or has a single class, or as
+                :meth:`setup`.
         """
         hp = self.hparams
         if hp.num_classes is not None:
             return hp.num_classes
         if self._class_names is not None:
+            if len(self._class_names) < 2:
+                raise DataError(
+                    f"all images have one class, {self._class_names[0]!r}; expected at least two"
+                    " (in a folder: one subfolder per class); such images can only be predicted"
+                )
             return len(self._class_names)
         rows = choose_split(self._splits, hp.train_split)
         check_columns(features_of(rows), hp.image_column, hp.label_column)
@@ -219,6 +226,15 @@ class ImageNetDataModule(LightningDataModule):
                 " num_classes"
             )
         return max(rows.unique(hp.label_column)) + 1
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the number of classes is given, or the images have labels of more than one."""
+        if self.hparams.num_classes is not None:
+            return True
+        if self._class_names is not None:
+            return len(self._class_names) > 1
+        return self.hparams.label_column in features_of(next(iter(self._splits.values())))
 
     @property
     def label_names(self) -> list[str] | None:
@@ -296,6 +312,8 @@ class ImageNetDataModule(LightningDataModule):
         if stage == "train" or self._held_out(stage):
             return hp.train_split
         split = hp.val_split if stage == "val" or hp.test_split is None else hp.test_split
+        if stage == "predict" and len(self._splits) == 1:  # a folder of images, say
+            split = next(iter(self._splits))
         if split is None:
             raise DataError("there are no images to evaluate on: set val_split or test_split")
         return split
@@ -323,7 +341,9 @@ class ImageNetDataModule(LightningDataModule):
         return self._loader("test", self.eval_transform())
 
     def predict_dataloader(self) -> ImageLoader:
-        """The test images without their labels: all labels are -1."""
+        """The test images without their labels: all labels are -1. Of a set with a single split,
+        the images of that.
+        """
         return self._loader("predict", self.eval_transform())
 
     # Going on

@@ -26,6 +26,11 @@ FORMATS = ("hub", "imagefolder", "parquet", "arrow", "webdataset", "idx", "digit
 _SUFFIXES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"} | dict.fromkeys(
     ImageFolder.EXTENSIONS, "imagefolder"
 )
+#: Names of folders that ``datasets`` takes for splits.
+_SPLIT_FOLDERS = {
+    *("train", "training", "validation", "valid", "dev", "val"),
+    *("test", "testing", "eval", "evaluation"),
+}
 _STREAM_SHARDS = 4  # of a set in memory: enough for a few workers
 
 
@@ -59,9 +64,8 @@ def load_splits(
         return _load_from_hub(load_dataset, location, name, **options)
     files = _files(location, format)
     if format == "imagefolder":
-        options["drop_labels"] = (
-            False  # by itself it would leave the labels out where it finds a single class
-        )
+        # By itself it would leave the labels out where it finds a single class.
+        options["drop_labels"] = isinstance(location, str) and not _has_classes(location)
     try:
         return load_dataset(format, **files, **options)
     except (DatasetsError, OSError, ValueError) as error:
@@ -178,6 +182,21 @@ def _files(location: Location, format: str) -> dict[str, Any]:
     if format == "imagefolder":
         return {"data_dir": folder}
     return {"data_files": _files_by_split(folder, format)}
+
+
+def _has_classes(location: str) -> bool:
+    """Whether the images of a folder lie in folders of classes, below those of splits; what is no
+    folder is taken to have some.
+    """
+    folder = Path(os.path.expanduser(location))
+    if not folder.is_dir():
+        return True
+    for file in map(Path, _matches(str(folder))):
+        if file.suffix.lower() in ImageFolder.EXTENSIONS:
+            parts = file.relative_to(folder).parts[:-1]
+            if parts[1:] or set(parts) - _SPLIT_FOLDERS:
+                return True
+    return False
 
 
 def _files_by_split(folder: str, format: str) -> dict[str, list[str]]:

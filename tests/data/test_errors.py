@@ -316,7 +316,7 @@ def test_a_stream_skips_and_names_the_file(tmp_path: Path) -> None:
         ({"eval_batch_size": 0}, "eval_batch_size must be at least 1"),
         ({"num_workers": -1}, "num_workers must be at least 0"),
         ({"max_corrupt_images": -1}, "max_corrupt_images must be at least 0"),
-        ({"num_classes": 0}, "num_classes must be at least 1"),
+        ({"num_classes": 0}, "num_classes must be at least 2"),
         ({"crop_pct": 1.5}, r"crop_pct must lie in \(0, 1\]"),
         ({"val_holdout": 1.0}, r"val_holdout must lie in \[0, 1\)"),
         ({"streaming": True, "val_holdout": 0.1}, "val_holdout picks images by index"),
