@@ -44,8 +44,8 @@ def compare(
         model: name of a ViT: timm's, ``torchvision:…``, ``open_clip:…`` or ``hf:…``.
         model_kwargs: passed to ``timm.create_model``, such as ``img_size``.
         strategies: the methods; ``None``: all of the poster's, and the diversity-only ones, that
-            the model takes; with ``match_gmacs`` those that have a setting to solve for, with
-            another ``runtime`` those that it takes.
+            the model takes, in models of fewer blocks as far into them; with ``match_gmacs`` those
+            that have a setting to solve for, with another ``runtime`` those that it takes.
         batch_sizes: images in a batch, one number or several (``--batch_sizes 1 32 256``);
             everything is measured at each of them.
         rounds: times that each method is timed, in turn with all others.

@@ -136,8 +136,11 @@ def _value(text: str, key: str = "", owner: str = "") -> str:
             return _value(body, key, found[1])
         if found := re.match("Expected a dot import path string: (.*)", first):
             kind, known = _subclasses(text)
+            if not known:
+                return f"{key} must be a {kind} by its class_path, got {found[1]}"
             hint = did_you_mean(found[1], known) or f"; known are {', '.join(known)}"
-            return f"{key}: there is no {kind} {found[1]!r}{hint if known else ''}"
+            return f"{key}: there is no {kind} {found[1]!r}{hint}"
+    for first, _ in _items(text):
         if found := re.match(r"(?:Import path .*|Not a valid) subclass of (\w+)", first):
             return f"{key} must be a {found[1]} by its class_path, got {_given(text)}"
     kinds = re.findall(r"Expected a (?!path but)(.+?)(?:\.? Got value|$)", text, re.M)

@@ -164,7 +164,17 @@ def run(
 def _cli(
     args: list[str], model_class: type | None, datamodule_class: type | None
 ) -> TokenReductionCLI:
-    return TokenReductionCLI(
+    known = LightningCLI.subcommands()
+    chosen = {name: known[name] for name in args[:1] if name in known} or known
+
+    class ChosenCLI(TokenReductionCLI):
+        """Makes the parser of one command and spares itself those of the others."""
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return chosen
+
+    return ChosenCLI(
         model_class or TokenReductionClassifier,
         datamodule_class or ImageNetDataModule,
         args=args,

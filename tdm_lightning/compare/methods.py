@@ -36,6 +36,9 @@ from tdm_lightning.vit.attach import reduced_vit
 from tdm_lightning.vit.create import create_vit
 from tdm_lightning.vit.in_place import as_function
 
+#: Blocks of the models that the methods were published for.
+DEPTH = 12
+
 #: Arguments that make a method what it is in a table: shown even where they have their defaults.
 _KNOBS = ("keep_rate", "r", "masks")
 
@@ -71,13 +74,17 @@ class Method:
         return as_function(self.model)
 
 
-def posters_strategies(adjustable: bool = False, static: bool = False) -> list[Strategy]:
+def posters_strategies(
+    adjustable: bool = False, static: bool = False, depth: int = DEPTH
+) -> list[Strategy]:
     """The methods of the paper's poster, and the diversity-only ones beside them, as published;
     SPViT with fixed counts.
 
     Args:
         adjustable: only those with a setting to solve for a budget.
         static: only those that keep the same number of tokens for every image.
+        depth: number of the model's blocks. Where it has not all of the published ones, the methods
+            take those as far into it: 1, 3 and 4 of six for 3, 6 and 9 of twelve.
     """
     found = [
         TDM(),
@@ -95,6 +102,7 @@ def posters_strategies(adjustable: bool = False, static: bool = False) -> list[S
         AViT(),
         IARED2(),
     ]
+    found = [_for_depth(strategy, depth) for strategy in found]
     if static:
         found = [strategy for strategy in found if not strategy.adaptive]
     return [
@@ -102,6 +110,14 @@ def posters_strategies(adjustable: bool = False, static: bool = False) -> list[S
         for strategy in found
         if not adjustable or strategy.search_space(depth=1, patches=2)
     ]
+
+
+def _for_depth(strategy: Strategy, depth: int) -> Strategy:
+    """The same method where all of its layers exist."""
+    layers = strategy.config()["init_args"].get("layers")
+    if not layers or max(layers) < depth:
+        return strategy
+    return strategy.changed(layers=sorted({layer * depth // DEPTH for layer in layers}))
 
 
 def make_plain(name: str, arguments: Mapping[str, Any], weights: bool | str | None) -> Method:

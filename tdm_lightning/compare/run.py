@@ -24,8 +24,9 @@ from tdm_lightning.core.checks import check_count
 from tdm_lightning.errors import SettingError
 from tdm_lightning.flops import ImageCosts, default_input_size, image_costs, mac_report
 from tdm_lightning.ops import kernels
-from tdm_lightning.strategies import Strategy
+from tdm_lightning.strategies import TDM, Strategy
 from tdm_lightning.vit import TokenReducedViT, linear_patches
+from tdm_lightning.vit.adapters import model_info
 
 if TYPE_CHECKING:
     from tdm_lightning.data import ImageNetDataModule
@@ -259,10 +260,11 @@ def prepare(
     size, most = default_input_size(methods[0].model), max(plan.sizes)
     images = (torch.randn(most, *size) if data is None else _batch(data, most)).to(device, dtype)
     progress = progress or Progress(disable=True)
-    left_out, usual = [], strategies is None
+    left_out, usual, shallow = [], strategies is None, False
+    depth = model_info(methods[0].model).depth
     if strategies is None:
-        adjustable, static = match_gmacs is not None, plan.runtime != "eager"
-        strategies = posters_strategies(adjustable, static)
+        shallow = depth <= max(TDM().layers)
+        strategies = posters_strategies(match_gmacs is not None, plan.runtime != "eager", depth)
     for strategy in progress.track(strategies, description="models"):
         torch.manual_seed(plan.seed)  # whatever stands beside it, a method gets the same weights
         try:
@@ -311,6 +313,7 @@ def prepare(
             if match_gmacs is not None
             else {}
         ),
+        **({"usual layers": f"as far into these {depth} blocks"} if shallow else {}),
         **({"left out": "; ".join(left_out)} if left_out else {}),
         **environment_facts(device),
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler.scheduler import Scheduler
@@ -210,6 +211,9 @@ class TokenReductionClassifier(LightningModule):
                 "the cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps"
             )
         warmup = round(hp.warmup_epochs * self._steps_per_epoch()) if hp.warmup_epochs else 0
+        if self.trainer.fast_dev_run and warmup >= steps:  # type: ignore[attr-defined]
+            rank_zero_info(f"fast_dev_run: {int(steps) - 1} steps of warm-up in place of {warmup}")
+            warmup = int(steps) - 1
         scheduler = make_cosine(optimizer, int(steps), warmup, hp.warmup_lr, hp.min_lr)
         freeze(optimizer.param_groups, self.current_epoch)
         self._scheduled_lr = hp.lr

@@ -7,8 +7,7 @@ import pytest
 import torch
 import yaml
 
-import tdm_lightning as tdm
-from tdm_lightning.cli import config_folder, entry, main, named_configs, with_named_configs
+from tdm_lightning.cli import config_folder, main, named_configs, with_named_configs
 
 
 def fit(tmp_path, *extra, command="fit"):
@@ -124,41 +123,6 @@ def test_rerun_overwrites_its_saved_config(tmp_path, monkeypatch):
     assert saved["model"]["lr"] == 0.5
 
 
-WRONG = [
-    (["fit", "--config", "quickstart", "--model.strategy=Nonsense"], "Nonsense"),
-    (["fit", "--config", "quickstart", "--model.nonsense=1"], "nonsense"),
-    (["frobnicate"], "unknown command 'frobnicate'"),
-    (["fit", "--config", "quickstart", "--model.strategy.keep_rate=1.5"], "(0, 1]"),
-    (["fit", "--config", "quickstart", "--model.strategy.layers=[3,99]"], "99"),
-    (["fit", "--config", "no_such_config"], "neither a file nor"),
-    (["fit", "--config", "quickstart", "--data.dataset=no/such/folder/at/all"], "no/such/folder"),
-    (
-        ["fit", "--config", "quickstart", "--model.model=resnet18", "--model.model_kwargs={}"],
-        "cannot reduce",
-    ),
-    (["fit", "--config", "quickstart", "--model.model=vit_smal"], "no model 'vit_smal'"),
-    (["fit", "--config", "quickstart", "--trainer.accelerator=warp"], "warp"),
-    (["test", "--config", "quickstart", "--ckpt_path=no.ckpt"], "no.ckpt"),
-    (["visualize", "no.png", "--random_weights=true"], "no.png"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), WRONG)
-def test_mistakes_end_with_code_2_and_say_what_is_wrong(
-    arguments, message, tmp_path, monkeypatch, capsys
-):
-    """In-process, as the console script is called."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["tdm", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        entry()
-    assert stop.value.code == 2
-    printed = capsys.readouterr().err
-    assert message in printed
-    assert "Traceback" not in printed
-    assert not (tmp_path / "runs").exists()
-
-
 def test_the_module_is_the_command(tmp_path):
     command = [sys.executable, "-m", "tdm_lightning", "frobnicate"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
@@ -167,36 +131,6 @@ def test_the_module_is_the_command(tmp_path):
         "tdm: error: unknown command 'frobnicate'; the commands are fit, validate, test, predict,"
         " compare, export, rates, slim, visualize"
     ]
-
-
-class Broken(tdm.TDM):
-    """A user's own strategy with a mistake in it."""
-
-    error: Exception = ValueError("a mistake in a strategy of one's own")
-
-    def after_attention(self, index, tokens, seen):
-        raise self.error
-
-
-@pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, FileNotFoundError, KeyError])
-def test_a_bug_in_a_users_class_keeps_its_traceback(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(Broken, "error", kind("a mistake in a strategy of one's own"))
-    arguments = ["fit", "--config", "quickstart", "--trainer.fast_dev_run=1"]
-    arguments += ["--model.warmup_epochs=0", f"--model.strategy={__name__}.Broken"]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["tdm", *arguments, "--trainer.callbacks=null"])
-    with pytest.raises(kind, match="one's own") as caught:
-        entry()
-    assert any(entry.name == "after_attention" for entry in caught.traceback)
-
-
-def test_a_config_with_an_unknown_key(tmp_path, capsys):
-    path = tmp_path / "wrong.yaml"
-    path.write_text("model:\n  keep_raet: 0.5\n")
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", "quickstart", "--config", str(path)])
-    assert stop.value.code == 2
-    assert "keep_raet" in capsys.readouterr().err
 
 
 def test_overview_names_commands_and_configurations(capsys):

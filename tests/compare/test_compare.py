@@ -362,6 +362,39 @@ def test_a_strategy_of_ones_own_that_needs_an_argument():
     assert methods.describe(Mine(3)) == ("Mine", "depth=3")
 
 
+def test_the_usual_layers_go_by_the_depth_where_it_has_not_all_of_them():
+    layers = {
+        depth: {
+            methods.describe(strategy)[0]: tuple(strategy.layers)
+            for strategy in methods.posters_strategies(depth=depth)
+            if hasattr(strategy, "layers")
+        }
+        for depth in (4, 6, 12, 24)
+    }
+    assert [layers[depth]["TDM"] for depth in layers] == [
+        (1, 2, 3),
+        (1, 3, 4),
+        (3, 6, 9),
+        (3, 6, 9),
+    ]
+    assert layers[6]["EvoViT"] == (2, 4)
+    assert layers[12] == layers[24]
+
+
+def test_by_default_what_the_model_takes_is_compared():
+    plan = run.Plan(1, rounds=1, warmup=0)
+    shallow = run.prepare("test_vit", None, plan)
+    assert [method.name for method in shallow.methods][:3] == ["plain", "TDM", "EViT"]
+    assert shallow.facts["usual layers"] == "as far into these 6 blocks"
+    assert "left out" not in shallow.facts
+    relative = run.prepare("test_vit_relpos", None, plan, {"depth": 12})
+    assert "EvoViT" in relative.facts["left out"]
+    assert "usual layers" not in relative.facts
+    assert "EvoViT" not in [method.name for method in relative.methods]
+    with pytest.raises(ValueError, match="EvoViT"):
+        run.prepare("test_vit_relpos", [tdm.EvoViT()], plan, {"depth": 12})
+
+
 def test_the_whole_poster_is_compared_by_default():
     names = {type(strategy).__name__ for strategy in methods.posters_strategies()}
     assert names >= {

@@ -122,6 +122,14 @@ def test_the_schedule_counts_steps_where_an_epoch_ends_with_part_of_one(images):
     assert rates[3:] == sorted(rates[3:], reverse=True)
 
 
+def test_a_trial_run_shortens_its_warm_up_and_says_so(images, monkeypatch):
+    said, watch = [], Watch()
+    monkeypatch.setattr("tdm_lightning.training.module.rank_zero_info", said.append)
+    fit(images, watch, trainer={"fast_dev_run": 2}, lr=0.1, warmup_epochs=5)
+    assert said == ["fast_dev_run: 1 steps of warm-up in place of 10"]
+    assert [groups[0] for groups in watch.rates] == pytest.approx([0.01, 0.1])
+
+
 class Told(Callback):
     """Writes the losses of each process down."""
 
