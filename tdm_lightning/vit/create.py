@@ -87,9 +87,10 @@ def _of_transformers(name: str, pretrained: bool, arguments: dict[str, Any]) -> 
     elif "/" in name or Path(name).is_dir():
         config = AutoConfig.from_pretrained(name, **arguments)
     else:
+        near = did_you_mean(name, list(CONFIG_MAPPING))
         raise SettingError(
-            f"transformers has no kind of model {name!r}{did_you_mean(name, list(CONFIG_MAPPING))}; give"
-            " one, such as 'hf:dinov2', a hub name, or a folder"
+            f"transformers has no kind of model {name!r}{near}; give one, such as 'hf:dinov2', a"
+            " hub name, or a folder"
         )
     return find_vit(AutoModel.from_config(config))
 
