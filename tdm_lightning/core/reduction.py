@@ -9,6 +9,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from tdm_lightning.ops import group_totals
+
 
 class Role(IntEnum):
     """What a reducing layer did with a patch."""
@@ -97,7 +99,7 @@ class Reduction:
 
     def totals(self, values: Tensor) -> Tensor:
         """Sum over the members of each leaving token, B×M, of a value of each entering one, B×N."""
-        batch, count = self.x.shape[:2]
+        count = self.x.shape[1]
         # What is dropped goes to one slot more.
         slot = torch.where(self.assignment < 0, count, self.assignment)
-        return values.new_zeros(batch, count + 1).scatter_add_(1, slot, values)[:, :count]
+        return group_totals(values, slot, count + 1)[:, :count]

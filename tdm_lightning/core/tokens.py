@@ -14,7 +14,7 @@ from tdm_lightning.core.positions import Positions
 from tdm_lightning.core.reduction import Reduction, Role, Seen
 from tdm_lightning.core.trace import History, LayerTrace
 from tdm_lightning.errors import SettingTypeError
-from tdm_lightning.ops import gather_tokens, pack
+from tdm_lightning.ops import gather_tokens, group_totals, pack
 
 #: Added to the logits of keys that nobody may attend to. Finite in half precision too, because an
 #: image may have no other keys.
@@ -198,7 +198,7 @@ class Tokens:
             role = torch.where(kept, int(Role.KEPT), int(Role.DROPPED))
         else:
             assignment = torch.where(present, slot.gather(1, joins), -1)
-            members = torch.zeros_like(joins).scatter_add(1, joins, present.long())
+            members = group_totals(present.long(), joins, joins.shape[1])
             shared = torch.where(members.gather(1, joins) > 1, int(Role.MATCHED), int(Role.KEPT))
             role = torch.where(present, shared, int(Role.DROPPED))
         position = order if joins is None else None

@@ -50,8 +50,7 @@ class CriteriaMerger(HalvingMerger):
         assert seen.size is not None
         assert seen.importance is not None
         weight = seen.importance.float() * seen.size + _TINY
-        total = weight.new_zeros(weight.shape[0], groups).scatter_add(1, group, weight)
-        return weight / total.gather(1, group)
+        return weight / group_totals(weight, group, groups).gather(1, group)
 
     def __call__(self, seen: Seen, keep: int) -> Reduction:
         """See :meth:`Merger.__call__`."""

@@ -7,6 +7,7 @@ import torch
 from tdm_lightning.core.reduction import Reduction, Role, Seen
 from tdm_lightning.mergers.pairing import HalvingMerger, grouped
 from tdm_lightning.ops import group_totals, match_alternating, merge_groups, share_group
+from tdm_lightning.ops.sums import group_extremes
 
 
 class FusingMerger(HalvingMerger):
@@ -41,10 +42,10 @@ class FusingMerger(HalvingMerger):
             kept = merge_groups(seen.x, group, (~taken).to(seen.x.dtype), keep)
             role = torch.where(taken, int(Role.DROPPED), int(Role.KEPT))
             return Reduction(kept, group.masked_fill(taken, -1), role)
-        count = torch.zeros_like(group[:, :keep]).scatter_add(1, group, torch.ones_like(group))
+        count = group_totals(torch.ones_like(group), group, keep)
         mean = merge_groups(seen.x, group, 1.0 / count.gather(1, group), keep)
         norm = seen.x.float().norm(dim=-1)
         own = group_totals(norm.masked_fill(taken, 0), group, keep)
-        largest = torch.zeros_like(own).scatter_reduce(1, group, norm, "amax")
+        largest = group_extremes(norm, group, keep, "amax", 0)
         scale = torch.where(count > 1, largest / own, torch.ones_like(own))
         return grouped(mean * scale.to(mean.dtype).unsqueeze(-1), group)

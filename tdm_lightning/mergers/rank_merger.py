@@ -9,7 +9,13 @@ from tdm_lightning.core.checks import check_count
 from tdm_lightning.core.reduction import Reduction, Role, Seen
 from tdm_lightning.errors import SettingError
 from tdm_lightning.mergers.base import Merger
-from tdm_lightning.ops import gather_tokens, inverse_order, merge_groups, rank_order
+from tdm_lightning.ops import (
+    gather_tokens,
+    group_totals,
+    inverse_order,
+    merge_groups,
+    rank_order,
+)
 from tdm_lightning.ops.precision import full_precision
 
 #: The least size that a token is left with: unlike tokens count negatively.
@@ -72,11 +78,11 @@ class RankMerger(Merger):
         counted = torch.cat((torch.ones_like(kept, dtype=best.dtype), best), dim=1)
         counted = F.pad(counted, (0, self.drop)).gather(1, rank) * seen.size
         slot = torch.where(assignment < 0, 0, assignment)
-        total = counted.new_zeros(batch, keep).scatter_add(1, slot, counted)
+        total = group_totals(counted, slot, keep)
         there = (assignment >= 0).to(counted.dtype)
-        members = torch.zeros_like(total).scatter_add(1, slot, there)
-        mean = merge_groups(seen.x, slot, there / members.gather(1, slot), keep)
-        shared = members.gather(1, slot) > 1
+        members = group_totals(there, slot, keep).gather(1, slot)
+        mean = merge_groups(seen.x, slot, there / members, keep)
+        shared = members > 1
         role = torch.where(shared, int(Role.MATCHED), int(Role.KEPT))
         role = torch.where(assignment < 0, int(Role.DROPPED), role)
         return Reduction(mean, assignment, role, total.clamp(min=_LEAST))

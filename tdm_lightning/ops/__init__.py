@@ -12,7 +12,6 @@ from tdm_lightning.ops.linear import linear_bias, linear_weight
 from tdm_lightning.ops.merge import (
     first_members,
     gather_tokens,
-    group_totals,
     inverse_order,
     joined,
     mean_positions,
@@ -27,6 +26,7 @@ from tdm_lightning.ops.policy import policy_softmax
 from tdm_lightning.ops.ragged import pack
 from tdm_lightning.ops.rounds import fewest_after
 from tdm_lightning.ops.spread import spread_weights
+from tdm_lightning.ops.sums import group_totals
 from tdm_lightning.ops.ward import ward_groups, ward_leaders, ward_plan
 
 __all__ = [

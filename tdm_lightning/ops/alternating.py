@@ -10,6 +10,7 @@ from tdm_lightning.ops.constants import constant, places
 from tdm_lightning.ops.kernels.dispatch import in_two_forms
 from tdm_lightning.ops.kernels.limits import too_many
 from tdm_lightning.ops.precision import full_precision
+from tdm_lightning.ops.sums import add_at_
 
 
 @torch.no_grad()
@@ -60,7 +61,7 @@ def alternating_groups(features: Tensor, pairs: int, prefix: int) -> Tensor:
     group = slots.repeat(batch, 1)
     even = group[:, first::2]
     even.scatter_(1, stays, places(staying, features).expand(batch, -1))
-    even.scatter_add_(1, chosen, partner.gather(1, chosen))
+    add_at_(even, chosen, partner.gather(1, chosen))
     return group
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdm_lightning.ops.constants import TINY, constant, rows, zeros
+from tdm_lightning.ops.constants import TINY, constant, rows
 from tdm_lightning.ops.kernels.dispatch import in_two_forms
+from tdm_lightning.ops.sums import row_totals
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -104,7 +105,7 @@ def combine(
     flat, raw, total = _shares(group, weight, size, groups)
     share = raw / total[0].index_select(0, flat).view_as(raw)
     weighted = (x * share.unsqueeze(-1)).flatten(0, 1)
-    out = zeros(weighted, batch * (groups + 1), width).index_add(0, flat, weighted)
+    out = row_totals(weighted, flat, batch, groups + 1)
     out = out.view(batch, groups + 1, width)[:, 1:]
     sizes = total[-1].view(batch, groups + 1)[:, 1:].detach()
     return out.to(x.dtype), sizes.to(size.dtype)
@@ -132,5 +133,4 @@ def _shares(
         summed = raw.flatten().unsqueeze(0)
         if size is not None:
             summed = torch.stack((raw, size.detach())).flatten(1)
-    total = zeros(summed, len(summed), batch * (groups + 1)).index_add(1, flat, summed)
-    return flat, raw, total
+    return flat, raw, row_totals(summed, flat, batch, groups + 1, dim=1)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from tdm_lightning.ops.constants import places
 from tdm_lightning.ops.precision import full_precision
+from tdm_lightning.ops.sums import running_totals
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def match_both_ways(
     into = into.gather(1, into)
     # Slots: even tokens that stay in their order, then odd ones by rank.
     slot = torch.zeros_like(into)
-    slot[:, even] = (~gone).cumsum(dim=1) - 1
+    slot[:, even] = running_totals(~gone) - 1
     behind = places(stays.shape[1], x) + (len(even) - first[0])
     slot = slot.scatter(1, stays, behind.expand_as(stays))
     return slot.gather(1, into)

@@ -11,6 +11,7 @@ from tdm_lightning.ops.kernels.dispatch import in_two_forms
 from tdm_lightning.ops.kernels.limits import too_many
 from tdm_lightning.ops.merge import gather_tokens, rank_order
 from tdm_lightning.ops.pairs import Matching, match_pairs
+from tdm_lightning.ops.sums import add_at
 
 
 @in_two_forms(
@@ -53,7 +54,7 @@ def decoupled(
     group = group.expand(order.shape)
     if clusters:
         label, _ = cluster_density_peaks(ranked[:, attentive:], clusters, density, neighbours)
-        group = group.scatter_add(1, order[:, attentive:], label)
+        group = add_at(group, order[:, attentive:], label)
     if attentive:
         matched = match_pairs(ranked[:, :attentive], pairs, matching)
         group = group.scatter(1, order[:, :attentive], matched)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tdm_lightning.ops.constants import places, rows
+from tdm_lightning.ops.sums import group_extremes, group_totals, row_totals, running_totals
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -82,11 +83,7 @@ def first_members(group: Tensor, groups: int, order: Tensor | None = None) -> Te
     here = places(n, group).expand_as(group)
     rank = here if order is None else inverse_order(order)
     slot = torch.where(group < 0, groups, group)
-    first = (
-        torch.full_like(rank[:, :1], n - 1)
-        .repeat(1, groups + 1)
-        .scatter_reduce(1, slot, rank, "amin")[:, :groups]
-    )
+    first = group_extremes(rank, slot, groups + 1, "amin", n - 1)[:, :groups]
     return first if order is None else order.gather(1, first)
 
 
@@ -103,7 +100,7 @@ def joined(into: Tensor) -> Tensor:
     tensor([[1, 0, 1, 2]])
     """
     stays = into == places(into.shape[1], into)
-    return (stays.cumsum(dim=1) - 1).gather(1, into)
+    return (running_totals(stays) - 1).gather(1, into)
 
 
 def among(into: Tensor, part: Tensor, n: int) -> Tensor:
@@ -133,8 +130,7 @@ def share_group(group: Tensor) -> Tensor:
     >>> share_group(torch.tensor([[1, 0, 1, 2]]))
     tensor([[ True, False,  True, False]])
     """
-    members = torch.zeros_like(group).scatter_add_(1, group, torch.ones_like(group))
-    return members.gather(1, group) > 1
+    return group_totals(torch.ones_like(group), group, group.shape[1]).gather(1, group) > 1
 
 
 def mean_positions(
@@ -158,27 +154,11 @@ def mean_positions(
     """
     slot = torch.where(group < 0, groups, group)
     parts = torch.stack((size, size * (position // columns), size * (position % columns)), dim=1)
-    total = parts.new_zeros(group.shape[0], 3, groups + 1).scatter_add(
-        2, slot.unsqueeze(1).expand_as(parts), parts
-    )
+    total = group_totals(parts, slot, groups + 1)
     row, column = (
         (total[:, 1:, :groups] / total[:, :1, :groups].clamp(min=1)).round().long().unbind(dim=1)
     )
     return row * columns + column
-
-
-def group_totals(values: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Sums over the members of each group, B×G.
-
-    Args:
-        values: of each token, B×N.
-        group: the group of each token in ``0…groups-1``, B×N, int64.
-        groups: number of groups G.
-
-    >>> group_totals(torch.ones(1, 3), torch.tensor([[1, 0, 1]]), groups=2)
-    tensor([[1., 2.]])
-    """
-    return values.new_zeros(values.shape[0], groups).scatter_add_(1, group, values)
 
 
 def merge_groups(x: Tensor, group: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -195,9 +175,7 @@ def merge_groups(x: Tensor, group: Tensor, weight: Tensor, groups: int) -> Tenso
     """
     batch, _, width = x.shape
     weighted = x * weight.to(x.dtype).unsqueeze(-1)
-    out = x.new_zeros(batch * groups, width).index_add_(
-        0, _flat(group, groups), weighted.reshape(-1, width)
-    )
+    out = row_totals(weighted.reshape(-1, width), _flat(group, groups), batch, groups)
     return out.view(batch, groups, width)
 
 

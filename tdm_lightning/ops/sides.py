@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tdm_lightning.ops.constants import constant, rows
+from tdm_lightning.ops.sums import add_at_, running_totals
 
 
 def join_sides(chosen: Tensor, partner: Tensor, n: int, first: int, left: int = 0) -> Tensor:
@@ -29,8 +30,8 @@ def join_sides(chosen: Tensor, partner: Tensor, n: int, first: int, left: int = 
     number = _ones(batch, n, left, chosen).clone()
     source, target = slice(first, None, 2), slice(1 - first, None, 2)
     less = constant(lambda: torch.full((1, 1), -1, device=chosen.device), chosen, "minus one")
-    number[:, source].scatter_add_(1, chosen, less.expand(batch, pairs))
-    number = number.cumsum(dim=1)
+    add_at_(number[:, source], chosen, less.expand(batch, pairs))
+    number = running_totals(number)
     number[:, source].scatter_(1, chosen, number[:, target].gather(1, partner.gather(1, chosen)))
     return number
 

@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tdm_lightning.errors import ReductionError
-from tdm_lightning.ops.constants import places, zeros
+from tdm_lightning.ops.constants import places
 from tdm_lightning.ops.kernels.dispatch import in_two_forms
 from tdm_lightning.ops.kernels.limits import too_many
 from tdm_lightning.ops.merge import among, gather_tokens, joined
 from tdm_lightning.ops.precision import full_precision
 from tdm_lightning.ops.rounds import pairs_per_round
 from tdm_lightning.ops.sides import join_sides
+from tdm_lightning.ops.sums import row_totals
 
 
 @torch.no_grad()
@@ -155,8 +156,7 @@ def _in_rounds(
 def _added(x: Tensor, row: Tensor, left: int) -> Tensor:
     """Sums of what belongs to the same row of a table, B×N×…, for each of the images."""
     batch, _, *rest = x.shape
-    total = zeros(x, batch * left, *rest).index_add(0, row, x.flatten(0, 1))
-    return total.view(batch, left, *rest)
+    return row_totals(x.flatten(0, 1), row, batch, left).view(batch, left, *rest)
 
 
 def _largest_first(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tdm_lightning.core.output import Output
 from tdm_lightning.errors import SettingError
-from tdm_lightning.ops import merge_groups
+from tdm_lightning.ops import group_totals, merge_groups
 
 
 def distillation(
@@ -57,7 +57,7 @@ def distillation(
         groups = student.shape[1]
         slot = torch.where(holder < 0, groups, holder)  # what was dropped goes to one slot more
         ones = torch.ones_like(slot, dtype=torch.float32)
-        members = ones.new_zeros(len(slot), groups + 1).scatter_add(1, slot, ones)
+        members = group_totals(ones, slot, groups + 1)
         wanted = merge_groups(wanted, slot, 1 / members.gather(1, slot), groups + 1)[:, :groups]
         kept = torch.ones_like(members[:, :groups])
     distance = (

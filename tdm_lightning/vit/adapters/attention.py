@@ -17,6 +17,7 @@ from tdm_lightning.ops import (
     received_attention,
 )
 from tdm_lightning.ops.precision import full_precision
+from tdm_lightning.ops.sums import membership
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ def pooled_map(weights: Tensor, group: Tensor, share: Tensor, groups: int) -> Te
         B×H×groups×groups.
     """
     batch, heads, t, _ = weights.shape
+    if torch.compiler.is_exporting():  # see tdm_lightning.ops.sums
+        of = membership(group, groups).to(weights.dtype).unsqueeze(1)
+        return (of * share[:, None, None, :].to(of.dtype)) @ weights @ of.transpose(2, 3)
     columns = group[:, None, None, :].expand(batch, heads, t, t)
     received = weights.new_zeros(batch, heads, t, groups).scatter_add(3, columns, weights)
     rows = group[:, None, :, None].expand(batch, heads, t, groups)
