@@ -36,6 +36,9 @@ KEYS = (
     "AutoModelForImageClassification",
     "forward_merged(",
     "story = tell(",
+    "export_compiled(",
+    "aoti_load_package(",
+    "torch.export.Dim(",
 )
 
 
@@ -181,6 +184,29 @@ def test_sharing(tmp_path, monkeypatch):
     images = torch.randn(1, 3, 160, 160)
     with torch.no_grad():
         assert torch.equal(names["same"].eval()(images), model(images))
+
+
+def test_exported_files(reduced, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(block("export_compiled("), {"model": reduced})
+    images = torch.randn(3, 3, 96, 96)
+    names = {"images": images}
+    exec(block("aoti_load_package("), names)
+    with torch.no_grad():
+        torch.testing.assert_close(names["logits"], reduced.eval()(images), atol=1e-4, rtol=1e-4)
+
+
+def test_an_exported_encoder():
+    transformers = pytest.importorskip("transformers", minversion="5.20")
+    shape = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 2}
+    encoder = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**shape)).eval()
+    tdm.attach(encoder, tdm.WardTDM(0.7, (0,)))
+    images = torch.randn(2, 3, 32, 32)
+    names = {"torch": torch, "encoder": encoder, "images": images}
+    with torch.no_grad():
+        exec(block("torch.export.Dim("), names)
+        found = names["program"].module()(pixel_values=images[:1])[0]
+        torch.testing.assert_close(found, encoder(images[:1])[0], atol=1e-4, rtol=1e-4)
 
 
 def test_a_fast_pass(reduced):

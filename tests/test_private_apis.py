@@ -56,6 +56,8 @@ USED = [
     ("open_clip.transformer:VisionTransformer._embeds", "x", "vit/adapters"),
     ("transformers:PretrainedConfig._attn_implementation", "", "vit/in_place.py"),
     ("transformers.utils.output_capturing:_active_collector", "", "vit/in_place.py"),
+    ("torch._inductor:aoti_compile_and_package", "exported_program package_path", "export/aoti.py"),
+    ("torch._inductor:aoti_load_package", "path", "export/aoti.py"),
     ("lightning.pytorch.loops.fit_loop:_FitLoop.batch_idx", "", "data/loader.py"),
 ]
 

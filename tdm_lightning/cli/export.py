@@ -13,7 +13,8 @@ from tdm_lightning.cli.models import Chosen, check_trained, choose_model
 from tdm_lightning.cli.progress import bars
 from tdm_lightning.strategies import Strategy
 
-_ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "hub": ""}
+_ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2", "hub": ""}
+_RUNTIMES = {"onnx": "ONNX Runtime", "pt2": "torch", "aoti": "AOTInductor"}
 
 
 def export(
@@ -22,16 +23,17 @@ def export(
     model_kwargs: dict[str, Any] | None = None,
     strategy: Strategy | list[Strategy] | None = None,
     random_weights: bool = False,
-    format: Literal["onnx", "pt2", "hub"] = "onnx",
+    format: Literal["onnx", "pt2", "aoti", "hub"] = "onnx",
     images: list[str] | None = None,
+    input_size: tuple[int, int, int] | None = None,
     out: str | None = None,
 ) -> Path:
-    """Write a model with its strategy as an ONNX file, a program of ``torch.export``, or a folder
-    for the Hugging Face hub.
+    """Write a model with its strategy as an ONNX file, a program of ``torch.export``, the same
+    compiled, or a folder for the Hugging Face hub.
 
-    A file takes batches of any size. It is run at several and must give the model's logits to 1e-4,
-    or it is not kept. Images in which rounding decides between tokens are left out of that and
-    counted.
+    A file takes batches of any size, of images of one size. It is run on several batches and must
+    give the model's logits to 1e-4, or it is not kept. Images in which rounding decides between
+    tokens are left out of that and counted.
 
     Args:
         weights: a checkpoint of ``tdm fit``, a folder that ``save_pretrained`` or ``tdm export
@@ -41,9 +43,12 @@ def export(
         model_kwargs: passed to ``timm.create_model``.
         strategy: the token-reduction method; ``None``: that of the weights, or TDM at 0.7.
         random_weights: export an untrained model all the same, to measure its speed.
-        format: ``onnx``; ``pt2`` for torch alone; ``hub`` for other users of this library and of
-            timm.
+        format: ``onnx``; ``pt2`` for torch alone; ``aoti`` for the same torch, compiled for the CPU
+            of this machine by AOTInductor, which needs a C++ compiler; ``hub`` for other users of
+            this library and of timm.
         images: image files to compare on too.
+        input_size: channels, height and width of the images that a file takes; ``None``: the
+            model's own.
         out: the file, or the folder of ``hub``; ``None``: ``model.onnx``, ``model.pt2`` or
             ``model``.
 
@@ -54,7 +59,7 @@ def export(
         TypeError, ValueError: without trained weights, for an adaptive strategy, if a setting is
             wrong or the check fails.
     """
-    from tdm_lightning.export import export_onnx, export_program
+    from tdm_lightning.export import export_compiled, export_onnx, export_program
 
     check_trained(weights, random_weights, "an untrained model is of no use to others")
     chosen = choose_model(weights, model, model_kwargs, strategy)
@@ -64,15 +69,14 @@ def export(
     logging.getLogger("onnxscript").setLevel(
         logging.ERROR
     )  # a line for each step that it cannot simplify
-    write = {"onnx": export_onnx, "pt2": export_program}[format]
+    write = {"onnx": export_onnx, "pt2": export_program, "aoti": export_compiled}[format]
+    batch = _opened(chosen.model, images, input_size)
     with bars() as progress:
-        written = write(chosen.model, path, _opened(chosen.model, images), progress=progress)
-    runtime = {"onnx": "ONNX Runtime", "pt2": "torch"}[format]
+        written = write(chosen.model, path, batch, input_size, progress)
     difference, count, ties = written.agreement
-    size = written.size / 1e6
     print(
-        f"{path}: {size:.1f} MB; in {runtime} logits differ by at most {difference:.1e} on {count}"
-        " images"
+        f"{path}: {written.size / 1e6:.1f} MB; in {_RUNTIMES[format]} logits differ by at most"
+        f" {difference:.1e} on {count} images"
     )
     if ties:
         print(f"{ties} images left out of that: rounding decides between their tokens")
@@ -91,10 +95,12 @@ def _share(chosen: Chosen, folder: Path) -> Path:
     return folder
 
 
-def _opened(model: nn.Module, paths: list[str] | None) -> Tensor | None:
+def _opened(
+    model: nn.Module, paths: list[str] | None, size: tuple[int, int, int] | None
+) -> Tensor | None:
     if not paths:
         return None
     from tdm_lightning.visualize.images import data_config, open_image, prepare
 
-    config = data_config(model)
+    config = data_config(model, None if size is None else size[1:])
     return torch.stack([prepare(open_image(path), config)[0] for path in paths])

@@ -3,13 +3,14 @@
 Strategies with a fixed budget have static shapes but for the batch, so they can be exported, and
 compiled with ``torch.compile(model, fullgraph=True)``. Those that keep another number of tokens for
 each image (``strategy.adaptive``) can not be exported; ``torch.compile(model)`` takes them with
-breaks in the graph.
+breaks in the graph. How many tokens stay follows from the size of the images, so a file takes one
+size.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 
 from tdm_lightning.errors import SettingError
 from tdm_lightning.export.agreement import Agreement, compare_logits
+from tdm_lightning.export.aoti import load_package, save_package
 from tdm_lightning.flops import default_input_size
 from tdm_lightning.ops.linear import check_not_quantized
 from tdm_lightning.vit import TokenReducedViT
+from tdm_lightning.vit.in_place import reduced_in_place
 
 Writer = Callable[[torch.export.ExportedProgram, Path], Any]
 
@@ -71,12 +74,13 @@ def export_onnx(
         path: the file to write.
         images: B×C×H×W, to compare on beside random ones.
         input_size: channels, height and width of the images that the file takes; the model's own by
-            default.
+            default. One file takes one size.
         progress: where to show a bar.
 
     Raises:
-        ValueError: if a package is missing, the number of tokens depends on the image, linear
-            layers are quantised, the file cannot be written, or its logits are not the model's, see
+        ValueError: if a package is missing, the number of tokens depends on the image, the model
+            takes no images of that size or gives more than a tensor, linear layers are quantised,
+            the file cannot be written, or its logits are not the model's, see
             :func:`~tdm_lightning.export.agreement.compare_logits`; then no file is left.
     """
     _check_packages()
@@ -122,6 +126,25 @@ def export_program(
     return _exported(model, Path(path), images, input_size, torch.export.save, load, progress)
 
 
+def export_compiled(
+    model: nn.Module,
+    path: str | Path,
+    images: Tensor | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a package of AOTInductor (``.pt2``), compiled for the CPU of this machine:
+    ``torch._inductor.aoti_load_package(path)(images)`` runs it with the torch that made it.
+
+    Arguments and errors as :func:`export_onnx`; it needs no further package but a C++ compiler, to
+    write it only, and takes minutes.
+    """
+    if Path(path).suffix != ".pt2":
+        raise SettingError(f"torch loads packages whose name ends in .pt2 only, got {str(path)!r}")
+    path = Path(path)
+    return _exported(model, path, images, input_size, save_package, load_package, progress)
+
+
 def check_static(model: nn.Module) -> None:
     """Whether a model's shapes depend on nothing but the batch size, as a file or a single compiled
     graph needs it.
@@ -137,6 +160,37 @@ def check_static(model: nn.Module) -> None:
             f" budget, such as TDM, EViT or SPViT(fixed_count=True), or run {name} with"
             " torch.compile(model), which breaks the graph"
         )
+
+
+def _check_gives_tensor(model: nn.Module) -> None:
+    """Whether a model takes images alone and gives a tensor, which one that its own library runs
+    does not.
+
+    Raises:
+        ValueError: if :func:`~tdm_lightning.attach` reduced it in its place.
+    """
+    if any(map(reduced_in_place, model.modules())) and not isinstance(model, TokenReducedViT):
+        raise SettingError(
+            f"{type(model).__name__} is run by its own library and gives more than a tensor: export"
+            " its encoder, tdm.find_vit(model), or the whole by torch.export.export(), see"
+            " docs/deploy.md"
+        )
+
+
+def _checked_size(size: Sequence[Any] | None) -> tuple[int, int, int] | None:
+    """Channels, height and width.
+
+    Raises:
+        ValueError: if one of them is left open, or there are not three.
+    """
+    if size is None:
+        return None
+    if len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise SettingError(
+            f"input_size must be channels, height and width in pixels, got {tuple(size)}: how many"
+            " tokens stay follows from the size, so a file takes one; export a file for each size"
+        )
+    return size[0], size[1], size[2]
 
 
 def _check_packages() -> None:
@@ -171,7 +225,8 @@ def _exported(
     load: Callable[[Path], Callable[[Tensor], Tensor]],
     progress: Progress | None,
 ) -> Exported:
-    shape = input_size or default_input_size(model)
+    _check_gives_tensor(model)
+    shape = _checked_size(input_size) or default_input_size(model)
     progress = progress or Progress(disable=True)
     task = progress.add_task("write", total=None)
     frozen = _write(model, path, shape, write)

@@ -35,7 +35,8 @@ def _squared_distances(x: Tensor) -> Tensor:
         x = x.float()
         x = x - x.mean(dim=1, keepdim=True)
         gram = x @ x.transpose(1, 2)
-        norm = gram.diagonal(dim1=1, dim2=2)
+        # The diagonal; torch's own is a mask in ONNX, of a kind that TensorRT wants constant.
+        norm = gram.flatten(1)[:, :: gram.shape[1] + 1]
         squared = torch.sub(norm.unsqueeze(2) + norm.unsqueeze(1), gram, alpha=2)
     return squared.clamp(min=0)
 

@@ -56,7 +56,7 @@ def match_both_ways(
     chosen = best.topk(first[0], dim=1).indices
     into = here.scatter(1, even[chosen], odd[partner.gather(1, chosen)])
     # What has gone is no target any more.
-    gone = torch.zeros_like(best, dtype=torch.bool).scatter(1, chosen, True)
+    gone = into[:, even] != even
     best, partner = score.masked_fill(gone.unsqueeze(2), -torch.inf).max(dim=1)
     rank = best.topk(len(odd), dim=1).indices
     leaves, stays = rank[:, : first[1]], odd[rank[:, first[1] :]]

@@ -198,7 +198,8 @@ def _gains(gram: Tensor, weight: Tensor, first: slice, second: slice) -> Tensor:
         first: places of P tokens.
         second: places of Q tokens.
     """
-    norm = gram.diagonal(dim1=1, dim2=2) / weight
+    diagonal = gram.flatten(1)[:, :: gram.shape[1] + 1]  # see _squared_distances in clusters
+    norm = diagonal / weight
     own, w = (values[:, first].unsqueeze(2) for values in (norm, weight))
     other, v = (values[:, second].unsqueeze(1) for values in (norm, weight))
     inner = gram[:, first, second].addcmul(own, v, value=-0.5)

@@ -96,6 +96,21 @@ def test_a_program_runs_with_torch_alone(program):
     assert b"tdm_lightning/vit" not in written.path.read_bytes()
 
 
+@pytest.mark.parametrize("write", [export.export_onnx, export.export_program])
+def test_every_batch_size_gives_the_same_logits(write, tmp_path):
+    model, images = reduced(tdm.TDM(0.5, (0,))), torch.randn(8, 3, 16, 16)
+    write(model, tmp_path / "m")
+    if write is export.export_program:
+        run = torch.export.load(tmp_path / "m").module()
+    else:
+        session = onnxruntime.InferenceSession(tmp_path / "m", providers=["CPUExecutionProvider"])
+        run = lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])  # noqa: E731
+    with torch.no_grad():
+        wanted = model(images)
+        for size in range(1, len(images) + 1):
+            torch.testing.assert_close(run(images[:size]), wanted[:size], atol=1e-4, rtol=1e-4)
+
+
 def test_the_model_stays_as_it_was(program):
     model, modes, before, _ = program
     assert modes == [module.training for module in model.modules()]
@@ -112,6 +127,18 @@ def test_another_image_size_where_the_model_takes_it(tmp_path):
     model = reduced(tdm.EViT(0.5, (1,)), dynamic_img_size=True)
     written = export.export_program(model, tmp_path / "m.pt2", input_size=(3, 24, 16))
     assert written.inputs == {"images": ("batch", 3, 24, 16)}
+
+
+@pytest.mark.parametrize("size", [(3, None, None), (3, -1, -1), (24, 16)])
+def test_a_file_takes_one_size(model, size, tmp_path):
+    with pytest.raises(ValueError, match="a file takes one; export a file for each size"):
+        export.export_program(model, tmp_path / "m.pt2", input_size=size)
+
+
+def test_a_size_that_the_model_does_not_take(model, tmp_path):
+    with pytest.raises(ValueError, match="must be 16×16 for this model, got 24×16"):
+        export.export_program(model, tmp_path / "m.pt2", input_size=(3, 24, 16))
+    assert not list(tmp_path.iterdir())
 
 
 # Strategies and families ----------------------------------------------------------------------
@@ -155,6 +182,8 @@ def test_families_compile_without_a_graph_break(name):
 ADAPTIVE = {
     "avit": lambda: tdm.AViT(),
     "iared2": lambda: tdm.IARED2(groups=2),
+    "mame": lambda: tdm.MaMe(layers=(0,)),
+    "mpm": lambda: tdm.MPM(layers=(0,)),
     "spvit": lambda: tdm.SPViT((1,)),
 }
 
@@ -236,6 +265,14 @@ def test_command_exports_from_a_name(tmp_path, monkeypatch, capsys):
     assert "logits differ by at most" in printed
     assert "input images: batch×3×16×16, float32\noutput logits: batch×1000, float32" in printed
     assert torch.export.load("model.pt2").module()(torch.zeros(4, 3, 16, 16)).shape == (4, 1000)
+
+
+def test_command_exports_for_another_size(tmp_path, capsys):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.png")
+    arguments = [*SETTINGS, "--model_kwargs.dynamic_img_size=true", "--random_weights=true"]
+    arguments += ["--input_size=[3, 24, 32]", f'--images=["{tmp_path / "photo.png"}"]']
+    main(["export", *arguments, "--format=pt2", f"--out={tmp_path / 'm.pt2'}"])
+    assert "input images: batch×3×24×32" in capsys.readouterr().out
 
 
 def test_command_exports_a_shared_model(tmp_path):

@@ -318,6 +318,38 @@ def test_it_compiles_exports_and_runs_in_half_precision(name, images):
     assert half.isfinite().all()
 
 
+def exported(model):
+    """A program for batches of any size."""
+    batch = {"pixel_values": {0: torch.export.Dim("batch")}}
+    images = {"pixel_values": torch.zeros(2, 3, 32, 32)}
+    return torch.export.export(model, (), images, dynamic_shapes=batch).module()
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "dinov3", "clip", "siglip", "beit", "data2vec"])
+@torch.no_grad()
+def test_exported_batches_of_any_size(name):
+    model, images = make(name), torch.randn(3, 3, 32, 32)
+    tdm.attach(model, tdm.WardTDM(0.6, (1, 2)))
+    run = exported(model)
+    for size in (1, 2, 3):
+        found, wanted = (one(pixel_values=images[:size])[0] for one in (run, model))
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_an_encoder_is_exported_to_a_file(images, tmp_path):
+    model = make("vit")
+    tdm.attach(model, tdm.TDM(0.6, (1, 2)))
+    with pytest.raises(ValueError, match=r"export its encoder, tdm.find_vit\(model\)"):
+        tdm.export.export_program(model, tmp_path / "m.pt2")
+    encoder = tdm.find_vit(model)
+    tdm.export.export_program(encoder, tmp_path / "m.pt2")
+    found = torch.export.load(tmp_path / "m.pt2").module()(images)
+    torch.testing.assert_close(found, encoder(images), atol=1e-5, rtol=1e-5)
+    hidden = model.vit(pixel_values=images).last_hidden_state
+    torch.testing.assert_close(found, hidden[:, 0], atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_other_sizes_and_masked_patches():
     model = tdm.attach(make(), tdm.TDM(0.5, (1, 2)))
