@@ -21,7 +21,7 @@ from tdm_lightning.compare.runtime import Run, check_runs, check_runtime, runner
 from tdm_lightning.compare.table import Quartiles, Row
 from tdm_lightning.compare.timing import Round, interleaved_rounds, own_share, seconds
 from tdm_lightning.core.checks import check_count
-from tdm_lightning.errors import SettingError
+from tdm_lightning.errors import SettingError, TokenReductionError
 from tdm_lightning.flops import ImageCosts, default_input_size, image_costs, mac_report
 from tdm_lightning.ops import kernels
 from tdm_lightning.strategies import TDM, Strategy
@@ -269,7 +269,7 @@ def prepare(
         torch.manual_seed(plan.seed)  # whatever stands beside it, a method gets the same weights
         try:
             methods.append(make_method(strategy, model, model_kwargs or {}, weights, match_gmacs))
-        except (ValueError, TypeError) as error:
+        except TokenReductionError as error:
             if not usual:
                 raise
             left_out.append(str(error))

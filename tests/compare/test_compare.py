@@ -391,7 +391,7 @@ def test_by_default_what_the_model_takes_is_compared():
     assert "EvoViT" in relative.facts["left out"]
     assert "usual layers" not in relative.facts
     assert "EvoViT" not in [method.name for method in relative.methods]
-    with pytest.raises(ValueError, match="EvoViT"):
+    with pytest.raises(TypeError, match="EvoViT"):
         run.prepare("test_vit_relpos", [tdm.EvoViT()], plan, {"depth": 12})
 
 
