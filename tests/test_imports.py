@@ -46,17 +46,18 @@ def test_the_numeric_core_needs_neither_lightning_nor_datasets():
     assert not core & HEAVY
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "",
-        "--help",
-        "frobnicate",
-        "fit --model.lrr=3",
-        "fit --config quickstrat",
-        "export --modle=a",
-    ],
-)
+AT_ONCE = [
+    "",
+    "--help",
+    "frobnicate",
+    "fit --model.lrr=3",
+    "fit --model.lr=fast",
+    "fit --config quickstrat",
+    "export --modle=a",
+]
+
+
+@pytest.mark.parametrize("arguments", AT_ONCE, ids=range(len(AT_ONCE)))
 def test_usage_errors_wait_for_nothing(arguments):
     (modules,) = imported(
         f"sys.argv = ['tdm', *{arguments.split()}]\n"

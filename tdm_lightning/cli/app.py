@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from tdm_lightning.cli.configs import named_configs, with_current_configs, with_named_configs
 from tdm_lightning.cli.mistakes import UsageError
 from tdm_lightning.cli.options import (
+    check_class,
     check_options,
     function_options,
     trainer_options,
@@ -119,7 +120,7 @@ def _run_own(command: str, arguments: list[str]) -> Any:
     module, name, summary = COMMANDS[command]
     given = with_named_configs(underscored(arguments))
     check_options(given, function_options(module, name))
-    _know_classes()
+    _know_classes(given, "strategy")
     from tdm_lightning.cli.runner import run_function
 
     function = getattr(import_module(module), name)
@@ -135,19 +136,23 @@ def _run_trainer(
     arguments = with_named_configs(arguments)
     if command in _TRAINER and model_class is None and datamodule_class is None:
         check_options(arguments, trainer_options(command))
-    _know_classes()
+    _know_classes(arguments, "model.strategy")
     from tdm_lightning.cli.trainer import run
 
     return run(with_current_configs(arguments), model_class, datamodule_class)
 
 
-def _know_classes() -> None:
-    """Import what short names of classes may mean. Not above: usage errors are told without it."""
-    from tdm_lightning.core.configurable import Configurable
+def _know_classes(arguments: Sequence[str], option: str) -> None:
+    """Import what short names of classes may mean, and check that of the strategy before Lightning
+    is imported.
+    """
+    # Not above: usage errors are told without them.
     from tdm_lightning.core.plugins import load_plugins
+    from tdm_lightning.strategies import Strategy
 
-    Configurable.known()
     load_plugins()
+    known = [one.__name__ for one in Strategy.known().values()]
+    check_class(arguments, option, "Strategy", known)
 
 
 def entry() -> None:

@@ -26,6 +26,7 @@ _WORDS = {
     "bool": "true or false",
     "str": "text",
     "NoneType": "null",
+    "None": "null",
     "Sequence": "a list",
     "Iterable": "a list",
     "list": "a list",
@@ -89,6 +90,28 @@ def unknown_option(option: str, names: Iterable[str], prefix: str = "--") -> str
     return f"{'' if shown else prefix}there is no setting {shown}{option}{hint}{rest}"
 
 
+def unknown_class(key: str, kind: str, name: str, known: Iterable[str]) -> str:
+    """What to say of a class that there is not.
+
+    >>> unknown_class("model.strategy", "Strategy", "EVit", ["EViT", "TDM"])
+    "model.strategy: there is no Strategy 'EVit'; did you mean EViT?"
+    """
+    known = sorted(known)
+    hint = did_you_mean(name, known) or f"; known are {', '.join(known)}"
+    return f"{key}: there is no {kind} {name!r}{hint}"
+
+
+def wrong_value(key: str, kinds: Iterable[str], value: str) -> str:
+    """What to say of a value of another kind.
+
+    >>> wrong_value("trainer.max_epochs", ["Optional", "int", "None"], "many")
+    'trainer.max_epochs must be a whole number or null, got many'
+    """
+    words = list(dict.fromkeys(word for kind in kinds for word in _kind(kind)))
+    expected = " or ".join(words) if len(words) < 4 else f"one of {', '.join(words)}"
+    return f"{key} must be {expected}, got {value}"
+
+
 def explain(message: str, names: Iterable[str] = ()) -> str:
     """A message of jsonargparse in one line.
 
@@ -138,19 +161,16 @@ def _value(text: str, key: str = "", owner: str = "") -> str:
             kind, known = _subclasses(text)
             if not known:
                 return f"{key} must be a {kind} by its class_path, got {found[1]}"
-            hint = did_you_mean(found[1], known) or f"; known are {', '.join(known)}"
-            return f"{key}: there is no {kind} {found[1]!r}{hint}"
+            return unknown_class(key, kind, found[1], known)
     for first, _ in _items(text):
         if found := re.match(r"(?:Import path .*|Not a valid) subclass of (\w+)", first):
             return f"{key} must be a {found[1]} by its class_path, got {_given(text)}"
     kinds = re.findall(r"Expected a (?!path but)(.+?)(?:\.? Got value|$)", text, re.M)
     if not kinds:
         return " ".join(f"{key}: {text}".removeprefix(": ").split())
-    words = list(dict.fromkeys(word for kind in kinds for word in _kind(kind)))
-    expected = " or ".join(words) if len(words) < 4 else f"one of {', '.join(words)}"
     if own := _own_words(owner, key.rpartition(".")[2], _given(text)):
         return f"{key.rpartition('.')[0]}: {own}"
-    return f"{key}{' of ' + _short(owner) if owner else ''} must be {expected}, got {_given(text)}"
+    return wrong_value(f"{key} of {_short(owner)}" if owner else key, kinds, _given(text))
 
 
 def _own_words(owner: str, name: str, value: str) -> str | None:
@@ -198,6 +218,8 @@ def _kind(text: str) -> list[str]:
     if found := re.match(r"tuple with (\d+) elements", text):
         return [f"a list of {found[1]}"]
     name = re.sub(r"<class '(.*)'>", r"\1", text).rpartition(".")[2]
+    if name in ("Optional", "Union"):  # around the others
+        return []
     return [_WORDS.get(name, f"a {name}")]
 
 

@@ -1,16 +1,21 @@
-"""Names of settings, read off the sources: a misspelt one is told before anything is imported."""
+"""Names and kinds of settings, read off the sources: what is misspelt, or no number where one is
+needed, is told before anything is imported.
+"""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tdm_lightning.cli.configs import given_values, is_file, read_config
-from tdm_lightning.cli.mistakes import UsageError, unknown_option
+from tdm_lightning.cli.mistakes import UsageError, unknown_class, unknown_option, wrong_value
 
 #: Where the groups of settings come from: (package, file in it, class).
 _GROUPS = {
@@ -26,24 +31,26 @@ _FILLED_IN = {"self", "model", "train_dataloaders", "val_dataloaders", "dataload
 _OLD = {"model.pretrained", "model.checkpoint"}
 
 
-def trainer_options(command: str) -> set[str]:
-    """The settings of ``fit`` and its like, such as ``model.lr``; empty where the installed
-    Lightning does not tell.
+def trainer_options(command: str) -> dict[str, str]:
+    """The settings of ``fit`` and its like, such as ``model.lr``, and their annotations; empty
+    where the installed Lightning does not tell.
     """
-    names = {"config", "seed_everything", "print_config", "help", *_GROUPS}
+    options = dict.fromkeys(("config", "seed_everything", "print_config", "help", *_GROUPS), "")
     for group, (package, file, class_name) in _GROUPS.items():
         own = _arguments(package, file, f"{class_name}.__init__")
         if not own:
-            return set()
-        names |= {f"{group}.{name}" for name in own}
+            return {}
+        options |= {f"{group}.{name}": kind for name, kind in own.items()}
     package, file, class_name = _GROUPS["trainer"]
-    return names | _arguments(package, file, f"{class_name}.{command}") - _FILLED_IN
+    own = _arguments(package, file, f"{class_name}.{command}")
+    return options | {name: kind for name, kind in own.items() if name not in _FILLED_IN}
 
 
-def function_options(module: str, function: str) -> set[str]:
-    """The settings of a command that is a function of this library."""
+def function_options(module: str, function: str) -> dict[str, str]:
+    """The settings of a command that is a function of this library, and their annotations."""
     package, _, path = module.partition(".")
-    return {"config", "help"} | _arguments(package, f"{path.replace('.', '/')}.py", function)
+    own = _arguments(package, f"{path.replace('.', '/')}.py", function)
+    return {"config": "", "help": "", **own}
 
 
 def underscored(arguments: Sequence[str]) -> list[str]:
@@ -57,16 +64,18 @@ def underscored(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def check_options(arguments: Sequence[str], names: set[str]) -> None:
-    """Refuse an option, or a key of a configuration, that no setting begins with.
+def check_options(arguments: Sequence[str], options: Mapping[str, str]) -> None:
+    """Refuse an option, or a key of a configuration, that no setting begins with, and words for
+    numbers.
 
     Args:
         arguments: of the command, configurations as files or as YAML itself.
-        names: of the settings; empty: nothing is refused.
+        options: names of the settings and their annotations; empty: nothing is refused.
 
     Raises:
         UsageError: if there is one, or a configuration cannot be read.
     """
+    names = set(options)
     groups = {name.partition(".")[0] for name in names if "." in name}
     for config in given_values(arguments, "config"):
         where = Path(config).name if is_file(config) else "--config"
@@ -81,6 +90,39 @@ def check_options(arguments: Sequence[str], names: set[str]) -> None:
     for argument in arguments:
         if argument.startswith("--"):
             _check(argument[2:].partition("=")[0], names, groups, "--")
+    for name, annotation in options.items():
+        for value in given_values(arguments, name):
+            _check_value(name, value, annotation)
+
+
+def check_class(arguments: Sequence[str], option: str, kind: str, known: Iterable[str]) -> None:
+    """Refuse a class that is not known by its short name.
+
+    Args:
+        arguments: of the command.
+        option: that names it.
+        kind: what it must be.
+        known: the short names.
+
+    Raises:
+        UsageError: if there is one.
+    """
+    for value in given_values(arguments, option):
+        if value.isidentifier() and value not in (*known, "null"):
+            raise UsageError(unknown_class(option, kind, value, known))
+
+
+def _check_value(name: str, value: str, annotation: str) -> None:
+    """Whether a number, or true or false, is none; what else there is the parser checks."""
+    kinds = re.findall(r"\w+", annotation)
+    if not kinds or not set(kinds) <= {"Optional", "Union", "int", "float", "bool", "None"}:
+        return
+    try:
+        float(value)
+    except ValueError:
+        if value.isidentifier() and isinstance(yaml.safe_load(value), str):
+            kinds = [*kinds, "None"] if "Optional" in kinds else kinds
+            raise UsageError(wrong_value(name, kinds, value)) from None
 
 
 def _check(option: str, names: set[str], groups: set[str], prefix: str) -> None:
@@ -94,8 +136,10 @@ def _check(option: str, names: set[str], groups: set[str], prefix: str) -> None:
 
 
 @cache
-def _arguments(package: str, file: str, function: str) -> frozenset[str]:
-    """Names of the arguments of a function or method in a source file; empty where it is not."""
+def _arguments(package: str, file: str, function: str) -> dict[str, str]:
+    """The arguments of a function or method in a source file, and their annotations; empty where it
+    is not.
+    """
     found = find_spec(package)  # of a package on top, which is not imported for that
     for folder in (found and found.submodule_search_locations) or ():
         path = Path(folder) / file
@@ -107,5 +151,10 @@ def _arguments(package: str, file: str, function: str) -> frozenset[str]:
                     body = body[0].body if body else []
             if body:
                 given = body[0].args
-                return frozenset(one.arg for one in (*given.args, *given.kwonlyargs)) - {"self"}
-    return frozenset()
+                arguments = [*given.args, *given.kwonlyargs]
+                return {
+                    one.arg: ast.unparse(one.annotation) if one.annotation else ""
+                    for one in arguments
+                    if one.arg != "self"
+                }
+    return {}
