@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
@@ -57,9 +58,22 @@ class Hub:
         repo_id: str = "USER/NAME",
     ) -> None:
         """See :meth:`tdm_lightning.TokenReducedViT.save_pretrained`."""
-        described = describe(model, config or {})
-        _check_rebuilt(model, described)
         folder = Path(folder)
+        try:
+            self._write(model, folder, config or {}, license, repo_id)
+        except (OSError, SafetensorError) as error:
+            raise FileError(f"the model cannot be written to {folder}: {error}") from error
+
+    def _write(
+        self,
+        model: TokenReducedViT,
+        folder: Path,
+        config: Mapping[str, Any],
+        license: str | None,
+        repo_id: str,
+    ) -> None:
+        described = describe(model, config)
+        _check_rebuilt(model, described)
         folder.mkdir(parents=True, exist_ok=True)
         for name, module in ((WEIGHTS, model.vit), (STRATEGY, model.strategy)):
             weights = {key: value.contiguous() for key, value in module.state_dict().items()}
@@ -165,6 +179,9 @@ def _build(config: Mapping[str, Any], origin: str) -> TokenReducedViT:
     """The reduced model of a ``config.json``, its weights random."""
     check_config(config, origin)
     own = config[KEY]
+    dtype = getattr(torch, own["dtype"], None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise FileError(f"{KEY}.dtype in config.json of {origin} is no type: {own['dtype']!r}")
     labels = {"label_names": config["label_names"]} if "label_names" in config else {}
     classes = {"num_classes": config["num_classes"]}
     try:
@@ -179,7 +196,7 @@ def _build(config: Mapping[str, Any], origin: str) -> TokenReducedViT:
         strategy = Strategy.from_config(own["strategy"])
     except TokenReductionError as error:
         raise FileError(f"the strategy of {origin} cannot be built: {error}") from error
-    return attach(vit.to(getattr(torch, own["dtype"])), strategy)
+    return attach(vit.to(dtype), strategy)
 
 
 def _fill(module: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:

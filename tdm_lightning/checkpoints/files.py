@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tdm_lightning.errors import FileError
@@ -51,7 +50,9 @@ def read_file(path: str | os.PathLike[str]) -> Mapping[str, Any]:
             f"{path} was not loaded: it holds more than tensors and plain values{wanted}, and"
             " unpickling that could run code; ask its authors for a .safetensors file"
         ) from error
-    except (SafetensorError, EOFError, RuntimeError) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # damaged bytes make the readers fail in any way
         raise FileError(
             f"{path} is not a readable checkpoint: it is cut off or damaged; get it once more"
         ) from error

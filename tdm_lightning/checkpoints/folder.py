@@ -23,6 +23,14 @@ FORMAT = 1
 #: Where our part of ``config.json`` stands; all other entries are timm's.
 KEY = "tdm_lightning"
 
+#: What values of ``config.json`` must be.
+_WORDS: dict[type, str] = {
+    str: "a text",
+    int: "a whole number",
+    list: "a list",
+    Mapping: "entries by name",
+}
+
 #: Names of the files.
 CONFIG, WEIGHTS, STRATEGY = "config.json", "model.safetensors", "strategy.safetensors"
 
@@ -84,7 +92,7 @@ def check_config(config: Mapping[str, Any], origin: str) -> None:
     """Whether a config describes a reduced model that this release can build.
 
     Raises:
-        ValueError: if it is incomplete, or of a newer format.
+        ValueError: if it is incomplete, an entry is of another kind, or it is of a newer format.
     """
     own = config.get(KEY)
     if not isinstance(own, Mapping):
@@ -92,6 +100,7 @@ def check_config(config: Mapping[str, Any], origin: str) -> None:
             f"{origin} holds no reduced model: its config.json has no {KEY!r}. For a plain model of"
             " timm's use timm.create_model('hf-hub:…', pretrained=True) and attach()"
         )
+    _check_kinds(own, f"{KEY}.", {"format": int, "dtype": str, "strategy": Mapping}, origin)
     if own.get("format", 0) > FORMAT:
         raise FileError(
             f"{origin} was written by tdm-lightning {own.get('version', '(unknown)')} in format"
@@ -105,6 +114,19 @@ def check_config(config: Mapping[str, Any], origin: str) -> None:
         raise FileError(
             f"config.json of {origin} is incomplete: it has no {', '.join(map(repr, missing))}"
         )
+    kinds = {"architecture": str, "num_classes": int, "pretrained_cfg": Mapping}
+    _check_kinds(config, "", {**kinds, "model_args": Mapping, "label_names": list}, origin)
+
+
+def _check_kinds(
+    entries: Mapping[str, Any], prefix: str, kinds: Mapping[str, type], origin: str
+) -> None:
+    for key, kind in kinds.items():
+        value = entries.get(key)
+        if key in entries and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise FileError(
+                f"{prefix}{key} in config.json of {origin} must be {_WORDS[kind]}, and is {value!r}"
+            )
 
 
 def read_weights(folder: Path, name: str, origin: str) -> dict[str, Tensor]:

@@ -171,11 +171,13 @@ def _weights(content: Mapping[str, Any], which: str, origin: str) -> Weights:
     """
     found = content
     if "pytorch-lightning_version" in content:
-        inside = content.get("state_dict", {})
+        inside = content.get("state_dict")
+        if not isinstance(inside, Mapping):
+            raise FileError(f"{origin} is a checkpoint of a run, but has no weights: 'state_dict'")
         found = {
             name.removeprefix("model."): value
             for name, value in inside.items()
-            if name.startswith("model.")
+            if isinstance(name, str) and name.startswith("model.")
         }
     elif not any(isinstance(value, Tensor) for value in content.values()):
         found = content.get(which, {})
@@ -187,8 +189,25 @@ def _weights(content: Mapping[str, Any], which: str, origin: str) -> Weights:
     strange = [name for name, value in found.items() if not isinstance(value, Tensor)]
     if strange:
         raise FileError(f"{origin} holds entries that are no tensors: {_listed(strange)}")
+    unnamed = [name for name in found if not isinstance(name, str)]
+    if unnamed:
+        raise FileError(f"{origin} holds weights whose names are no text: {_listed(unnamed)}")
+    unfit = [name for name, value in found.items() if not _can_be_copied(value)]
+    if unfit:
+        raise FileError(
+            f"{origin} holds tensors that are sparse, complex, quantized or without values, where a"
+            f" model needs plain ones: {_listed(unfit)}"
+        )
     prefix = "module." if all(name.startswith("module.") for name in found) else ""
     return {name.removeprefix(prefix): value for name, value in found.items()}
+
+
+def _can_be_copied(value: Tensor) -> bool:
+    """Whether a weight of this kind can become a parameter's value; otherwise torch would stop when
+    some of the others have been copied.
+    """
+    plain = value.layout is torch.strided and not value.is_quantized
+    return plain and not (value.is_meta or value.is_complex())
 
 
 def _translated(weights: Weights, origin: str) -> tuple[Layout, Weights]:

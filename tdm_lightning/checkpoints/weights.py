@@ -76,7 +76,7 @@ def open_weights(weights: str | os.PathLike[str]) -> Source:
     name = os.fspath(weights)
     if os.path.isfile(name):
         content = read_file(name)
-        return Source(name, content, _of_run(content))
+        return Source(name, content, _of_run(content, name))
     repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).suffix
     if not os.path.isdir(name) and not repository:
         raise FileError(
@@ -112,13 +112,25 @@ def load_weights(
         raise FileError(str(error).replace("the state dict", source.name)) from error
 
 
-def _of_run(content: Mapping[str, Any]) -> Stored | None:
-    """What a checkpoint of ``tdm fit`` says; other files say nothing."""
+def _of_run(content: Mapping[str, Any], origin: str) -> Stored | None:
+    """What a checkpoint of ``tdm fit`` says; other files say nothing.
+
+    Raises:
+        ValueError: if what it says of the model is of another kind than ``tdm fit`` writes.
+    """
     given = content.get("hyper_parameters")
     if "pytorch-lightning_version" not in content or not isinstance(given, Mapping):
         return None
     if "strategy" not in given:
         return None
+    kinds = {"model": str, "model_kwargs": Mapping, "strategy": (Mapping, list)}
+    for key, kind in {**kinds, "label_names": list}.items():
+        value = given.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise FileError(
+                f"hyper_parameters.{key} of {origin} is a {type(value).__name__}, which tdm fit"
+                " never writes: the file is damaged, or another program's"
+            )
     arguments = {name: given.get(name) for name in ("num_classes", "global_pool")}
     arguments = {name: value for name, value in arguments.items() if value is not None}
     return Stored(

@@ -50,7 +50,7 @@ def choose_model(
         ValueError, TypeError: if something is missing or does not fit.
     """
     arguments = model_kwargs or {}
-    vit = create_vit(model, pretrained=weights is True, **arguments)
+    vit = create_vit(model, weights is True, **arguments)
     if not isinstance(weights, str):
         return Chosen(reduced_vit(vit, strategy or TDM()).eval(), {"model_args": arguments})
     source = open_weights(weights)
@@ -70,7 +70,7 @@ def choose_model(
 
 def load_vit(weights: bool | str | None, name: str, arguments: dict[str, Any]) -> nn.Module:
     """The timm model with its weights; a strategy that they were trained under is left out."""
-    vit = create_vit(name, pretrained=weights is True, **arguments)
+    vit = create_vit(name, weights is True, **arguments)
     if isinstance(weights, str):
         load_weights(vit, open_weights(weights).without_strategy())
     return vit

@@ -72,10 +72,11 @@ class Configurable:
         Raises:
             ValueError: if the class is not an imported subclass of this one, or several bear its
                 short name.
-            TypeError: if an argument is unknown or missing.
+            TypeError: if an argument is unknown or missing, or the form is another.
         """
-        found = cls._find(config["class_path"])
-        given = without_retired(found, config.get("init_args") or {})
+        path, given = _parts(config)
+        found = cls._find(path)
+        given = without_retired(found, given)
         arguments = {name: _built(value) for name, value in given.items()}
         try:
             inspect.signature(found).bind(**arguments)
@@ -106,6 +107,19 @@ class Configurable:
             f"{path!r} is not a known {cls.__name__}{hint} If it is your own class, import its"
             " module before loading."
         )
+
+
+def _parts(config: Any) -> tuple[str, Mapping[str, Any]]:
+    """A stored object's class and arguments."""
+    path = config.get("class_path") if isinstance(config, Mapping) else None
+    given = {} if path is None else config.get("init_args")
+    given = {} if given is None else given
+    if not isinstance(path, str) or not isinstance(given, Mapping):
+        raise SettingTypeError(
+            "a stored object is written {'class_path': NAME, 'init_args': {…}}, and this is"
+            f" {config!r}"
+        )
+    return path, given
 
 
 def without_retired(cls: type[Configurable], init_args: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +157,7 @@ def modern(value: Any) -> Any:
     known = {one.__name__: one for one in Configurable.known().values() if _is_own(one)}
     name = path.rpartition(".")[2]
     if name in known:
-        arguments = without_retired(known[name], found.get("init_args") or {})
+        arguments = without_retired(known[name], _parts(found)[1])
         found = {**found, "class_path": f"{_LIBRARY}.{name}", "init_args": arguments}
     return found
 
@@ -158,7 +172,8 @@ def is_known(value: Any) -> bool:
     names = {
         name for where, one in Configurable.known().items() for name in (where, stored_name(one))
     }
-    return (path is None or path in names) and all(map(is_known, value.values()))
+    known = path is None or (isinstance(path, str) and path in names)
+    return known and all(map(is_known, value.values()))
 
 
 def _arguments(cls: type) -> list[str]:

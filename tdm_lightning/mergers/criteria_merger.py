@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from tdm_lightning.core.checks import check_number
 from tdm_lightning.core.reduction import Reduction, Seen
-from tdm_lightning.errors import SettingError
+from tdm_lightning.errors import SettingError, SettingTypeError
 from tdm_lightning.mergers.pairing import HalvingMerger, grouped
 from tdm_lightning.ops import group_totals, match_both_ways, merge_groups
 
@@ -33,6 +35,10 @@ class CriteriaMerger(HalvingMerger):
         temperatures: tuple[float, float, float] = (1.0, 20.0, 40.0),
         proportional_attention: bool = True,
     ) -> None:
+        if not isinstance(temperatures, Sequence) or isinstance(temperatures, str):
+            raise SettingTypeError(
+                f"temperatures must be three numbers such as (1, 20, 40), got {temperatures!r}"
+            )
         if len(temperatures) != 3:
             raise SettingError(
                 f"temperatures are of likeness, importance and size, got {list(temperatures)}"

@@ -172,7 +172,7 @@ class SViTE(Strategy, TrainingObjective):
         return step % self.interval == 0 and step < self.until * total_steps
 
     def _generator(self, step: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
 
     def _unwatch(self) -> None:
         while self._watching:

@@ -58,9 +58,9 @@ class DiffRate(TokenReduction):
         else:
             if self.power != 1:
                 raise SettingError("power changes published numbers only; give other counts")
-            counts, pruned = list(counts), None if pruned is None else list(pruned)
             schedule = CountPerBlock(counts)
             pruning = schedule if pruned is None else CountPerBlock(pruned)
+            counts, pruned = list(counts), None if pruned is None else list(pruned)
             if pruned is not None and len(pruned) != len(counts):
                 raise SettingError(
                     f"pruned must hold as many numbers as counts, {len(counts)}, got {len(pruned)}"

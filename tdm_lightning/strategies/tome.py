@@ -5,6 +5,7 @@ from __future__ import annotations
 from tdm_lightning.errors import SettingError
 from tdm_lightning.importance import ClassAttention
 from tdm_lightning.mergers import Merger, PairMerger
+from tdm_lightning.mergers.base import check_merger
 from tdm_lightning.schedules import FewerPerBlock, RateAtBlocks, Schedule
 from tdm_lightning.strategies.reduction import TokenReduction
 
@@ -47,6 +48,7 @@ class ToMe(TokenReduction):
         fewer = FewerPerBlock(13 if r is None else r)
         schedule: Schedule = fewer if keep_rate is None else RateAtBlocks(keep_rate, "all")
         own = PairMerger(proportional_attention=proportional_attention)
+        merger = check_merger(merger)
         wanted = frozenset() if merger is None else merger.requires()
         importance = ClassAttention() if "importance" in wanted else None
         super().__init__(importance, schedule, own if merger is None else merger)

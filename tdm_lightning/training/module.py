@@ -148,7 +148,7 @@ class TokenReductionClassifier(LightningModule):
             arguments = {name: value for name, value in arguments.items() if value is not None} | (
                 hp.model_kwargs or {}
             )
-            model = create_vit(model, pretrained=hp.weights is True, **arguments)
+            model = create_vit(model, hp.weights is True, **arguments)
         reduced = attach(model, strategy)
         if not isinstance(reduced, TokenReducedViT):
             raise UnsupportedModelError(

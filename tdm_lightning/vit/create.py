@@ -13,8 +13,25 @@ from torch import nn
 from tdm_lightning.errors import FileError, SettingError, did_you_mean
 from tdm_lightning.vit.find import find_vit
 
+#: What the libraries raise for arguments that mean nothing to them.
+_UNFIT = (
+    *(RuntimeError, TypeError, ValueError, AssertionError),
+    *(AttributeError, LookupError, ArithmeticError),
+)
 
-def create_vit(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
+#: Arguments of the libraries' functions that load a file or let code run. They may come from a
+#: config or a checkpoint of somebody else's, and weights have a way of their own.
+_REFUSED = (
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_image_path",
+    "pretrained_text_path",
+    "trust_remote_code",
+    "weights_only",
+)
+
+
+def create_vit(name: str, pretrained: bool = False, /, **arguments: Any) -> nn.Module:
     """A model of timm, or of the library that the name begins with.
 
     Args:
@@ -26,9 +43,15 @@ def create_vit(name: str, pretrained: bool = False, **arguments: Any) -> nn.Modu
             configuration, also of a kind of model alone: ``hf:dinov2``.
 
     Raises:
-        ValueError: if the library has no model of that name, or not with these arguments, is not
-            installed or not known here, or the pretrained weights cannot be had.
+        ValueError: if the library has no model of that name, or not with these arguments, which may
+            load no file and run no code of others; if it is not installed or not known here, or the
+            pretrained weights cannot be had.
     """
+    if refused := [key for key in _REFUSED if key in arguments]:
+        raise SettingError(
+            f"a model's arguments cannot hold {', '.join(refused)}: a model is made here without"
+            " files and without code of others; weights= loads weights, true those of its library"
+        )
     library, colon, rest = name.partition(":")
     try:
         if colon and library != "hf-hub":
@@ -42,7 +65,7 @@ def create_vit(name: str, pretrained: bool = False, **arguments: Any) -> nn.Modu
             f"the {files} of {name} cannot be had: {error}. Check the name and the connection, or"
             " give the weights as a file"
         ) from error
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except _UNFIT as error:
         raise SettingError(_reason(name, arguments, error)) from error
 
 
@@ -81,18 +104,18 @@ def _of_transformers(name: str, pretrained: bool, arguments: dict[str, Any]) -> 
             "models of transformers need it: pip install 'tdm-lightning[huggingface]'"
         ) from error
     if pretrained:
-        return find_vit(AutoModel.from_pretrained(name, **arguments))
+        return find_vit(AutoModel.from_pretrained(name, trust_remote_code=False, **arguments))
     if name in CONFIG_MAPPING:
         config = AutoConfig.for_model(name, **arguments)
     elif "/" in name or Path(name).is_dir():
-        config = AutoConfig.from_pretrained(name, **arguments)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **arguments)
     else:
         near = did_you_mean(name, list(CONFIG_MAPPING))
         raise SettingError(
             f"transformers has no kind of model {name!r}{near}; give one, such as 'hf:dinov2', a"
             " hub name, or a folder"
         )
-    return find_vit(AutoModel.from_config(config))
+    return find_vit(AutoModel.from_config(config, trust_remote_code=False))
 
 
 def _reason(name: str, arguments: dict[str, Any], error: Exception) -> str:

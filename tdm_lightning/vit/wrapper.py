@@ -388,8 +388,7 @@ class TokenReducedViT(TimmTools, nn.Module):
 
         Raises:
             ValueError: if the model cannot be built again from its architecture's name and these
-                arguments.
-            OSError: if the folder cannot be written.
+                arguments, or the folder cannot be written.
         """
         _sharing().save(self, save_directory, config, license, repo_id)
 

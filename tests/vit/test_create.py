@@ -31,7 +31,7 @@ def test_libraries():
 )
 def test_what_cannot_be_made_is_named(name, arguments, match):
     with pytest.raises(SettingError, match=match), torch.device("meta"):
-        create_vit(name, **arguments)
+        create_vit(name, arguments.pop("pretrained", False), **arguments)
 
 
 def test_without_open_clip(monkeypatch):
