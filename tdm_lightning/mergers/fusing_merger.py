@@ -47,5 +47,7 @@ class FusingMerger(HalvingMerger):
         norm = seen.x.float().norm(dim=-1)
         own = group_totals(norm.masked_fill(taken, 0), group, keep)
         largest = group_extremes(norm, group, keep, "amax", 0)
-        scale = torch.where(count > 1, largest / own, torch.ones_like(own))
+        # Where the one that takes in is a token of zeros, there is no length to go by.
+        fused = (count > 1) & (own > 0)
+        scale = torch.where(fused, largest / own.masked_fill(~fused, 1), torch.ones_like(own))
         return grouped(mean * scale.to(mean.dtype).unsqueeze(-1), group)
