@@ -35,6 +35,10 @@ class DataError(TokenReductionError, ValueError):
     """A data set is missing, cannot be read, or is not what the settings say."""
 
 
+class TrainingError(TokenReductionError, ValueError):
+    """Training cannot go on: its loss is no finite number any more."""
+
+
 class ReductionError(TokenReductionError, ValueError):
     """A merger or strategy, perhaps a user's own, gave back tokens that cannot be."""
 

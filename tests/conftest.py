@@ -27,8 +27,9 @@ torch.set_num_threads(1)
 
 
 #: What takes long: whole benchmarks, programs of exporters, kernels in the interpreter, browsers,
-#: models of real width.
+#: models of real width, runs that are cut off.
 _SLOW_FOLDERS = ("benchmarks", "export", "ops/kernels")
+_SLOW_FILES = ("training/test_faults.py",)
 _SLOW_NAMES = ("export", "compile", "onnx", "browser", "real_width")
 
 
@@ -38,7 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         place = item.path.as_posix()
         in_folder = any(f"/tests/{folder}/" in place for folder in _SLOW_FOLDERS)
         named = "/tests/" in place and any(word in item.name for word in _SLOW_NAMES)
-        if in_folder or named:
+        in_file = place.endswith(tuple(f"/tests/{file}" for file in _SLOW_FILES))
+        if in_folder or in_file or named:
             item.add_marker(pytest.mark.slow)
 
 

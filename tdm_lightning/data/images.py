@@ -188,7 +188,8 @@ class ImageDataset(SharedEpoch, Dataset[Sample | None]):
             try:
                 image = self.reader.image(row)
             except _UNREADABLE as error:
-                self.corrupt.report(position, 1, str(position), error)
+                where = f"{position}{_path_note(row[self.reader.image_column])}"
+                self.corrupt.report(position, 1, where, error)
                 if not self.replace:
                     return None
             else:

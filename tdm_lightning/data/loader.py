@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeAlias
 
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch.utils.data import DataLoader
 
 from tdm_lightning.data.images import SharedEpoch
 from tdm_lightning.data.sampling import TrainingSampler
+from tdm_lightning.errors import DataError
+
+Batch: TypeAlias = list[Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class ImageLoader(DataLoader):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         self._find_position()
-        for batch in self._remaining():
+        for batch in _named(self._remaining()):
             if batch is not None:
                 self._batches += 1
                 images, labels = batch  # pinning makes lists of tuples
@@ -90,7 +94,7 @@ class ImageLoader(DataLoader):
             self._epoch, self._batches = self._epoch + 1, 0
         self._begun = True
 
-    def _remaining(self) -> Iterator[list[Tensor] | None]:
+    def _remaining(self) -> Iterator[Batch]:
         """The epoch from its position on."""
         images, sampler = self.dataset, self.sampler
         if isinstance(images, SharedEpoch):
@@ -100,6 +104,26 @@ class ImageLoader(DataLoader):
             sampler.start = self._batches * (self.batch_size or 1)
             return super().__iter__()
         return islice(super().__iter__(), self._batches, None)
+
+
+def _named(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same batches; what went wrong in a worker is told in one line.
+
+    Raises:
+        ValueError: if a worker died, or met data that it refused.
+    """
+    try:
+        yield from batches
+    except DataError as error:  # from a worker: with the worker's traceback in its message
+        message = str(error).rpartition(f"{DataError.__name__}: ")[2].strip()
+        raise DataError(message) from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise DataError(
+            f"a process that loads images died: {error}. Most often memory ran out: set fewer"
+            " num_workers or a smaller batch_size; num_workers=0 shows an error of one's own code"
+        ) from error
 
 
 def trainer_position(trainer: Trainer) -> tuple[int, int]:

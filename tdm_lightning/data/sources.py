@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from glob import glob, has_magic
 from pathlib import Path
+from tarfile import TarError
 from typing import Any, TypeAlias
 
 from datasets import DatasetDict, Features, IterableDatasetDict, load_dataset, load_dataset_builder
@@ -68,7 +69,7 @@ def load_splits(
         options["drop_labels"] = isinstance(location, str) and not _has_classes(location)
     try:
         return load_dataset(format, **files, **options)
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError, TarError) as error:
         raise DataError(
             f"cannot read {location!r} as {format}: {error.__cause__ or error}"
         ) from error

@@ -26,8 +26,10 @@ from tdm_lightning.errors import FileError, SettingError, UnsupportedModelError,
 from tdm_lightning.flops import step_flops
 from tdm_lightning.strategies import Strategy
 from tdm_lightning.strategies.stack import stacked
+from tdm_lightning.training.finite import check_loss
 from tdm_lightning.training.recipe import drop_odd, freeze, make_cosine, make_criterion
 from tdm_lightning.training.sharding import check_strategy, shard
+from tdm_lightning.training.whole import write_whole
 from tdm_lightning.vit import TokenReducedViT, attach
 from tdm_lightning.vit.create import create_vit
 
@@ -260,9 +262,11 @@ class TokenReductionClassifier(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Make the teacher before a checkpoint is restored over the starting weights, and before
-        the parameters are sharded.
+        the parameters are sharded; have checkpoints written as
+        :class:`~tdm_lightning.training.whole.WholeCheckpoints` does.
         """
         check_strategy(self.trainer)
+        write_whole(self.trainer)
         if stage == "fit" and self.model.strategy.requires().teacher and not self._teacher:
             self._teacher = (self.configure_teacher(),)
 
@@ -299,7 +303,11 @@ class TokenReductionClassifier(LightningModule):
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One step on ``(images B×C×H×W, labels B)``; the sum of the strategy's loss terms."""
+        """One step on ``(images B×C×H×W, labels B)``; the sum of the strategy's loss terms.
+
+        Raises:
+            ValueError: if that is not finite, see :func:`tdm_lightning.training.finite.check_loss`.
+        """
         images, target = batch
         if self.mixing is not None and len(images) > 1:
             images, target = self.mixing(*drop_odd(images, target))
@@ -309,6 +317,9 @@ class TokenReductionClassifier(LightningModule):
         objective = self.model.objective
         output = self.model.run(images, logits_alone=objective.reads_logits_alone())
         terms = objective.loss(output, target, self.criterion, self._teacher_output(images))
+        rates = [group["lr"] for one in self.trainer.optimizers for group in one.param_groups]
+        place = f"step {self.global_step} (epoch {self.current_epoch}, batch {batch_idx})"
+        check_loss(terms, self.model.strategy, rates, place)
         loss = torch.stack(list(terms.values())).sum()
         self.log("train/loss", loss, prog_bar=True)
         if len(terms) > 1:
