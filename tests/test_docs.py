@@ -17,7 +17,7 @@ from tdm_lightning.cli import main
 ROOT = Path(__file__).parents[1]
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"))
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md"))
 }
 
 #: What tells each block of Python from all others.
@@ -39,6 +39,9 @@ KEYS = (
     "export_compiled(",
     "aoti_load_package(",
     "torch.export.Dim(",
+    "print(tdm.flops.count_macs(model))",
+    "alike = (",
+    "student = ",
 )
 
 
@@ -236,6 +239,32 @@ def test_a_triple_in_python_and_yaml(tmp_path, capsys):
         main(["fit", "--config=deit_small", f"--config={path}", "--print_config"])
     found = yaml.safe_load(capsys.readouterr().out)["model"]["strategy"]
     assert tdm.Strategy.from_config(found).config() == names["strategy"].config()
+
+
+def test_the_manual_begins(capsys):
+    exec(block("print(tdm.flops.count_macs(model))"), {})
+    assert capsys.readouterr().out == "3004463616\n"
+
+
+def test_a_rate_from_a_budget():
+    vit = timm.create_model("test_vit", img_size=96, depth=12).eval()
+    budget = tdm.flops.count_macs(vit) / 2
+    code = block("alike = (").replace("gmacs=2.5", f"gmacs={budget / 1e9}")
+    names = {"tdm": tdm, "vit": vit, "images": torch.randn(2, 3, 96, 96)}
+    exec(code, names)
+    assert tdm.flops.count_macs(names["reduced"]) <= budget
+    assert 0 <= names["alike"] <= 1
+
+
+def test_a_fine_tune_of_ones_own():
+    vit = timm.create_model("test_vit", img_size=96, num_classes=3)
+    before = vit.head.weight.detach().clone()
+    code = block("student = ").replace("keep_rate=0.5", "0.5, (1, 3)")
+    loader = [(torch.randn(2, 3, 96, 96), torch.tensor([0, 2]))]
+    names = {"tdm": tdm, "torch": torch, "vit": vit, "loader": loader}
+    exec(code, names)
+    assert torch.isfinite(names["loss"])
+    assert not torch.equal(vit.head.weight, before)
 
 
 def test_a_merger():
