@@ -123,8 +123,13 @@ def _of_run(content: Mapping[str, Any], origin: str) -> Stored | None:
         return None
     if "strategy" not in given:
         return None
-    kinds = {"model": str, "model_kwargs": Mapping, "strategy": (Mapping, list)}
-    for key, kind in {**kinds, "label_names": list}.items():
+    kinds: dict[str, tuple[type, ...]] = {
+        "model": (str,),
+        "model_kwargs": (Mapping,),
+        "strategy": (Mapping, list),
+        "label_names": (list,),
+    }
+    for key, kind in kinds.items():
         value = given.get(key)
         if value is not None and not isinstance(value, kind):
             raise FileError(

@@ -18,7 +18,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     """
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         """See ``TorchCheckpointIO``."""
         if "://" in os.fspath(path):
