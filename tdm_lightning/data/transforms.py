@@ -18,6 +18,9 @@ from tdm_lightning.errors import DataError, did_you_mean
 Transform = Callable[[Image], Tensor]
 _MODES = {1: "L", 3: "RGB"}
 
+#: Images of a model that tells nothing about them; mean and deviation are ImageNet's.
+_USUAL = {"input_size": (3, 224, 224)}
+
 
 def resolve_config(
     model: str | None, model_kwargs: Mapping[str, Any] | None = None, crop_pct: float | None = None
@@ -42,12 +45,12 @@ def resolve_config(
     (1, 32, 32)
     """
     kwargs = model_kwargs or {}
-    cfg: dict[str, Any] = {"input_size": (3, 224, 224)} if model is None else _pretrained_cfg(model)
+    cfg: dict[str, Any] = dict(_USUAL) if model is None else _pretrained_cfg(model)
     channels, height, width = cfg["input_size"]
     channels = kwargs.get("in_chans", channels)
     size = kwargs.get("img_size") or (height, width)
-    height, width = (size, size) if isinstance(size, int) else size
-    if channels not in _MODES:
+    height, width = _sides(size)
+    if channels not in tuple(_MODES):
         raise DataError(
             "images are read as RGB or grey, so a model takes 3 or 1 channels, but in_chans is"
             f" {channels}"
@@ -56,8 +59,26 @@ def resolve_config(
     return resolve_data_config(chosen, pretrained_cfg=_grey(cfg, channels))
 
 
+def _sides(size: Any) -> tuple[int, int]:
+    """Height and width, which may be given as one number."""
+    sides = (size, size) if isinstance(size, int) else size
+    pair = isinstance(sides, (list, tuple)) and len(sides) == 2
+    if not pair or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise DataError(
+            f"img_size must be a number of pixels, or height and width as two, got {size!r}"
+        )
+    return sides[0], sides[1]
+
+
 def _pretrained_cfg(model: str) -> dict[str, Any]:
-    if ":" in model:  # hf-hub:… and local-dir:… tell in their own files
+    library, colon, _ = model.partition(":")
+    if library == "torchvision":
+        return dict(_USUAL)
+    if colon and library not in ("hf-hub", "local-dir"):
+        raise DataError(
+            f"{model!r} is no model of timm's or torchvision's, which images are prepared for here"
+        )
+    if colon:  # these tell in their own files
         return dict(timm.create_model(model).pretrained_cfg)  # type: ignore[arg-type]
     cfg = get_pretrained_cfg(model)
     if cfg is None:

@@ -16,6 +16,8 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
 
 from tdm_lightning.data import ImageNetDataModule, sources
+from tdm_lightning.data.transforms import resolve_config
+from tdm_lightning.errors import DataError
 from tests.helpers.localsets import (
     NAMES,
     make_image_folder,
@@ -326,11 +328,21 @@ def test_a_stream_skips_and_names_the_file(tmp_path: Path) -> None:
         ),
         ({"model": "test_vot"}, r"timm \S+ has no model 'test_vot'; did you mean test_vit"),
         ({"model_kwargs": {"in_chans": 4}}, "3 or 1 channels, but in_chans is 4"),
+        ({"model_kwargs": {"in_chans": [3]}}, r"3 or 1 channels, but in_chans is \[3\]"),
+        ({"model_kwargs": {"img_size": 0.5}}, "img_size must be a number of pixels, .* got 0.5"),
+        ({"model_kwargs": {"img_size": [32]}}, "height and width as two, got .32."),
+        ({"model_kwargs": {"img_size": "32"}}, "height and width as two, got '32'"),
     ],
 )
 def test_settings_out_of_range(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         ImageNetDataModule("digits", **options)
+
+
+def test_models_of_other_libraries() -> None:
+    assert resolve_config("torchvision:vit_b_16") == resolve_config(None)
+    with pytest.raises(DataError, match="'hf:dinov2' is no model of timm's or torchvision's"):
+        resolve_config("hf:dinov2")
 
 
 def test_an_unknown_format(tmp_path: Path) -> None:
