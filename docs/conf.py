@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from docutils import nodes
+
 from tdm_lightning.version import __version__
 
 DOCS = Path(__file__).parent
@@ -28,8 +30,10 @@ napoleon_use_ivar = True
 _repository = os.environ.get("GITHUB_REPOSITORY")
 _home = os.environ.get("GITHUB_SERVER_URL", "https://github.com")
 SOURCE = f"{_home}/{_repository}/blob/main" if _repository else DOCS.parent.resolve().as_uri()
+#: Stands for SOURCE in a page that is being read: Markdown takes no links to local files.
+MARK = "https://checkout.invalid"
 
-_LINK = re.compile(r"(?<!!)(\[(?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*\]\()((?:\.\./)[^)\s#]*)")
+_LINK = re.compile(r"(?<!!)(\[[^\[\]]*\]\()(\.\./[^)\s#]*)")
 
 
 def lead_out(page: Path, text: str) -> str:
@@ -37,8 +41,9 @@ def lead_out(page: Path, text: str) -> str:
 
     def absolute(found: re.Match[str]) -> str:
         target = Path(os.path.normpath(page.parent / found[2]))
-        inside = target.is_relative_to(DOCS) or DOCS.is_relative_to(target)
-        return found[0] if inside else f"{found[1]}{SOURCE}/{target.relative_to(DOCS.parent)}"
+        if target.is_relative_to(DOCS):
+            return found[0]
+        return f"{found[1]}{MARK}/{target.relative_to(DOCS.parent).as_posix()}"
 
     return _LINK.sub(absolute, text)
 
@@ -49,4 +54,10 @@ def setup(app):
     def read(app, name, source):
         source[0] = lead_out(Path(app.env.doc2path(name)), source[0])
 
+    def resolve(app, doctree, name):
+        for link in doctree.findall(nodes.reference):
+            if link.get("refuri", "").startswith(MARK):
+                link["refuri"] = link["refuri"].replace(MARK, SOURCE)
+
     app.connect("source-read", read)
+    app.connect("doctree-resolved", resolve)
