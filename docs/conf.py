@@ -6,8 +6,6 @@ import os
 import re
 from pathlib import Path
 
-from docutils import nodes
-
 from tdm_lightning.version import __version__
 
 DOCS = Path(__file__).parent
@@ -50,6 +48,7 @@ def lead_out(page: Path, text: str) -> str:
 
 def setup(app):
     """What Sphinx calls with itself."""
+    from docutils import nodes
 
     def read(app, name, source):
         source[0] = lead_out(Path(app.env.doc2path(name)), source[0])

@@ -11,7 +11,6 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def conf(monkeypatch):
-    pytest.importorskip("docutils")
     monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
     spec = importlib.util.spec_from_file_location("conf", ROOT / "docs" / "conf.py")
     module = importlib.util.module_from_spec(spec)
