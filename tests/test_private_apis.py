@@ -75,7 +75,7 @@ def test_it_is_there(name: str, parameters: str, user: str) -> None:
 
 
 #: Attributes of every torch module; their names are in its state since 1.0.
-MODULES = {"_modules", "_forward_hooks", "_forward_pre_hooks"}
+MODULES = {"_modules", "_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"}
 
 
 def test_every_module_has_them() -> None:

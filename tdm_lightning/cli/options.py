@@ -50,7 +50,7 @@ def function_options(module: str, function: str) -> dict[str, str]:
     """The settings of a command that is a function of this library, and their annotations."""
     package, _, path = module.partition(".")
     own = _arguments(package, f"{path.replace('.', '/')}.py", function)
-    return {"config": "", "help": "", **own}
+    return {"config": "", "help": "", "print_config": "", **own}
 
 
 def underscored(arguments: Sequence[str]) -> list[str]:

@@ -127,10 +127,11 @@ class TokenReductionCLI(LightningCLI):
 
 def _hyperparameters(path: Path) -> dict[str, Any]:
     """A checkpoint's hyperparameters under the names of the options; nothing in it is run."""
-    path = path / "meta.pt" if path.is_dir() else path  # a folder of shards, by FSDP2
-    if not path.is_file():
+    shards = path / "meta.pt"  # in a folder, by FSDP2
+    file = shards if shards.is_file() else path
+    if not file.is_file():
         raise FileError(f"there is no checkpoint {str(path)!r}, which --ckpt_path names")
-    content = read_file(path)
+    content = read_file(file)
     if "pytorch-lightning_version" not in content:
         raise FileError(
             f"{path} is no checkpoint of `tdm fit`; weights of another kind are taken by"

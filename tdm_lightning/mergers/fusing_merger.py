@@ -48,6 +48,6 @@ class FusingMerger(HalvingMerger):
         own = group_totals(norm.masked_fill(taken, 0), group, keep)
         largest = group_extremes(norm, group, keep, "amax", 0)
         # Where the one that takes in is a token of zeros, there is no length to go by.
-        fused = (count > 1) & (own > 0)
-        scale = torch.where(fused, largest / own.masked_fill(~fused, 1), torch.ones_like(own))
+        zero = own == 0
+        scale = (largest / own.masked_fill(zero, 1)).masked_fill(zero, 1)
         return grouped(mean * scale.to(mean.dtype).unsqueeze(-1), group)

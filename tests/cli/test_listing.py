@@ -61,7 +61,8 @@ def test_each_class_that_a_name_can_mean_has_an_example():
 
 
 def test_least_versions_are_those_that_pip_asks_for():
-    asked = {line.partition(">=")[0].replace("-", "_"): line for line in requires("tdm-lightning")}
+    lines = [line.replace("-", "_") for line in requires("tdm-lightning")]
+    asked = {line.partition(">=")[0]: line for line in lines}
     for library in LIBRARIES:
         if library.least:
             assert f">={library.least}" in asked[library.package]

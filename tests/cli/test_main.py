@@ -129,7 +129,7 @@ def test_the_module_is_the_command(tmp_path):
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.splitlines() == [
         "tdm: error: unknown command 'frobnicate'; the commands are fit, validate, test, predict,"
-        " compare, export, rates, slim, visualize"
+        " compare, export, models, rates, slim, visualize"
     ]
 
 
