@@ -318,6 +318,66 @@ def test_it_compiles_exports_and_runs_in_half_precision(name, images):
     assert half.isfinite().all()
 
 
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_pass_leaves_no_state_and_images_are_alone(name, images):
+    model, others = make(name), torch.randn(3, 3, 32, 32)
+    tdm.attach(model, tdm.WardTDM(0.6, (1, 2)))
+    first = model(pixel_values=images)[0]
+    model(pixel_values=others)
+    assert torch.equal(model(pixel_values=images)[0], first)
+    alone = torch.cat([model(pixel_values=image.unsqueeze(0))[0] for image in images])
+    torch.testing.assert_close(alone, first, atol=1e-5, rtol=1e-5)
+
+
+class LowRank(nn.Module):
+    """A projection with an adapter beside it, as LoRA puts in its place."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+    def merged(self):
+        self.base_layer.weight += self.up.weight @ self.down.weight
+        return self.base_layer
+
+
+@pytest.mark.parametrize("first", ["attach", "adapt"])
+@torch.no_grad()
+def test_low_rank_adapters_on_queries_and_values(first, images):
+    model = make()
+    if first == "attach":
+        tdm.attach(model, tdm.TDM(0.5, (1, 2)))
+    before = copy.deepcopy(model)(pixel_values=images).logits
+    for layer in model.vit.layers:
+        for name in ("q_proj", "v_proj"):
+            setattr(layer.attention, name, LowRank(getattr(layer.attention, name)))
+    if first == "adapt":
+        tdm.attach(model, tdm.TDM(0.5, (1, 2)))
+    found = model(pixel_values=images).logits
+    assert not torch.allclose(found, before, atol=1e-3)
+    for layer in model.vit.layers:
+        for name in ("q_proj", "v_proj"):
+            setattr(layer.attention, name, getattr(layer.attention, name).merged())
+    torch.testing.assert_close(model(pixel_values=images).logits, found, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_quantised_linear_layers(images):
+    model = tdm.attach(make(), tdm.TDM(0.5, (1, 2)))
+    expected = model(pixel_values=images).logits
+    small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+    found = small(pixel_values=images).logits
+    assert type(small.vit.layers[0].attention.q_proj) is not nn.Linear
+    assert found.shape == expected.shape
+    assert torch.cosine_similarity(found, expected).min() > 0.5
+
+
 def exported(model):
     """A program for batches of any size."""
     batch = {"pixel_values": {0: torch.export.Dim("batch")}}
