@@ -31,10 +31,16 @@ torch.set_num_threads(1)
 _SLOW_FOLDERS = ("benchmarks", "export", "ops/kernels")
 _SLOW_FILES = ("training/test_faults.py",)
 _SLOW_NAMES = ("export", "compile", "onnx", "browser", "real_width")
+#: Of these the longest, several processes in each test, but for some.
+_NIGHTLY_FILES = ("training/test_sharded.py", "training/test_many_machines.py")
+_NIGHTLY_FILES += ("data/test_streams_over_nodes.py", "test_docs.py")
+_EACH_PUSH = ("test_torchrun", "test_what_cannot", "test_fsdp1", "parameters[TDM")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what is left out of ``pytest`` and run by ``pytest -m slow``."""
+    """Mark as slow what is left out of ``pytest`` and run by ``pytest -m slow``; as nightly what of
+    that a push need not wait for.
+    """
     for item in items:
         place = item.path.as_posix()
         in_folder = any(f"/tests/{folder}/" in place for folder in _SLOW_FOLDERS)
@@ -42,6 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         in_file = place.endswith(tuple(f"/tests/{file}" for file in _SLOW_FILES))
         if in_folder or in_file or named:
             item.add_marker(pytest.mark.slow)
+        long = place.endswith(tuple(f"/tests/{file}" for file in _NIGHTLY_FILES))
+        if long and item.get_closest_marker("slow") and not any(word in item.name for word in _EACH_PUSH):
+            item.add_marker(pytest.mark.nightly)
 
 
 def pytest_collection_finish() -> None:

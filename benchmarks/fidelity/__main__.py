@@ -66,7 +66,7 @@ def fidelity(
             " pretrained ones"
         )
     arguments = model_kwargs or {}
-    vit = create_vit(model, pretrained=weights is True, **arguments).eval()
+    vit = create_vit(model, weights is True, **arguments).eval()
     if isinstance(weights, str):
         load_weights(vit, weights)
     photos, folder = photographs(), make_folder(out)

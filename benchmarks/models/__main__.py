@@ -37,8 +37,8 @@ def models(trials: list[str] | None = None, out: str = "docs/supported.md") -> N
             found[path][name] = outcome(TRIALS[name], vit)
             if found[path][name] != "yes":
                 console.print(f"{path}, {name}: {found[path][name]}", markup=False)
-    with open(out, "w", encoding="utf-8") as file:
-        file.write(markdown(found))
+        with open(out, "w", encoding="utf-8") as file:  # whole after every class
+            file.write(markdown(found))
     print(out)
 
 

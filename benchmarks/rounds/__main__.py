@@ -55,7 +55,7 @@ def rounds(
 
     if not weights:
         raise SettingError("an untrained model's features mean nothing: give --weights FILE")
-    vit = create_vit(model, pretrained=weights is True, **(model_kwargs or {})).eval()
+    vit = create_vit(model, weights is True, **(model_kwargs or {})).eval()
     if isinstance(weights, str):
         load_weights(vit, weights)
     info = model_info(vit)
