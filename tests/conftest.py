@@ -49,7 +49,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if in_folder or in_file or named:
             item.add_marker(pytest.mark.slow)
         long = place.endswith(tuple(f"/tests/{file}" for file in _NIGHTLY_FILES))
-        if long and item.get_closest_marker("slow") and not any(word in item.name for word in _EACH_PUSH):
+        if (
+            long
+            and item.get_closest_marker("slow")
+            and not any(word in item.name for word in _EACH_PUSH)
+        ):
             item.add_marker(pytest.mark.nightly)
 
 
