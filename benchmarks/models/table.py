@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
+from textwrap import wrap
 
 from tdm_lightning.cli.listing import LIBRARIES, library_of
 from tdm_lightning.vit.refusals import REFUSED
@@ -52,16 +53,13 @@ def markdown(found: Mapping[str, Mapping[str, str]]) -> str:
             if outcome != "yes"
         ]
     refused = [f"- `{name}`: {reason}" for name, reason in REFUSED.items()]
-    why = ["", *remarks] if remarks else []
-    about = _wrapped(_ABOUT.format(versions=versions))
-    return about + "\n".join([*lines, *why]) + "\n" + _REFUSED + "\n".join(refused) + "\n"
+    why = ["", *map(_wrapped, remarks)] if remarks else []
+    listed = "\n".join(map(_wrapped, refused))
+    about = "\n".join(map(_wrapped, _ABOUT.format(versions=versions).split("\n")))
+    return about + "\n".join([*lines, *why]) + "\n" + _REFUSED + listed + "\n"
 
 
-def _wrapped(text: str) -> str:
-    """Lines of at most 100 columns."""
-    import textwrap
-
-    return "\n".join(
-        "\n".join(textwrap.wrap(line, 100, break_on_hyphens=False)) if len(line) > 100 else line
-        for line in text.split("\n")
-    )
+def _wrapped(line: str) -> str:
+    """A line in lines of at most 100 columns."""
+    inside = "  " if line.startswith("- ") else ""
+    return "\n".join(wrap(line, 100, break_on_hyphens=False, subsequent_indent=inside))
