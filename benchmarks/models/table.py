@@ -18,7 +18,8 @@ random weights, `WardTDM(0.5, (1, 2))`.
 - *train*: gradients for all parameters that have one in the plain model;
 - *half*: finite in bfloat16;
 - *compile*: one graph of `torch.compile`, without a break (traced, not lowered to C++);
-- *export*, *onnx*: `torch.export` and ONNX Runtime, for batches of another size too;
+- *export*, *onnx*: `torch.export` and ONNX Runtime, for batches of another size too (a masked
+  autoencoder draws the order of its patches, and another one there);
 - *trace*: what became of every patch.
 
 """

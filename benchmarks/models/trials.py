@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -122,7 +123,8 @@ def outcome(trial: Trial, vit: nn.Module) -> str:
             warnings.simplefilter("ignore")
             trial(vit)
     except Exception as error:  # whatever it is, the table tells
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        plain = re.sub(r"\x1b\[\d+m", "", str(error))  # without the colours of terminals
+        return f"{type(error).__name__}: {plain}".splitlines()[0]
     return "yes"
 
 

@@ -152,7 +152,10 @@ OTHERS = [
     ("compare --rounds x", "rounds must be a whole number, got x"),
     ("compare --rounds", "--rounds needs a value"),
     ("compare --model test_vit --rounds 0", "rounds must be at least 1, got 0"),
-    ("compare --data digits", "data must be a ImageNetDataModule by its class_path, got digits"),
+    (
+        "compare --data digits",
+        "must be a ImageNetDataModule by its|no ImageNetDataModule .digits",
+    ),
     ("rates --model test_vit", "give --match_gmacs NUMBER"),
     ("rates --match_gmacs much", "match_gmacs must be a number or null, got much"),
     ("slim --model test_vit", "a search needs images: give --data ImageNetDataModule"),

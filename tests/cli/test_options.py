@@ -29,7 +29,7 @@ def test_they_are_those_of_the_parser(command):
 def test_those_of_our_own_commands_are_arguments(command):
     module, name, _ = COMMANDS[command]
     arguments = signature(getattr(import_module(module), name)).parameters
-    assert function_options(module, name).keys() == {"config", "help", *arguments}
+    assert function_options(module, name).keys() == {"config", "help", "print_config", *arguments}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,8 @@ def test_what_there_is_passes(argument):
 
 
 def test_a_release_that_hides_its_settings_leaves_them_to_the_parser():
-    assert set(function_options("tdm_lightning.cli.compare", "nothing")) == {"config", "help"}
+    found = function_options("tdm_lightning.cli.compare", "nothing")
+    assert set(found) == {"config", "help", "print_config"}
     check_options(["--anything=3"], {})
     with pytest.raises(UsageError, match="no setting --anything"):
         check_options(["--anything=3"], {"config": ""})
