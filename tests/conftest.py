@@ -31,10 +31,12 @@ torch.set_num_threads(1)
 _SLOW_FOLDERS = ("benchmarks", "export", "ops/kernels")
 _SLOW_FILES = ("training/test_faults.py",)
 _SLOW_NAMES = ("export", "compile", "onnx", "browser", "real_width")
-#: Of these the longest, several processes in each test, but for some.
+#: Of these the longest, several processes in a test or a program of every model, but for some.
 _NIGHTLY_FILES = ("training/test_sharded.py", "training/test_many_machines.py")
 _NIGHTLY_FILES += ("data/test_streams_over_nodes.py", "test_docs.py")
-_EACH_PUSH = ("test_torchrun", "test_what_cannot", "test_fsdp1", "parameters[TDM")
+_NIGHTLY_FILES += ("vit/test_huggingface.py", "export/test_operators.py")
+_EACH_PUSH = ("test_torchrun", "test_what_cannot", "test_fsdp1", "parameters[TDM", "to_a_file")
+_EACH_PUSH += ("[vit]", "[beit]", "[dinov3]", "has[TDM", "has[WardTDM", "has[ToMe", "has[EViT")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
