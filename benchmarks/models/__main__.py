@@ -23,7 +23,7 @@ def models(trials: list[str] | None = None, out: str = "docs/supported.md") -> N
     from benchmarks.models.table import markdown
     from benchmarks.models.tiny import tiny
     from benchmarks.models.trials import TRIALS, outcome
-    from tdm_lightning.cli.listing import library_of
+    from tdm_lightning.cli.models import library_of
     from tdm_lightning.core.checks import check_choice
     from tdm_lightning.vit.adapters import class_names
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from textwrap import wrap
 
-from tdm_lightning.cli.listing import LIBRARIES, library_of
+from tdm_lightning.cli.models import LIBRARIES, library_of
 from tdm_lightning.vit.refusals import REFUSED
 
 _ABOUT = """# What works with which model

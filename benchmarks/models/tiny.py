@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdm_lightning.cli.listing import EXAMPLES, library_of
+from tdm_lightning.cli.models import EXAMPLES, library_of
 from tdm_lightning.vit import find_vit
 from tdm_lightning.vit.create import create_vit
 

@@ -30,7 +30,7 @@ COMMANDS = {
         "Write a model for ONNX Runtime, torch.export or the hub.",
     ),
     "models": (
-        "tdm_lightning.cli.listing",
+        "tdm_lightning.cli.models",
         "models",
         "List the models that can be reduced, of every library.",
     ),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tdm_lightning.cli.models import Chosen, check_trained, choose_model
+from tdm_lightning.cli.chosen import Chosen, check_trained, choose_model
 from tdm_lightning.cli.progress import bars
 from tdm_lightning.strategies import Strategy
 

@@ -1,105 +1,106 @@
-"""The reduced model that a command's settings describe."""
+"""``tdm models``: what can be reduced, and what it needs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
-from torch import nn
-
-from tdm_lightning.checkpoints import load_weights, open_weights
-from tdm_lightning.errors import FileError, SettingError
-from tdm_lightning.strategies import TDM, Strategy
-from tdm_lightning.strategies.stack import stacked
-from tdm_lightning.vit import TokenReducedViT
-from tdm_lightning.vit.attach import reduced_vit
-from tdm_lightning.vit.create import create_vit
+from rich.console import Console
+from rich.table import Table
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A reduced model, ready for inference.
+class Library:
+    """Where models come from.
 
     Attributes:
-        model: the model.
-        config: what is known of it beyond itself, for
-            :meth:`~tdm_lightning.TokenReducedViT.save_pretrained`.
+        name: the library.
+        prefix: in front of its names in commands.
+        least: its oldest version that works.
+        package: what pip calls it.
+        extra: the extra of this library that brings it; empty: it is always there.
+        how: what :func:`tdm_lightning.attach` does with its models.
     """
 
-    model: TokenReducedViT
-    config: dict[str, Any] = field(default_factory=dict)
+    name: str
+    prefix: str
+    least: str
+    package: str
+    extra: str
+    how: str
 
 
-def choose_model(
-    weights: bool | str | None,
-    model: str,
-    model_kwargs: dict[str, Any] | None,
-    strategy: Strategy | list[Strategy] | None,
-) -> Chosen:
-    """Make a model and load its weights.
+LIBRARIES = (
+    Library("timm", "", "1.0.31", "timm", "", "wrapped"),
+    Library("torchvision", "torchvision:", "", "torchvision", "", "wrapped"),
+    Library("open_clip", "open_clip:", "2.32", "open_clip_torch", "open_clip", "wrapped"),
+    Library("transformers", "hf:", "5.20", "transformers", "huggingface", "in place"),
+)
 
-    Args:
-        weights: ``True`` for timm's pretrained ones, or what
-            :func:`~tdm_lightning.checkpoints.open_weights` takes; otherwise they are random.
-        model: the name of a ViT: timm's, ``torchvision:…``, ``open_clip:…`` or ``hf:…``.
-        model_kwargs: passed to ``timm.create_model``.
-        strategy: the token-reduction method; ``None``: TDM at 0.7, or none where the weights say
-            that they were trained without.
+#: A model of each class, as commands name it without its library.
+EXAMPLES = {
+    "timm.models.beit.Beit": "beit_base_patch16_224",
+    "timm.models.eva.Eva": "vit_small_patch16_dinov3",
+    "timm.models.naflexvit.NaFlexVit": "naflexvit_base_patch16_gap",
+    "timm.models.vision_transformer.VisionTransformer": "deit_small_patch16_224",
+    "timm.models.vision_transformer_relpos.VisionTransformerRelPos": (
+        "vit_relpos_small_patch16_224"
+    ),
+    "torchvision.models.vision_transformer.VisionTransformer": "vit_b_16",
+    "open_clip.transformer.VisionTransformer": "ViT-B-32",
+    "transformers.models.beit.modeling_beit.BeitModel": "beit",
+    "transformers.models.clip.modeling_clip.CLIPVisionModel": "clip",
+    "transformers.models.data2vec.modeling_data2vec_vision.Data2VecVisionModel": "data2vec-vision",
+    "transformers.models.deit.modeling_deit.DeiTModel": "deit",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Model": "dinov2",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
+    ".Dinov2WithRegistersModel": "dinov2_with_registers",
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel": "dinov3_vit",
+    "transformers.models.ijepa.modeling_ijepa.IJepaModel": "ijepa",
+    "transformers.models.siglip.modeling_siglip.SiglipVisionModel": "siglip",
+    "transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel": "siglip2",
+    "transformers.models.vit.modeling_vit.ViTModel": "vit",
+    "transformers.models.vit_mae.modeling_vit_mae.ViTMAEModel": "vit_mae",
+    "transformers.models.vit_msn.modeling_vit_msn.ViTMSNModel": "vit_msn",
+}
 
-    Raises:
-        ValueError, TypeError: if something is missing or does not fit.
+
+def models() -> None:
+    """The model classes that can be reduced, by library, with a name for the commands and what they
+    need; and timm's classes that are called Vision Transformers too and cannot, with the reason.
     """
-    arguments = model_kwargs or {}
-    vit = create_vit(model, weights is True, **arguments)
-    if not isinstance(weights, str):
-        return Chosen(reduced_vit(vit, strategy or TDM()).eval(), {"model_args": arguments})
-    source = open_weights(weights)
-    chosen = strategy or (TDM() if source.stored is None else Strategy())
-    reduced = reduced_vit(vit, chosen).eval()
-    if source.stored is not None and _differs(chosen, source.stored.strategy):
-        source = source.without_strategy()
-    report = load_weights(reduced, source)
-    if own := [name for name in report.untouched if name.startswith("strategy.")]:
-        raise FileError(
-            f"{type(reduced.strategy).__name__} has layers of its own, and {weights} holds no"
-            f" {own[0]}; give the strategy that it was trained with, or train this one first"
-        )
-    config = {"model_args": arguments} if source.stored is None else source.stored.config
-    return Chosen(reduced, config)
+    from tdm_lightning.vit.adapters import class_names
+    from tdm_lightning.vit.refusals import REFUSED
+
+    reduced = Table("library", "class", "reduced", "--model, for example", "needs")
+    for path in class_names():
+        root, _, name = path.rpartition(".")
+        library = library_of(path)
+        if library is None:
+            reduced.add_row(root, name, "", "", "")
+            continue
+        example = f"{library.prefix}{EXAMPLES[path]}" if path in EXAMPLES else "inside a model"
+        reduced.add_row(library.name, name, library.how, example, needs(library))
+    refused = Table("refused, of timm", "because")
+    for name, reason in REFUSED.items():
+        refused.add_row(name, reason)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console.print(reduced)
+    console.print(refused)
 
 
-def load_vit(weights: bool | str | None, name: str, arguments: dict[str, Any]) -> nn.Module:
-    """The timm model with its weights; a strategy that they were trained under is left out."""
-    vit = create_vit(name, weights is True, **arguments)
-    if isinstance(weights, str):
-        load_weights(vit, open_weights(weights).without_strategy())
-    return vit
+def library_of(path: str) -> Library | None:
+    """The library of a class by its full name; ``None``: another's, which registered its own."""
+    root = path.partition(".")[0]
+    return next((library for library in LIBRARIES if library.name == root), None)
 
 
-def check_trained(weights: bool | str | None, random_weights: bool, why: str) -> None:
-    """Whether there are weights, or the user insists on random ones.
-
-    Args:
-        weights: as in :func:`choose_model`.
-        random_weights: whether the user insists.
-        why: why random ones are of no use.
-
-    Raises:
-        ValueError: if not.
-    """
-    if not weights and not random_weights:
-        raise SettingError(
-            f"{why}: give --weights FILE (or a folder, a hub name, or true for timm's pretrained"
-            " weights), or insist with --random_weights true"
-        )
-
-
-def _differs(requested: Strategy | list[Strategy], stored: Any) -> bool:
-    """Whether a strategy is of another class than the stored one, so that its layers are others."""
-    there = [] if stored is None else [Strategy.from_config(stored)]
-    mine, theirs = stacked(requested), stacked(there)
-
-    def kinds(strategy: Strategy) -> list[type]:
-        return [type(member) for member in getattr(strategy, "members", [strategy])]
-
-    return kinds(mine) != kinds(theirs)
+def needs(library: Library) -> str:
+    """What must be installed for a library's models, and what is."""
+    try:
+        found = f"{version(library.package)} is installed"
+    except PackageNotFoundError:
+        found = f"pip install 'tdm-lightning[{library.extra}]'"
+    least = f"≥ {library.least}, " if library.least else ""
+    return least + found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from tdm_lightning.cli.models import check_trained, load_vit
+from tdm_lightning.cli.chosen import check_trained, load_vit
 from tdm_lightning.cli.progress import bars, say_where
 from tdm_lightning.data import ImageNetDataModule
 from tdm_lightning.errors import SettingError

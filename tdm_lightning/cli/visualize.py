@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tdm_lightning.cli.models import check_trained, choose_model
+from tdm_lightning.cli.chosen import check_trained, choose_model
 from tdm_lightning.cli.progress import bars, say_where
 from tdm_lightning.errors import SettingError
 from tdm_lightning.strategies import Strategy

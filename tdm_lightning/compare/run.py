@@ -257,6 +257,11 @@ def prepare(
     device, dtype = choose_device(plan.device), choose_dtype(plan.precision)
     torch.manual_seed(plan.seed)
     methods = [make_plain(model, model_kwargs or {}, weights)]
+    if data is not None and methods[0].runs is not methods[0].model:
+        raise SettingError(
+            f"{model} gives features and no logits, so its accuracy cannot be told; leave data out,"
+            " or take timm's model of the same weights"
+        )
     size, most = default_input_size(methods[0].model), max(plan.sizes)
     images = (torch.randn(most, *size) if data is None else _batch(data, most)).to(device, dtype)
     progress = progress or Progress(disable=True)

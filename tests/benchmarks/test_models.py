@@ -9,7 +9,7 @@ from benchmarks.models.table import markdown
 from benchmarks.models.tiny import tiny
 from benchmarks.models.trials import TRIALS, outcome
 from benchmarks.runner import run
-from tdm_lightning.cli.listing import library_of
+from tdm_lightning.cli.models import library_of
 from tdm_lightning.errors import SettingError
 from tdm_lightning.vit.adapters import class_names
 

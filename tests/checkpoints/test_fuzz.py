@@ -18,15 +18,8 @@ import tdm_lightning as tdm
 from tdm_lightning.checkpoints import load_official, load_weights, open_weights
 from tdm_lightning.errors import FileError, SettingError, SettingTypeError, TokenReductionError
 from tdm_lightning.vit.create import create_vit
+from tests.test_hub import TINY
 
-TINY = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 16,
-    "depth": 4,
-    "num_heads": 2,
-    "num_classes": 7,
-}
 RUN = {"pytorch-lightning_version": "2.6.0"}
 
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 import tdm_lightning as tdm
 from tdm_lightning.compare import methods, run, timing
+from tdm_lightning.errors import SettingError
 from tests.helpers.compares import NAME, SHAPE, STRATEGIES, lines, reduced, table
 from tests.helpers.compares import compare as compare  # a fixture
 
@@ -379,6 +380,14 @@ def test_the_usual_layers_go_by_the_depth_where_it_has_not_all_of_them():
     ]
     assert layers[6]["EvoViT"] == (2, 4)
     assert layers[12] == layers[24]
+
+
+def test_an_encoder_without_a_classifier_has_no_accuracy():
+    pytest.importorskip("transformers")
+    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    plan = run.Plan(1, rounds=1, warmup=0)
+    with pytest.raises(SettingError, match="gives features and no logits"):
+        run.prepare("hf:dinov2", [tdm.TDM(0.5, (1,))], plan, shape, data=object())
 
 
 def test_by_default_what_the_model_takes_is_compared():

@@ -10,16 +10,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import tdm_lightning as tdm
+from tests.vit.test_huggingface import SHAPE
 
 transformers = pytest.importorskip("transformers", minversion="5.20")
-SHAPE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 4,
-}
 STRATEGIES = {
     "ward": lambda: tdm.WardTDM(0.6, (0, 2)),
     "tdm": lambda: tdm.TDM(0.7, (1, 2)),

@@ -8,7 +8,7 @@ import torch
 
 import tdm_lightning as tdm
 from tdm_lightning.cli import main
-from tdm_lightning.cli.listing import EXAMPLES, LIBRARIES, Library, library_of, needs
+from tdm_lightning.cli.models import EXAMPLES, LIBRARIES, Library, library_of, needs
 from tdm_lightning.errors import UnsupportedModelError
 from tdm_lightning.vit.adapters import class_names
 from tdm_lightning.vit.create import create_vit
